@@ -1,0 +1,1 @@
+"""Converted graph in, runnable program out: one module a backend."""

@@ -1,0 +1,18 @@
+"""Compiled x86 programs: integer operators of `mq_ao`, everything around them fused by Inductor."""
+
+from __future__ import annotations
+
+from mq_ao.lowering.inductor.lower import compile_float_language_model, lower, lower_language_model, rewrite
+from mq_ao.lowering.inductor.program import InductorProgram, check_output
+from mq_ao.lowering.inductor.rewrite import INTEGER_KERNELS, count_integer_kernels
+
+__all__ = [
+    "INTEGER_KERNELS",
+    "InductorProgram",
+    "check_output",
+    "compile_float_language_model",
+    "count_integer_kernels",
+    "lower",
+    "lower_language_model",
+    "rewrite",
+]

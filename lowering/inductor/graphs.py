@@ -1,0 +1,145 @@
+"""From a lowered language-model graph to the two graphs that are compiled: prefill and decode."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from mq_ao.errors import MqAoError
+from mq_ao.graph import walk
+
+aten = torch.ops.aten
+qd = torch.ops.quantized_decomposed
+_QUANTIZE = frozenset(
+    {
+        qd.quantize_per_tensor.default,
+        qd.dequantize_per_tensor.default,
+        torch.ops.torchao.choose_qparams_affine,
+        torch.ops.torchao.quantize_affine,
+        torch.ops.torchao.dequantize_affine,
+    }
+)
+_HEADS = walk.LINEAR | {torch.ops.mq_ao.qlinear.default, torch.ops.mq_ao.qlinear_dynamic.default}
+
+
+@dataclass(frozen=True)
+class StateShapes:
+    """Shapes of a language model's carried states, without the batch.
+
+    Attributes:
+        n_layer: number of blocks.
+        conv: (d_conv - 1, d_inner).
+        ssm: (d_inner, d_state).
+        dtype: of both states.
+    """
+
+    n_layer: int
+    conv: tuple[int, int]
+    ssm: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, module: GraphModule) -> StateShapes:
+        """Reads them from the placeholders of `(input_ids, conv_state, ssm_state)`.
+
+        Raises:
+            MqAoError: the graph has other inputs.
+        """
+        values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+        if len(values) != 3 or [value.dim() for value in values] != [2, 4, 4]:
+            raise MqAoError(
+                "the graph is not that of a language model with states: its inputs must be input_ids (batch, length), "
+                "conv_state (n_layer, batch, d_conv - 1, d_inner) and ssm_state (n_layer, batch, d_inner, d_state)."
+            )
+        _, conv, ssm = values
+        return cls(int(conv.shape[0]), tuple(map(int, conv.shape[2:])), tuple(map(int, ssm.shape[2:])), ssm.dtype)
+
+    def zeros(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Initial conv and ssm states."""
+        conv = torch.zeros(self.n_layer, batch, *self.conv, dtype=self.dtype)
+        return conv, torch.zeros(self.n_layer, batch, *self.ssm, dtype=self.dtype)
+
+
+def with_positions(module: GraphModule) -> GraphModule:
+    """Adds an input `positions` (count,) int64 and computes logits for those tokens only.
+
+    The head costs as much as many layers, and prefill needs it for the last token alone. Everything from the final
+    norm's output on works row by row, so selecting rows before the head gives the same logits as selecting after it.
+
+    Args:
+        module: graph `(input_ids, conv_state, ssm_state) -> (logits, conv_state, ssm_state)`.
+
+    Raises:
+        MqAoError: the logits do not come from a linear.
+    """
+    module = flat(module)
+    graph = module.graph
+    (output,) = graph.find_nodes(op="output")
+    head = walk.upstream(output.args[0][0])
+    if head.target not in _HEADS:
+        raise MqAoError(f"the logits come from {head.name}, not from a linear head: this is not a language model.")
+    hidden = walk.upstream(head.args[0], through=_QUANTIZE)
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        positions = graph.placeholder("positions")
+    readers = _up_to(hidden, head)
+    with graph.inserting_before(readers[0]):
+        selected = graph.call_function(aten.index_select.default, (hidden, 1, positions))
+    for reader in readers:
+        reader.replace_input_with(hidden, selected)
+    module.recompile()
+    return module
+
+
+def _up_to(hidden: Node, head: Node) -> list[Node]:
+    """The users of `hidden` that lead to `head` through quantize nodes alone."""
+
+    def leads(node: Node) -> bool:
+        return node is head or ((node.target in walk.TRANSPARENT | _QUANTIZE) and any(map(leads, node.users)))
+
+    return [user for user in hidden.users if leads(user)]
+
+
+def flat(module: GraphModule) -> GraphModule:
+    """A copy of the graph (not of its tensors) that takes and returns plain tuples instead of torch.export's pytrees."""
+    graph = copy.deepcopy(module.graph)
+    graph.set_codegen(CodeGen())
+    return GraphModule(module, graph)
+
+
+def export_prefill(module: GraphModule, shapes: StateShapes) -> ExportedProgram:
+    """Exports `(input_ids, conv_state, ssm_state, positions)` with any batch, length and count."""
+    batch, length = Dim("batch", min=1), Dim("length", min=1)
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    dynamic = ({0: batch, 1: length}, {1: batch}, {1: batch}, {0: Dim("count", min=1)})
+    args = (ids, *shapes.zeros(2), torch.arange(3))
+    return _export(module, args, dynamic)
+
+
+def export_decode(module: GraphModule, shapes: StateShapes) -> ExportedProgram:
+    """Exports `(input_ids, conv_state, ssm_state)` at length 1, with any batch."""
+    batch = Dim("batch", min=1)
+    args = (torch.zeros(2, 1, dtype=torch.int64), *shapes.zeros(2))
+    return _export(module, args, ({0: batch}, {1: batch}, {1: batch}))
+
+
+class _Callable(torch.nn.Module):
+    """Gives a flat GraphModule a signature that torch.export can name inputs by."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__()
+        self.graph_module = module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Runs the graph."""
+        return self.graph_module(*inputs)
+
+
+def _export(module: GraphModule, args: tuple[Tensor, ...], dynamic: tuple[dict[int, Dim], ...]) -> ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(_Callable(module), args, dynamic_shapes=(dynamic,))

@@ -1,0 +1,111 @@
+"""Converted graph in, compiled program out."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.constant_folding import constant_fold
+from torch.fx import GraphModule
+
+import mq_ao.ops
+from mq_ao.graph import walk
+from mq_ao.lowering.inductor import package
+from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
+from mq_ao.lowering.inductor.program import InductorProgram
+from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors
+
+
+def rewrite(converted: GraphModule) -> tuple[GraphModule, dict[str, int]]:
+    """Replaces q/dq patterns by integer operators and folds what depends on weights alone.
+
+    Args:
+        converted: result of `convert_pt2e`; it is not changed.
+
+    Returns:
+        The integer graph, and the number of integer kernels by operator name.
+
+    Raises:
+        MqAoError: there is nothing quantized in the graph.
+    """
+    module = copy.deepcopy(converted)
+    counts = Rewriter(module).run()
+    _fold_constants(module)
+    return module, dict(counts)
+
+
+def lower(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
+    """Compiles a converted graph of any shape with `torch.compile`; see `lower_language_model` for `.pt2` programs.
+
+    Args:
+        converted: result of `convert_pt2e`.
+        example_args: inputs to compile for; other batch sizes and lengths recompile or run dynamically.
+
+    Returns:
+        A callable with the graph's signature.
+
+    Raises:
+        MqAoError: there is nothing quantized in the graph.
+    """
+    module, _ = rewrite(converted)
+    compiled = torch.compile(module, options={"freezing": True})
+    with torch.no_grad():
+        compiled(*example_args)
+    return compiled
+
+
+def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
+    """Compiles a converted language model: prefill at any length, decode at length 1, one copy of the weights.
+
+    Args:
+        converted: result of `convert_pt2e` on the graph `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
+        info: what the program is to say of itself; needs `vocab_size`.
+
+    Raises:
+        MqAoError: there is nothing quantized in the graph, or it is not a language model's.
+    """
+    module, counts = rewrite(converted)
+    return _compile(module, StateShapes.of(converted), {**info, "integer_kernels": counts})
+
+
+def compile_float_language_model(module: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
+    """Compiles the float graph of a language model in the same way, for comparison; it has no integer kernels."""
+    shapes = StateShapes.of(module)
+    module = copy.deepcopy(module)
+    _fold_constants(module)
+    return _compile(module, shapes, {**info, "integer_kernels": {}})
+
+
+def _fold_constants(module: GraphModule) -> None:
+    """Computes what depends on weights alone, such as A = -exp(A_log), once and for all."""
+    for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
+        module.graph.erase_node(node)
+    constant_fold(module)
+    drop_unused_tensors(module)
+
+
+def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) -> InductorProgram:
+    mq_ao.ops.load_native()
+    programs = {
+        "prefill": export_prefill(with_positions(module), shapes),
+        "decode": export_decode(flat(module), shapes),
+    }
+    states = {"n_layer": shapes.n_layer, "conv": shapes.conv, "ssm": shapes.ssm, "dtype": str(shapes.dtype)[6:]}
+    folder = tempfile.mkdtemp(prefix="mq_ao_")
+    path = Path(folder) / "program.pt2"
+    try:
+        package.write(path, programs, {**info, "states": states})
+        program = InductorProgram.load(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    # The archive stays on disk while the program lives, so that save() only copies it.
+    weakref.finalize(program, shutil.rmtree, folder, ignore_errors=True)
+    return program

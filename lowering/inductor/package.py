@@ -1,0 +1,127 @@
+"""Compiles graphs with AOTInductor into one `.pt2` archive whose programs share one copy of the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch._inductor import aot_compile
+from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import AOTICompiledModel, load_pt2, package_pt2
+
+from mq_ao.errors import MqAoError
+
+FORMAT = 1
+_INFO, _WEIGHTS = "mq_ao.json", "mq_ao_weights.safetensors"
+# Weights stay out of the shared objects: all programs read one copy, and the file holds them once.
+_OPTIONS: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
+
+
+@dataclass(frozen=True)
+class Package:
+    """A loaded archive.
+
+    Attributes:
+        programs: compiled programs by name; their weights are `weights`.
+        weights: every tensor that the programs read, one copy.
+        info: what the archive says of itself (JSON).
+        path: the archive's file.
+    """
+
+    programs: Mapping[str, AOTICompiledModel]
+    weights: Mapping[str, Tensor]
+    info: Mapping[str, Any]
+    path: Path
+
+
+def write(path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str, Any]) -> None:
+    """Compiles the programs and writes them, their weights and `info` to `path`, or writes nothing.
+
+    Args:
+        path: file to write, ending in `.pt2`; it is replaced in one step when everything is done.
+        programs: exported programs by name.
+        info: JSON-able description.
+    """
+    weights: dict[str, Tensor] = {}
+    files = {}
+    for name, program in programs.items():
+        files[name] = aot_compile(program.module(check_guards=False), *program.example_inputs, options=_OPTIONS)
+        for key, tensor in [*program.state_dict.items(), *program.constants.items()]:
+            if isinstance(tensor, Tensor):
+                weights[key] = tensor.detach().contiguous()
+    versions = {"format": FORMAT, "torch": torch.__version__}
+    handle, temporary = tempfile.mkstemp(suffix=".pt2", prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        package_pt2(temporary, aoti_files=files, extra_files={_INFO: json.dumps({**info, **versions})})
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.writestr(f"{_root(archive)}/{_WEIGHTS}", save_tensors(_untied(weights)))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What an archive says of itself.
+
+    Raises:
+        MqAoError: there is no such file, it is not one of ours, or another version wrote it.
+    """
+    if not path.is_file():
+        raise MqAoError(f"there is no file {path}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = _root(archive)
+            info = json.loads(archive.read(f"{root}/extra/{_INFO}"))
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, KeyError, IndexError, json.JSONDecodeError):
+        raise MqAoError(f"{path} is not a program saved by mq_ao: make one with `mq-ao quantize`.") from None
+    if damaged is not None:
+        raise MqAoError(f"{path} is damaged at {damaged}: copy or make it again.")
+    if info["format"] != FORMAT or info["torch"] != torch.__version__:
+        raise MqAoError(
+            f"{path} was saved for torch {info['torch']} (format {info['format']}), but this is torch "
+            f"{torch.__version__} (format {FORMAT}): quantize the model again with this version."
+        )
+    return info
+
+
+def read(path: Path) -> Package:
+    """Loads an archive written by `write`; the operators' native kernels are loaded or built first.
+
+    Raises:
+        MqAoError: see `read_info`.
+    """
+    info = read_info(path)
+    with zipfile.ZipFile(path) as archive:
+        weights = load_tensors(archive.read(f"{_root(archive)}/{_WEIGHTS}"))
+    programs = load_pt2(str(path)).aoti_runners
+    for program in programs.values():
+        wanted = {name: weights[name] for name in program.get_constant_fqns()}
+        program.load_constants(wanted, check_full_update=True, user_managed=True)
+    return Package(programs, weights, info, path)
+
+
+def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory; tied ones are written apart."""
+    seen: set[int] = set()
+    untied = {}
+    for name, tensor in weights.items():
+        untied[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return untied
+
+
+def _root(archive: zipfile.ZipFile) -> str:
+    return archive.namelist()[0].split("/")[0]

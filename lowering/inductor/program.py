@@ -1,0 +1,145 @@
+"""A compiled language model: prefill, decode, generation, saving and loading."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mq_ao.errors import MqAoError
+from mq_ao.lowering.inductor import package
+from mq_ao.lowering.inductor.graphs import StateShapes
+from mq_ao.models.generate import Sampling, generate, stream
+
+States = tuple[Tensor, Tensor, Tensor]
+
+
+class InductorProgram:
+    """A language model compiled by AOTInductor: one program for any length, one for a single token.
+
+    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`.
+
+    Args:
+        loaded: archive with the programs `prefill` and `decode`.
+    """
+
+    def __init__(self, loaded: package.Package) -> None:
+        self._package = loaded
+        states = loaded.info["states"]
+        self._shapes = StateShapes(
+            states["n_layer"], tuple(states["conv"]), tuple(states["ssm"]), getattr(torch, states["dtype"])
+        )
+        self._vocab_size = int(loaded.info["vocab_size"])
+
+    @classmethod
+    def load(cls, path: str | Path) -> InductorProgram:
+        """Loads a program saved by `save`, in this or another process.
+
+        Raises:
+            MqAoError: the file is missing, damaged, not ours, or of another version.
+        """
+        return cls(package.read(Path(path)))
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """Recipe, versions, shapes and kernel counts."""
+        return self._package.info
+
+    @property
+    def integer_kernels(self) -> Mapping[str, int]:
+        """Calls of integer kernels in one forward pass, by operator name; empty for a float program."""
+        return self._package.info["integer_kernels"]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all resident weights and scales."""
+        return sum(tensor.nbytes for tensor in self._package.weights.values())
+
+    def __call__(self, input_ids: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None) -> States:
+        """Logits of all tokens: (batch, length, vocab_size), and both states after the last token."""
+        return self._run(input_ids, conv_state, ssm_state, torch.arange(self._length(input_ids)))
+
+    def prefill(self, input_ids: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None) -> States:
+        """Logits of the last token only: (batch, 1, vocab_size), and both states after it."""
+        last = torch.tensor([self._length(input_ids) - 1])
+        return self._run(input_ids, conv_state, ssm_state, last)
+
+    def decode(self, input_ids: Tensor, conv_state: Tensor, ssm_state: Tensor) -> States:
+        """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and both states."""
+        return self._call("decode", input_ids, conv_state, ssm_state)
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
+        """Yields the next tokens one by one; see `models.generate.stream`."""
+        return stream(self.prefill, input_ids, max_new_tokens, sampling)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
+        """Prompt and continuation; see `models.generate.generate`."""
+        return generate(self.prefill, input_ids, max_new_tokens, sampling)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the program to a `.pt2` file, under a temporary name that is renamed when it is complete.
+
+        Raises:
+            MqAoError: the path cannot be written.
+        """
+        path = check_output(path)
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            shutil.copyfile(self._package.path, temporary)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise MqAoError(f"cannot write {path}: {error}.") from error
+
+    def _length(self, input_ids: Tensor) -> int:
+        if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+            raise MqAoError(
+                f"input_ids must be (batch, length) int64; got {tuple(input_ids.shape)} {input_ids.dtype}."
+            )
+        if input_ids.numel() == 0:
+            raise MqAoError(f"input_ids is empty, of shape {tuple(input_ids.shape)}: give at least one token.")
+        # The compiled gather would read outside the embedding.
+        if input_ids.min() < 0 or input_ids.max() >= self._vocab_size:
+            raise MqAoError(
+                f"input_ids holds {int(input_ids.min())}..{int(input_ids.max())}, outside the vocabulary of "
+                f"{self._vocab_size} tokens."
+            )
+        return input_ids.shape[1]
+
+    def _run(self, ids: Tensor, conv: Tensor | None, ssm: Tensor | None, positions: Tensor) -> States:
+        zero_conv, zero_ssm = self._shapes.zeros(ids.shape[0])
+        conv = zero_conv if conv is None else conv
+        ssm = zero_ssm if ssm is None else ssm
+        if ids.shape[1] == 1:
+            return self.decode(ids, conv, ssm)
+        return self._call("prefill", ids, conv, ssm, positions)
+
+    def _call(self, name: str, *inputs: Tensor) -> States:
+        # Compiled code reads memory as if it were contiguous, whatever the strides say.
+        logits, conv, ssm = self._package.programs[name](*(tensor.contiguous() for tensor in inputs))
+        return logits, conv, ssm
+
+
+def check_output(path: str | Path, suffix: str = ".pt2") -> Path:
+    """Returns `path` if a file can be written there; to be called before long work.
+
+    Raises:
+        MqAoError: wrong suffix, no such folder, or no permission.
+    """
+    path = Path(path)
+    if path.suffix != suffix:
+        raise MqAoError(f"{path} must end in {suffix}.")
+    if path.is_dir():
+        raise MqAoError(f"{path} is a folder: give a file name.")
+    parent = path.parent
+    if not parent.is_dir():
+        raise MqAoError(f"the folder {parent} does not exist: create it first.")
+    import os
+
+    if not os.access(parent, os.W_OK):
+        raise MqAoError(f"the folder {parent} is not writable: choose another output path.")
+    return path

@@ -1,0 +1,33 @@
+"""mq-ao: quantization backend for Mamba-family models on PyTorch 2 Export."""
+
+from __future__ import annotations
+
+import os
+
+# torchao prints two lines about CUDA binaries on a CPU build of torch; this package does not use them.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+
+from typing import TYPE_CHECKING, Any
+
+from mq_ao.errors import MqAoError
+
+__version__ = "0.1.0"
+__all__ = ["MqAoError", "__version__", "export", "load", "quantize"]
+
+if TYPE_CHECKING:
+    from mq_ao.api import load, quantize
+    from mq_ao.capture import export
+
+_HOMES = {"export": "mq_ao.capture", "load": "mq_ao.api", "quantize": "mq_ao.api"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `mq-ao --help` should not wait for torch.
+    import importlib
+
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return importlib.import_module(f"mq_ao.{name}")
+    except ModuleNotFoundError:
+        raise AttributeError(f"module 'mq_ao' has no attribute {name!r}") from None

@@ -1,0 +1,180 @@
+"""`quantize` and `load`: the whole walk from a float model to a quantized program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from mq_ao import passes
+from mq_ao.calibrate import calibrate, check_weights
+from mq_ao.capture import export
+from mq_ao.errors import MqAoError
+from mq_ao.graph import Match, match
+from mq_ao.lowering import inductor
+from mq_ao.models import MambaLM
+from mq_ao.quantizer import MambaQuantizer, QuantizationReport
+from mq_ao.recipes import Recipe, get_recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was matched, rewritten, quantized and left out, and why.
+
+    Attributes:
+        recipe: the recipe that was applied.
+        match: blocks, head and embeddings of the float graph, as text.
+        quantization: the quantizer's decisions.
+        batches: number of calibration batches.
+    """
+
+    recipe: Recipe
+    match: str
+    quantization: QuantizationReport
+    batches: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe}\ncalibrated on {self.batches} batches\n{self.quantization}"
+
+
+class QuantizedProgram:
+    """A quantized graph in torchao's q/dq form, ready to be lowered.
+
+    Args:
+        converted: result of `convert_pt2e`: integers simulated in float.
+        report: what was done to get there.
+        vocab_size: of a language model, else None.
+    """
+
+    def __init__(self, converted: GraphModule, report: Report, vocab_size: int | None) -> None:
+        self.converted = converted
+        self._report = report
+        self._vocab_size = vocab_size
+
+    def report(self) -> Report:
+        """What was matched, rewritten, quantized and left out, and why; `print` it."""
+        return self._report
+
+    def lower(self, backend: str = "inductor") -> inductor.InductorProgram:
+        """Compiles the graph.
+
+        Raises:
+            MqAoError: unknown backend, nothing quantized, or not a language model (for those use
+                `mq_ao.lowering.inductor.lower` on `.converted`).
+        """
+        if backend != "inductor":
+            raise MqAoError(f"unknown backend {backend!r}: the backends are inductor.")
+        if self._vocab_size is None:
+            raise MqAoError(
+                "only language models become saved programs: call mq_ao.lowering.inductor.lower(q.converted, inputs)."
+            )
+        info = {"recipe": self._report.recipe.name, "vocab_size": self._vocab_size}
+        return inductor.lower_language_model(self.converted, info)
+
+
+def capture(model: nn.Module, example: tuple[Any, ...]) -> GraphModule:
+    """Exports `model` and returns the graph that passes and quantizer work on.
+
+    A `MambaLM` is captured with explicit states whatever `example` holds.
+    """
+    if isinstance(model, MambaLM):
+        ids = torch.zeros(2, 8, dtype=torch.int64)
+        example = (ids, *model.initial_states(2))
+    return export(model, example).module(check_guards=False)
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[Tensor | tuple[Any, ...]],
+    recipe: str | Recipe = "rtn-w8a8",
+    *,
+    progress: bool = False,
+) -> QuantizedProgram:
+    """Captures, rewrites, calibrates and converts a trained model.
+
+    Args:
+        model: float model in eval mode. It is not changed.
+        calibration: inputs of the model, one element a batch: a tensor (batch, length) of token ids, or a tuple of
+            positional inputs. Not data that the result is evaluated on. A generator is read once.
+        recipe: name of a recipe (`mq_ao.recipes.RECIPES`) or a recipe.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The quantized graph, with its report.
+
+    Raises:
+        MqAoError: unknown recipe, bad calibration data, NaN or Inf on the way, or no Mamba block in the model.
+    """
+    chosen = get_recipe(recipe)
+    check_weights(model)
+    batches = _batches(model, calibration)
+    first = next(batches, None)
+    if first is None:
+        raise MqAoError("calibration is empty: give at least one batch of inputs.")
+    graph = passes.apply(capture(model, first), chosen.passes)
+    matched: Match = match(graph)
+    description = matched.describe()
+    quantizer = MambaQuantizer().set_global(chosen.scheme)
+    prepared = prepare_pt2e(graph, quantizer)
+    count = calibrate(prepared, _chain(first, batches), progress=progress)
+    converted = convert_pt2e(prepared)
+    vocab_size = model.config.vocab_size if isinstance(model, MambaLM) else None
+    return QuantizedProgram(converted, Report(chosen, description, quantizer.report, count), vocab_size)
+
+
+def compile_float(model: MambaLM) -> inductor.InductorProgram:
+    """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
+    info = {"recipe": "float32", "vocab_size": model.config.vocab_size}
+    return inductor.compile_float_language_model(capture(model, ()), info)
+
+
+def load(path: str | Path) -> inductor.InductorProgram:
+    """Loads a program that `save` wrote.
+
+    Raises:
+        MqAoError: the file is missing, damaged, not ours, or of another version.
+    """
+    return inductor.InductorProgram.load(path)
+
+
+def _chain(first: tuple[Any, ...], rest: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    yield first
+    yield from rest
+
+
+def _batches(model: nn.Module, calibration: Iterable[Tensor | tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    if isinstance(calibration, Tensor):
+        raise MqAoError("calibration is one tensor: give an iterable of batches, for example [tensor].")
+    for index, batch in enumerate(calibration):
+        args = batch if isinstance(batch, tuple) else (batch,)
+        if not all(isinstance(arg, Tensor) for arg in args) or not args:
+            raise MqAoError(f"calibration batch {index} is not a tensor or a tuple of tensors.")
+        if isinstance(model, MambaLM):
+            _check_ids(model, args[0], index)
+            if len(args) == 1:
+                args = (args[0], *model.initial_states(args[0].shape[0]))
+        yield args
+
+
+def _check_ids(model: MambaLM, ids: Tensor, index: int) -> None:
+    vocab_size = model.config.vocab_size
+    if ids.dtype != torch.int64 or ids.dim() != 2:
+        raise MqAoError(
+            f"calibration batch {index} is {tuple(ids.shape)} {ids.dtype}: token ids are (batch, length) int64."
+        )
+    if ids.numel() == 0:
+        raise MqAoError(f"calibration batch {index} is empty, of shape {tuple(ids.shape)}: give at least one token.")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise MqAoError(
+            f"calibration batch {index} holds token ids {int(ids.min())}..{int(ids.max())}, outside the vocabulary "
+            f"of {vocab_size} tokens: tokenize with the model's own tokenizer."
+        )

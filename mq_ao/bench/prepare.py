@@ -1,0 +1,142 @@
+"""Turns one model into the files that contenders open: all of them have the same weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from mq_ao import api
+from mq_ao.bench.gguf_writer import write_f32
+from mq_ao.bench.worker import Kind, Spec
+from mq_ao.errors import MqAoError
+from mq_ao.models import MAMBA_130M, MambaLM, demo
+from mq_ao.models.saving import save_pretrained
+from mq_ao.text import BYTE_VOCABULARY, ByteCodec, calibration_batches, read_tokens
+
+RANDOM_MODELS = {"mamba-130m": MAMBA_130M}
+"""Shapes that are benched with random weights: speed does not depend on their values."""
+
+FP32_EAGER, FP32, INT8 = "fp32 eager", "fp32 compiled", "int8"
+"""Names of our own contenders."""
+
+Step = Callable[[str], AbstractContextManager[object]]
+"""Shows the user what is being done."""
+
+
+class Peer(str, Enum):
+    """Other libraries that run the same weights."""
+
+    TRANSFORMERS = "transformers"
+    LLAMA = "llama.cpp"
+
+
+_MODULES = {Peer.TRANSFORMERS: ("transformers",), Peer.LLAMA: ("llama_cpp", "gguf")}
+
+
+def installed_peers() -> list[Peer]:
+    """The peers that can be benched here."""
+    return [peer for peer, modules in _MODULES.items() if all(map(importlib.util.find_spec, modules))]
+
+
+def parse_peers(names: Sequence[str]) -> list[Peer]:
+    """Peers by name.
+
+    Raises:
+        MqAoError: one is unknown or not installed.
+    """
+    known = ", ".join(peer.value for peer in Peer)
+    peers = []
+    for name in names:
+        try:
+            peer = Peer(name)
+        except ValueError:
+            raise MqAoError(f"unknown peer {name!r}: the peers are {known}.") from None
+        missing = [module for module in _MODULES[peer] if importlib.util.find_spec(module) is None]
+        if missing:
+            raise MqAoError(f'peer {name} needs {" and ".join(missing)}: run pip install "mq-ao[peers]".')
+        peers.append(peer)
+    return peers
+
+
+def open_model(source: str, seed: int = 0) -> MambaLM:
+    """The model to bench: a shape of `RANDOM_MODELS` with random weights, or `MambaLM.from_pretrained(source)`."""
+    if source not in RANDOM_MODELS:
+        return MambaLM.from_pretrained(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MambaLM(RANDOM_MODELS[source]).eval()
+
+
+def random_ids(vocab_size: int, count: int, seed: int = 0) -> list[int]:
+    """The same tokens on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (count,), generator=generator).tolist()
+
+
+def calibration_of(model: MambaLM, tokens: int = 4096) -> list[torch.Tensor]:
+    """The bundled text for byte-level models, random tokens for the others, whose integers are timed and not judged."""
+    if model.config.vocab_size == BYTE_VOCABULARY and demo.CALIBRATION.is_file():
+        text = read_tokens(demo.CALIBRATION, BYTE_VOCABULARY, ByteCodec())
+        return calibration_batches(text, tokens)
+    ids = random_ids(model.config.vocab_size, tokens, seed=1)
+    return list(torch.tensor(ids).reshape(-1, min(512, tokens)).split(4))
+
+
+def prepare(
+    model: MambaLM,
+    folder: Path,
+    *,
+    recipe: str,
+    peers: Sequence[Peer],
+    threads: int,
+    longest: int,
+    step: Step | None = None,
+) -> list[Spec]:
+    """Writes what each contender opens into `folder`.
+
+    Args:
+        model: float model.
+        folder: empty folder.
+        recipe: how ours is quantized.
+        peers: other libraries to bench.
+        threads: threads that every contender uses; compiled programs are compiled for them.
+        longest: most tokens in a sequence.
+        step: shows what is being done.
+
+    Raises:
+        MqAoError: the model cannot be quantized or written.
+    """
+    step = step or nullcontext
+    torch.set_num_threads(threads)
+    specs = []
+
+    def add(name: str, kind: Kind, path: Path) -> None:
+        specs.append(Spec(name, kind, path, threads, longest))
+
+    with step("writing the float model"):
+        save_pretrained(model, folder / "model")
+    add(FP32_EAGER, Kind.EAGER, folder / "model")
+    with step("compiling in fp32"):
+        api.compile_float(model).save(folder / "fp32.pt2")
+    add(FP32, Kind.PROGRAM, folder / "fp32.pt2")
+    with step(f"quantizing ({recipe})"):
+        quantized = api.quantize(model, calibration_of(model), recipe)
+    with step("compiling in int8"):
+        quantized.lower("inductor").save(folder / "int8.pt2")
+    add(INT8, Kind.PROGRAM, folder / "int8.pt2")
+    if Peer.TRANSFORMERS in peers:
+        add("transformers eager", Kind.TRANSFORMERS, folder / "model")
+    if Peer.LLAMA in peers:
+        from mq_ao.bench.peer_llama import quantize_q8_0
+
+        with step("writing GGUF files"):
+            write_f32(model, folder / "f32.gguf")
+            quantize_q8_0(folder / "f32.gguf", folder / "q8_0.gguf", threads)
+        add("llama.cpp F32", Kind.LLAMA, folder / "f32.gguf")
+        add("llama.cpp Q8_0", Kind.LLAMA, folder / "q8_0.gguf")
+    return specs

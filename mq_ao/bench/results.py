@@ -1,0 +1,149 @@
+"""What a bench measured, and the figures that follow from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mq_ao.bench.prepare import FP32, INT8
+from mq_ao.bench.worker import Memory
+
+
+@dataclass
+class Measured:
+    """One contender's measurements.
+
+    Attributes:
+        name: what tables call it.
+        prefill: seconds, one a round, by number of tokens.
+        decode: seconds a token, one a round.
+        memory: of its process after everything else, or None if it failed before.
+        logits_error: relative L2 distance of its logits to the first contender's, or None.
+        failure: why it could not be measured (further), or None.
+    """
+
+    name: str
+    prefill: dict[int, list[float]] = field(default_factory=dict)
+    decode: list[float] = field(default_factory=list)
+    memory: Memory | None = None
+    logits_error: float | None = None
+    failure: str | None = None
+
+    def prefill_median(self, tokens: int) -> float | None:
+        """Median seconds for a prefill of that many tokens, or None if there was none."""
+        return _median(self.prefill.get(tokens, []))
+
+    @property
+    def decode_median(self) -> float | None:
+        """Median seconds a token, or None."""
+        return _median(self.decode)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON: medians, and the samples that they come from."""
+        prefill = [
+            {
+                "tokens": tokens,
+                "ms": 1e3 * statistics.median(samples),
+                "tokens_per_second": tokens / statistics.median(samples),
+                "samples_ms": [1e3 * sample for sample in samples],
+            }
+            for tokens, samples in self.prefill.items()
+        ]
+        decode = None
+        if self.decode:
+            decode = {
+                "ms_per_token": 1e3 * statistics.median(self.decode),
+                "samples_ms": [1e3 * sample for sample in self.decode],
+            }
+        memory = None if self.memory is None else asdict(self.memory)
+        return {
+            "name": self.name,
+            "prefill": prefill,
+            "decode": decode,
+            "memory_bytes": memory,
+            "logits_error": self.logits_error,
+            "failure": self.failure,
+        }
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A ratio of two medians.
+
+    Attributes:
+        name: what is set against what.
+        value: the ratio.
+    """
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """One model's bench.
+
+    Attributes:
+        model: what was benched.
+        lengths: prefill lengths.
+        decode_tokens: tokens a decode measurement.
+        contenders: by name, in the order of the rounds.
+    """
+
+    model: str
+    lengths: tuple[int, ...]
+    decode_tokens: int
+    contenders: Mapping[str, Measured]
+
+    def figures(self) -> list[Figure]:
+        """Speed of int8 against every other contender and of compiled fp32 against the peers, linearity, and weights."""
+        figures = []
+        for base in (INT8, FP32):
+            for name in self.contenders:
+                if name != base and not (base == FP32 and name == INT8):
+                    figures += self._speedups(base, name)
+        figures += self._linearity()
+        figures += self._weights()
+        return figures
+
+    def _speedups(self, base: str, other: str) -> list[Figure]:
+        ours, theirs = self.contenders[base], self.contenders[other]
+        pairs = [
+            (f"prefill of {tokens} tokens", ours.prefill_median(tokens), theirs.prefill_median(tokens))
+            for tokens in self.lengths
+        ]
+        pairs.append(("decode", ours.decode_median, theirs.decode_median))
+        return [
+            Figure(f"{base} against {other}, {what}", b / a)
+            for what, a, b in pairs
+            if a is not None and b is not None
+        ]
+
+    def _linearity(self) -> list[Figure]:
+        figures = []
+        for short, long in zip(self.lengths, self.lengths[1:], strict=False):
+            a, b = (self.contenders[INT8].prefill_median(tokens) for tokens in (short, long))
+            if a is not None and b is not None:
+                figures.append(Figure(f"{INT8}: prefill time of {long} against {short} tokens", b / a))
+        return figures
+
+    def _weights(self) -> list[Figure]:
+        ours, theirs = (self.contenders[name].memory for name in (INT8, FP32))
+        if ours is None or theirs is None:
+            return []
+        return [Figure(f"resident weights of {INT8} against {FP32}", ours.weight_bytes / theirs.weight_bytes)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON."""
+        return {
+            "model": self.model,
+            "decode_tokens": self.decode_tokens,
+            "contenders": [measured.to_dict() for measured in self.contenders.values()],
+            "ratios": {figure.name: figure.value for figure in self.figures()},
+        }
+
+
+def _median(samples: list[float]) -> float | None:
+    return statistics.median(samples) if samples else None

@@ -1,0 +1,64 @@
+"""A bench's results as text."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from mq_ao.bench.prepare import INT8
+from mq_ao.bench.results import Measured, Results
+
+
+def render(results: Results) -> list[Table | str]:
+    """A table of medians, a table of ratios, and notes."""
+    return [_times(results), _ratios(results), *_notes(results)]
+
+
+def _times(results: Results) -> Table:
+    table = Table(title=f"{results.model}: medians (times that of {INT8})", title_justify="left")
+    table.add_column("")
+    for tokens in results.lengths:
+        table.add_column(f"{tokens} tokens\nms", justify="right")
+    for name in ("decode\nms a token", "weights\nMB", "peak memory\nMB", "logits off by"):
+        table.add_column(name, justify="right")
+    base = results.contenders[INT8]
+    for row in results.contenders.values():
+        prefill = [_against(row.prefill_median(n), base.prefill_median(n)) for n in results.lengths]
+        weights = "-" if row.memory is None else f"{row.memory.weight_bytes / 1e6:.1f}"
+        peak = "-" if row.memory is None else f"{row.memory.peak / 1e6:.0f}"
+        error = "-" if row.logits_error is None else f"{row.logits_error:.1e}"
+        table.add_row(row.name, *prefill, _against(row.decode_median, base.decode_median), weights, peak, error)
+    return table
+
+
+def _against(seconds: float | None, base: float | None) -> str:
+    if seconds is None:
+        return "-"
+    text = f"{1e3 * seconds:.4g}"
+    return text if base is None else f"{text} ({seconds / base:.2f}x)"
+
+
+def _ratios(results: Results) -> Table:
+    table = Table("ratio", title=f"{results.model}: ratios", title_justify="left")
+    table.add_column("value", justify="right")
+    for figure in results.figures():
+        table.add_row(figure.name, f"{figure.value:.3g}")
+    return table
+
+
+def _notes(results: Results) -> list[str]:
+    notes = [
+        "Prefill computes the last token's logits only. Peak memory is that of a process of its own: interpreter, libraries, "
+        "opening and running. Logits: relative L2 distance to the first row's."
+    ]
+    most = max((len(samples) for row in results.contenders.values() for samples in row.prefill.values()), default=0)
+    for row in results.contenders.values():
+        if row.failure is not None:
+            notes.append(f"{row.failure} (left out from there on)")
+        elif fewer := _fewer(row, most):
+            notes.append(f"{row.name}: fewer rounds ({fewer}), as it had spent its --patience.")
+    return notes
+
+
+def _fewer(row: Measured, most: int) -> str:
+    short = [(tokens, len(samples)) for tokens, samples in row.prefill.items() if len(samples) < most]
+    return ", ".join(f"{count} at {tokens} tokens" for tokens, count in short)

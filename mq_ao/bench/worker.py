@@ -1,0 +1,254 @@
+"""One process a contender: its memory can be measured, its threads disturb nobody, and its crash is only its own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from mq_ao.errors import MqAoError
+
+# A short measurement is repeated until it lasts this long, and its median is taken: a process that slept while the others
+# ran has cold caches and sleeping threads.
+SHORTEST_SECONDS = 0.3
+MOST_REPEATS = 25
+
+
+class Kind(str, Enum):
+    """How a contender runs the model."""
+
+    EAGER = "eager"
+    PROGRAM = "program"
+    TRANSFORMERS = "transformers"
+    LLAMA = "llama.cpp"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker opens.
+
+    Attributes:
+        name: what tables call it.
+        kind: how it runs the model.
+        path: model folder, `.pt2` or `.gguf` file.
+        threads: threads to use.
+        longest: most tokens in a sequence.
+    """
+
+    name: str
+    kind: Kind
+    path: Path
+    threads: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a contender's process.
+
+    Attributes:
+        weight_bytes: the weights that it needs to run.
+        libraries: resident bytes before the model was opened.
+        peak: most resident bytes so far, opening the model included.
+    """
+
+    weight_bytes: int
+    libraries: int
+    peak: int
+
+
+class Worker:
+    """A contender in a process of its own. Use it as a context manager.
+
+    Args:
+        spec: what to open.
+
+    Raises:
+        MqAoError: here and in every method: the contender failed, with its reason.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        # A fresh interpreter: a forked one would share this process's memory and thread pools.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(spec, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._pipe.close()
+
+    def prefill(self, ids: list[int]) -> float:
+        """Seconds to read `ids` and give the last token's logits."""
+        return self._call("prefill", ids)
+
+    def decode(self, prompt: list[int], ids: list[int]) -> float:
+        """Seconds a token to go on with `ids` after `prompt`, one token a call."""
+        return self._call("decode", prompt, ids)
+
+    def logits(self, prompt: list[int], ids: list[int]) -> list[float]:
+        """Logits after `prompt` in one call and then `ids` token by token."""
+        return self._call("logits", prompt, ids)
+
+    def memory(self) -> Memory:
+        """What the process has needed so far."""
+        return self._call("memory")
+
+    def _call(self, *request: Any) -> Any:
+        try:
+            self._pipe.send(request)
+        except OSError as error:
+            raise self._died() from error
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            failure, value = self._pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            raise self._died() from error
+        if failure is not None:
+            raise MqAoError(f"{self.spec.name}: {failure}")
+        return value
+
+    def _died(self) -> MqAoError:
+        self._process.join(timeout=10)
+        code = self._process.exitcode
+        return MqAoError(
+            f"{self.spec.name}: its process ended with code {code} (-9 is usually a lack of memory)."
+        )
+
+
+class _Server:
+    """The other end of a `Worker`."""
+
+    def __init__(self, spec: Spec) -> None:
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        torch.set_grad_enabled(False)
+        opener = _opener(spec)
+        self._libraries = _resident()
+        self._contender = opener()
+
+    def prefill(self, ids: list[int]) -> float:
+        tokens = _row(ids)
+        return _median(lambda: self._contender.prefill(tokens))
+
+    def decode(self, prompt: list[int], ids: list[int]) -> float:
+        tokens = _row(ids)
+        self._contender.prefill(_row(prompt))
+        return _median(lambda: self._contender.decode(tokens)) / len(ids)
+
+    def logits(self, prompt: list[int], ids: list[int]) -> list[float]:
+        self._contender.prefill(_row(prompt))
+        return self._contender.decode(_row(ids)).tolist()
+
+    def memory(self) -> Memory:
+        return Memory(self._contender.weight_bytes, self._libraries, _peak())
+
+
+def _serve(spec: Spec, pipe: Connection) -> None:
+    server: _Server | None = None
+    request: tuple[Any, ...] | None = ()
+    while request is not None:
+        try:
+            value = None
+            if server is None:
+                server = _Server(spec)
+            else:
+                assert request
+                value = getattr(server, request[0])(*request[1:])
+            pipe.send((None, value))
+        except Exception as error:  # whatever a peer raises belongs to its row of the table
+            reason = str(error) if isinstance(error, MqAoError) else f"{type(error).__name__}: {error}"
+            pipe.send((reason, None))
+        try:
+            request = pipe.recv()
+        except EOFError:  # the bench has ended without a word
+            return
+
+
+def _opener(spec: Spec) -> Callable[[], Any]:
+    """Imports what the contender needs, so that memory can be read before it is opened."""
+    from mq_ao.bench import contender
+
+    if spec.kind is Kind.LLAMA:
+        from mq_ao.bench.peer_llama import Llama
+
+        return lambda: Llama(spec.path, spec.threads, spec.longest)
+    if spec.kind is Kind.PROGRAM:
+        from mq_ao.api import load
+
+        return lambda: contender.Program(load(spec.path))
+    from mq_ao.models import MambaLM
+
+    if spec.kind is Kind.TRANSFORMERS:
+        from mq_ao.bench.peer_transformers import Transformers
+
+        return lambda: Transformers(MambaLM.from_pretrained(spec.path))
+    return lambda: contender.Eager(MambaLM.from_pretrained(spec.path))
+
+
+def _row(ids: list[int]) -> Any:
+    import torch
+
+    return torch.tensor([ids])
+
+
+def _median(run: Callable[[], object]) -> float:
+    times: list[float] = []
+    while not times or (sum(times) < SHORTEST_SECONDS and len(times) < MOST_REPEATS):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _status(key: str) -> int | None:
+    """A size in bytes from Linux's /proc."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _peak() -> int:
+    # getrusage counts the parent's memory too when a child was started by vfork, so it comes second.
+    measured = _status("VmHWM:")
+    if measured is not None:
+        return measured
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _resident() -> int:
+    measured = _status("VmRSS:")
+    return _peak() if measured is None else measured

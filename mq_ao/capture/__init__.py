@@ -1,0 +1,7 @@
+"""A model becomes an ExportedProgram over aten and mq_ao operators."""
+
+from __future__ import annotations
+
+from mq_ao.capture.export import export
+
+__all__ = ["export"]

@@ -1,0 +1,73 @@
+"""Captures a module with torch.export."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
+from mq_ao.errors import MqAoError
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> ExportedProgram:
+    """Captures `module` as one program for any batch and length, length 1 included.
+
+    Args:
+        module: model in eval mode whose scan is `torch.ops.mq_ao.selective_scan`.
+        args: example positional inputs. Batch and length must be at least 2 here: torch.export takes a size of 1
+            for a constant.
+        kwargs: example keyword inputs.
+        dynamic_shapes: as in torch.export; None lets every size vary that the model does not fix itself.
+
+    Returns:
+        Program over aten and mq_ao operators.
+
+    Raises:
+        MqAoError: the module is in training mode, an input is empty, or torch.export cannot capture it.
+    """
+    if module.training:
+        raise MqAoError(f"{type(module).__name__} is in training mode: call .eval() before capture.")
+    kwargs = dict(kwargs or {})
+    for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.numel() == 0:
+            raise MqAoError(f"an example input is empty, of shape {tuple(tensor.shape)}: give a batch and a length of 2.")
+    if dynamic_shapes is None:
+        dynamic_shapes = torch.utils._pytree.tree_map(_all_dynamic, (args, kwargs))
+        dynamic_shapes = dynamic_shapes[0] if not kwargs else _by_name(module, args, dynamic_shapes)
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    except (torch._dynamo.exc.UserError, torch._dynamo.exc.Unsupported) as error:
+        raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+
+
+def _all_dynamic(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    fixed = [axis for axis, size in enumerate(value.shape) if size == 1 and axis < 2]
+    if fixed:
+        logger.warning(
+            "axis %s of an example input of shape %s has size 1 and will be fixed to 1: give a size of 2 or more there",
+            ", ".join(map(str, fixed)),
+            tuple(value.shape),
+        )
+    return dict.fromkeys(range(value.dim()), Dim.AUTO)
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, dict[str, Any]]) -> dict[str, Any]:
+    import inspect
+
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names[: len(args)], shapes[0], strict=True)), **shapes[1]}

@@ -1,0 +1,148 @@
+"""`mq-ao bench`: float and int8 programs, and other libraries, side by side in one run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mq_ao.cli.console import bar, check_json, out, step, write_json
+from mq_ao.cli.opened import MODEL_HELP
+from mq_ao.errors import MqAoError
+
+if TYPE_CHECKING:
+    from mq_ao.bench.prepare import Peer
+    from mq_ao.bench.results import Results
+    from mq_ao.bench.runner import Plan
+
+
+def bench(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"mamba-130m (its shape, random weights), {MODEL_HELP} May be repeated. [default: both]"),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Prefill lengths, comma-separated.")] = "128,1024,4096",
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens a decode measurement.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians over them are reported.")] = 5,
+    patience: Annotated[
+        float, typer.Option(help="Seconds at one length after which a contender sits out its remaining rounds.")
+    ] = 60.0,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. [default: all that are installed]"),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="How ours is quantized.")] = "rtn-w8a8",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. [default: all cores]")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time the scan kernel against an int8 matmul.")] = False,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
+    ] = None,
+) -> None:
+    """Time prefill and decode and measure memory, of our fp32 and int8 programs and of other libraries.
+
+    Contenders have the same weights, run in a process of their own, and take turns. Every prefill computes the logits of
+    the last token only.
+
+    [bold]Examples[/bold]
+
+    mq-ao bench
+
+    mq-ao bench --model mamba-130m --tokens 1024 --peers none --json bench.json
+
+    mq-ao bench --kernels
+    """
+    check_json(json)
+    lengths = _lengths(tokens)
+    threads = threads or _cores()
+    with step("starting"):
+        import torch
+
+        from mq_ao.bench.prepare import installed_peers, parse_peers
+        from mq_ao.bench.runner import Plan
+        from mq_ao.recipes import get_recipe
+    torch.set_num_threads(threads)
+    content: dict[str, Any] = {"machine": _machine(threads)}
+    if kernels:
+        content["kernels"] = _kernels()
+        _write(content, json)
+        return
+    get_recipe(recipe)
+    names = [name for name in (peers or "").split(",") if name]
+    chosen = installed_peers() if peers is None else [] if names == ["none"] else parse_peers(names)
+    plan = Plan(tuple(lengths), repeats, decode_tokens, patience)
+    runs = []
+    for source in model or ["demo", "mamba-130m"]:
+        results = _run(source, plan, chosen, recipe, threads)
+        runs.append(results.to_dict())
+        if json != "-":
+            _print(results)
+    _write({**content, "recipe": recipe, "repeats": repeats, "models": runs}, json)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise MqAoError(f"--tokens is {text!r}: give whole numbers, comma-separated, such as 128,1024.") from None
+    if min(lengths) < 1:
+        raise MqAoError(f"--tokens is {text!r}: a prefill has at least one token.")
+    return sorted(set(lengths))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    from mq_ao import __version__
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {"cpu": cpu, "threads": threads, "torch": torch.__version__, "mq_ao": __version__}
+
+
+def _run(source: str, plan: Plan, peers: list[Peer], recipe: str, threads: int) -> Results:
+    from mq_ao.bench.prepare import open_model, prepare
+    from mq_ao.bench.runner import Bench
+
+    with step(f"loading {source}"):
+        model = open_model(source)
+    vocab_size = model.config.vocab_size
+    with tempfile.TemporaryDirectory(prefix="mq_ao_bench_") as folder:
+        specs = prepare(
+            model, Path(folder), recipe=recipe, peers=peers, threads=threads, longest=plan.longest, step=step
+        )
+        del model
+        return Bench(source, specs, vocab_size, plan).run(step, bar)
+
+
+def _kernels() -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from mq_ao.bench.kernels import measure_scan
+
+    with step("timing the scan kernel"):
+        return {"scan": asdict(measure_scan())}
+
+
+def _write(content: dict[str, Any], json: str | None) -> None:
+    if json is not None:
+        write_json(json, content)
+
+
+def _print(results: Results) -> None:
+    from mq_ao.bench.table import render
+
+    console = out()
+    for part in render(results):
+        console.print(part)

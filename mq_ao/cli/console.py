@@ -1,0 +1,111 @@
+"""Where output goes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
+from rich.text import Text
+
+from mq_ao.errors import MqAoError
+
+_WIDTH = 120
+"""Columns where the output is no terminal."""
+
+
+def out() -> Console:
+    """Console for results."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
+
+
+def err() -> Console:
+    """Console for progress and errors."""
+    return Console(stderr=True)
+
+
+def fail(error: Exception) -> None:
+    """Prints an error in red, on one line where its message is one."""
+    err().print(Text(f"error: {error}", style="red"), soft_wrap=True)
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Shows a spinner while something without a known length runs, and leaves a line if it took over a second."""
+    console = err()
+    started = time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+    seconds = time.perf_counter() - started
+    if seconds > 1:
+        console.print(Text(f"{what}: {seconds:.1f} s", style="dim"), soft_wrap=True)
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar; yields `advance(count=1, what=None)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
+    with Progress(*columns, console=err(), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+
+        def advance(count: int = 1, what: str | None = None) -> None:
+            progress.update(task, advance=count, description=what)
+
+        yield advance
+
+
+def check_output(path: Path, suffix: str | None = None) -> Path:
+    """Returns `path` if a file can be written there; called before long work.
+
+    Raises:
+        MqAoError: wrong suffix, a folder, no such folder, or no permission.
+    """
+    if suffix is not None and path.suffix != suffix:
+        raise MqAoError(f"{path} must end in {suffix}.")
+    if path.is_dir():
+        raise MqAoError(f"{path} is a folder: give a file name.")
+    if not path.parent.is_dir():
+        raise MqAoError(f"the folder {path.parent} does not exist: create it first.")
+    try:
+        # Permission bits say nothing to root or on a read-only disk, so try.
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise MqAoError(f"{path} cannot be written ({error.strerror}): choose another output path.") from error
+
+
+def check_json(target: str | None) -> str | None:
+    """Checks the value of `--json` before long work; "-" is stdout.
+
+    Raises:
+        MqAoError: the file cannot be written.
+    """
+    if target is not None and target != "-":
+        check_output(Path(target))
+    return target
+
+
+def write_json(target: str, content: Any) -> None:
+    """Writes JSON to stdout ("-") or, in one step, to a file."""
+    text = json.dumps(content, indent=2) + "\n"
+    if target == "-":
+        print(text, end="")
+        return
+    from mq_ao.models.saving import write_atomically
+
+    write_atomically(Path(target), text.encode())
+
+
+def megabytes(size: float) -> str:
+    """A size in MB (10^6 bytes)."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

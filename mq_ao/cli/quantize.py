@@ -1,0 +1,69 @@
+"""`mq-ao quantize`: a float model becomes a saved integer program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mq_ao.cli.console import check_output, err, megabytes, out, step
+from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_float
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Program to write, ending in .pt2.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="Text, or token ids in a .npy or .safetensors file. Default for demo: the bundled calibration text.",
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="How to quantize, see mq_ao.recipes.")] = "rtn-w8a8",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens, spread evenly over the file.")] = 16384,
+    backend: Annotated[str, typer.Option(help="What to compile with.")] = "inductor",
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
+) -> None:
+    """Calibrate, quantize and compile a model, and save the program.
+
+    [bold]Examples[/bold]
+
+    mq-ao quantize demo -o demo-w8a8.pt2
+
+    mq-ao quantize state-spaces/mamba-130m-hf --calibration wiki.txt --tokens 32768 -o mamba-w8a8.pt2
+
+    mq-ao quantize ./my-mamba --calibration ids.npy --recipe rtn-w8a8-dynamic -o mine.pt2
+    """
+    check_output(output, ".pt2")
+    with step("starting"):
+        from mq_ao import api
+        from mq_ao.errors import MqAoError
+        from mq_ao.models import demo
+        from mq_ao.quantizer.backends import check_backend
+        from mq_ao.recipes import get_recipe
+        from mq_ao.text import calibration_batches, read_tokens
+    chosen = get_recipe(recipe)
+    check_backend(backend)
+    if calibration is None:
+        if model != "demo":
+            raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
+        calibration = demo.CALIBRATION
+    loaded = open_float(model)
+    opened = Opened(model, loaded, loaded.config.vocab_size, tokenizer)
+    codec = None if calibration.suffix in (".npy", ".safetensors") else opened.codec
+    batches = calibration_batches(read_tokens(calibration, opened.vocab_size, codec), tokens)
+    quantized = api.quantize(loaded, batches, chosen, progress=True)
+    err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
+    with step(f"compiling ({backend})"):
+        program = quantized.lower(backend)
+    program.save(output)
+    counts = ", ".join(f"{count} {name}" for name, count in program.integer_kernels.items())
+    console = out()
+    console.print(f"{output}: {megabytes(output.stat().st_size)}, integer kernels: {counts}", markup=False, soft_wrap=True)
+    console.print(
+        f"resident weights {megabytes(program.weight_bytes)}, {program.weight_bytes / opened.weight_bytes:.3f} of float32"
+    )

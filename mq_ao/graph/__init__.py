@@ -1,0 +1,8 @@
+"""Reading and editing exported graphs: roles, walks, the block matcher, node insertion."""
+
+from __future__ import annotations
+
+from mq_ao.graph.matcher import Block, Match, Rejection, match
+from mq_ao.graph.roles import Role
+
+__all__ = ["Block", "Match", "Rejection", "Role", "match"]

@@ -1,0 +1,35 @@
+"""The roles that nodes play in a Mamba graph."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from mq_ao.errors import MqAoError
+
+
+class Role(str, Enum):
+    """Name of a quantizable part of a Mamba model, as mamba_ssm calls it."""
+
+    IN_PROJ = "in_proj"
+    CONV1D = "conv1d"
+    X_PROJ = "x_proj"
+    DT_PROJ = "dt_proj"
+    OUT_PROJ = "out_proj"
+    HEAD = "head"
+    EMBEDDING = "embedding"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def parse(cls, name: str | Role) -> Role:
+        """Returns the role of that name.
+
+        Raises:
+            MqAoError: there is none; the message lists the known ones.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            known = ", ".join(role.value for role in cls)
+            raise MqAoError(f"unknown role {str(name)!r}: the roles are {known}.") from None

@@ -1,0 +1,88 @@
+"""Walking along the dataflow of an exported graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
+
+aten = torch.ops.aten
+
+LINEAR = frozenset({aten.linear.default})
+CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, aten.conv1d.padding})
+SCAN = frozenset({torch.ops.mq_ao.selective_scan.default})
+ACTIVATION = frozenset({aten.silu.default, aten.silu_.default})
+
+TRANSPARENT = frozenset(
+    {
+        operator.getitem,
+        aten.alias.default,
+        aten.chunk.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.dropout.default,
+        aten.expand.default,
+        aten.flatten.using_ints,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.squeeze.dim,
+        aten.to.device,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+        aten.transpose.int,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+    }
+)
+"""Operators that move or cast values without mixing or changing them: a walk passes through their first input."""
+
+
+def upstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Node:
+    """Follows first inputs from `node` (included) while the operator is in `through`; returns where it ends."""
+    while node.op == "call_function" and node.target in through and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def downstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Iterator[Node]:
+    """Yields the users of `node` that are not in `through`, looking behind those that are."""
+    for user in node.users:
+        if user.op == "call_function" and user.target in through:
+            yield from downstream(user, through=through)
+        else:
+            yield user
+
+
+def inputs(node: Node) -> Iterator[Node]:
+    """Tensor-like inputs of a node, in order, lists flattened."""
+    for arg in (*node.args, *node.kwargs.values()):
+        if isinstance(arg, Node):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from (item for item in arg if isinstance(item, Node))
+
+
+def calls(module: GraphModule, targets: Iterable[object]) -> list[Node]:
+    """The call_function nodes with one of these targets, in graph order."""
+    wanted = frozenset(targets)
+    return [node for node in module.graph.nodes if node.op == "call_function" and node.target in wanted]
+
+
+def module_path(node: Node) -> str:
+    """Qualified name of the innermost submodule that the node was traced in ("" at the top or if unknown)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return path.removeprefix("L['self'].").removeprefix("L__self___")

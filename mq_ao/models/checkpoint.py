@@ -1,0 +1,81 @@
+"""Reading the weights of a model folder; nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mq_ao.errors import MqAoError
+
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where weights are looked for; the first that exists is read."""
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether one of `FILES` is there."""
+    return any((folder / name).is_file() for name in FILES)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of `folder` by name, as stored.
+
+    Raises:
+        MqAoError: there are none, or a file is missing, cut off, broken or not a plain table of tensors.
+    """
+    for name in FILES:
+        path = folder / name
+        if path.is_file():
+            return _read_shards(path) if name.endswith(".index.json") else _read_file(path)
+    raise MqAoError(f"{folder} has no weights: one of {', '.join(FILES)} has to be there.")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MqAoError(f"{index} is no index of weights ({error!r}): fetch it again.") from error
+    weights: dict[str, Tensor] = {}
+    for name in sorted(map(str, names)):
+        # A shard lies beside its index: an index that points elsewhere is not followed.
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise MqAoError(f"{index} names {name}, and there is no such file beside it: fetch it.")
+        weights |= _read_file(index.parent / name)
+    return weights
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise MqAoError(f"{path} is cut off or broken ({error}): fetch it again.") from error
+    try:
+        values: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MqAoError(
+            f"{path} is broken or holds more than tensors, which is never executed "
+            f"({_first_sentence(error)}): fetch it again, or ask for the model as safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise MqAoError(f"{path} is cut off or broken ({_first_sentence(error)}): fetch it again.") from error
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+    ):
+        raise MqAoError(f"{path} is not a table of tensors by name: give a model's state_dict.")
+    return dict(values)
+
+
+def _first_sentence(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]

@@ -1,0 +1,109 @@
+"""Token-by-token generation for anything with a Mamba language model's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mq_ao.errors import MqAoError
+
+Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""`(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The default is greedy.
+
+    Attributes:
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k likeliest tokens (0: all).
+        top_p: keep the smallest set of tokens whose probability reaches p (1.0: all).
+        seed: seed of the draw; None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise MqAoError(f"temperature is {self.temperature}: give 0 (greedy) or a positive number.")
+        if self.top_k < 0:
+            raise MqAoError(f"top_k is {self.top_k}: give 0 (all tokens) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise MqAoError(f"top_p is {self.top_p}: give a number above 0 and at most 1.")
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A random generator with this seed."""
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Next token for each row: logits (batch, vocab_size) -> (batch, 1) int64."""
+        if self.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            kth = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        if self.top_p < 1:
+            logits = _keep_nucleus(logits, self.top_p)
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    ordered, index = logits.sort(-1, descending=True)
+    probability = ordered.softmax(-1)
+    # A token stays when the tokens before it do not reach top_p yet: the likeliest one always stays.
+    outside = probability.cumsum(-1) - probability >= top_p
+    return logits.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+
+
+@torch.no_grad()
+def stream(
+    step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None
+) -> Iterator[Tensor]:
+    """Yields the next tokens one by one, each (batch, 1) int64.
+
+    Args:
+        step: the model or lowered program.
+        input_ids: prompt, (batch, length) int64, length at least 1.
+        max_new_tokens: how many tokens to yield.
+        sampling: greedy if None.
+
+    Raises:
+        MqAoError: the prompt is empty or not (batch, length) integers, or max_new_tokens is negative.
+    """
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+        raise MqAoError(
+            f"a prompt is a (batch, length) int64 tensor; it is {tuple(input_ids.shape)}, {input_ids.dtype}."
+        )
+    if input_ids.numel() == 0:
+        raise MqAoError("the prompt is empty: give at least one token.")
+    if max_new_tokens < 0:
+        raise MqAoError(f"max_new_tokens is {max_new_tokens}: give 0 or a positive number.")
+    sampling = sampling or Sampling()
+    generator = sampling.generator(input_ids.device)
+    conv_state: Tensor | None = None
+    ssm_state: Tensor | None = None
+    tokens = input_ids
+    for _ in range(max_new_tokens):
+        logits, conv_state, ssm_state = step(tokens, conv_state, ssm_state)
+        tokens = sampling.choose(logits[:, -1], generator)
+        yield tokens
+
+
+def generate(
+    step: Step, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None
+) -> Tensor:
+    """Prompt and continuation: (batch, length) -> (batch, length + max_new_tokens) int64; see `stream`."""
+    return torch.cat([input_ids, *stream(step, input_ids, max_new_tokens, sampling)], dim=1)

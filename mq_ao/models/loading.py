@@ -1,0 +1,122 @@
+"""From a name to a `MambaLM`: the bundled model, local folders and hub ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mq_ao.errors import MqAoError
+from mq_ao.models import demo
+from mq_ao.models.checkpoint import FILES, has_weights, read_weights
+from mq_ao.models.layouts import Layout, read_layout
+from mq_ao.models.mamba import MambaLM
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load(source: str | Path) -> MambaLM:
+    """Loads a Mamba-1 language model in float32, in evaluation mode.
+
+    Args:
+        source: `"demo"` (the bundled model), a folder (transformers, mamba_ssm or our own layout) or a hub id.
+            A folder goes before a hub id of the same name.
+
+    Raises:
+        MqAoError: the source is not found, is another kind of model, or its weights are missing, extra, of
+            another shape, not finite, or cannot be read.
+    """
+    if source == "demo":
+        return load_folder(demo.FOLDER)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return load_folder(path)
+    if path.exists():
+        raise MqAoError(f"{path} is a file: give the folder that holds config.json and the weights.")
+    return load_folder(_download(str(source)))
+
+
+def load_folder(folder: Path) -> MambaLM:
+    """Loads the model in `folder`; see `load`."""
+    layout = read_layout(folder)
+    with torch.device("meta"):
+        model = MambaLM(layout.config)
+    try:
+        weights = _matched(model, layout, read_weights(folder))
+    except MqAoError as error:
+        raise MqAoError(f"{folder} cannot be loaded: {error}") from error
+    model.load_state_dict(weights, assign=True)
+    if layout.config.tie_embeddings:
+        model.lm_head.weight = model.backbone.embedding.weight
+    return model.eval()
+
+
+def _matched(model: MambaLM, layout: Layout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The stored weights in float32 under our names; an error names those that are not the model's."""
+    weights = {layout.rename(name): tensor for name, tensor in stored.items()}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    embedding = weights.get("backbone.embedding.weight")
+    if layout.config.tie_embeddings and embedding is not None:
+        head = weights.setdefault("lm_head.weight", embedding)
+        if not torch.equal(head, embedding):
+            raise MqAoError(
+                "the configuration ties the head to the embedding, and lm_head.weight differs from it."
+            )
+    if missing := expected.keys() - weights.keys():
+        raise MqAoError(f"weights are missing: {_listed(missing)}.")
+    if extra := weights.keys() - expected.keys():
+        raise MqAoError(
+            f"there are weights that a model of this configuration does not have: {_listed(extra)}."
+        )
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)} and should be {tuple(shape)}"
+        for name, shape in expected.items()
+        if weights[name].shape != shape
+    ]
+    if wrong:
+        raise MqAoError(f"weights do not fit the configuration: {_listed(wrong)}.")
+    if whole := [name for name in expected if not weights[name].is_floating_point()]:
+        raise MqAoError(f"weights are no floating-point numbers (already quantized?): {_listed(whole)}.")
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    if broken := [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]:
+        raise MqAoError(f"weights hold NaN or infinity: {_listed(broken)}.")
+    return weights
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    """The first names in order, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - most
+    return ", ".join(ordered[:most]) + (f", and {more} more" if more > 0 else "")
+
+
+def _download(source: str) -> Path:
+    """Fetches a hub model's configuration and weights into the hub's cache, as safetensors if there are."""
+    if not _HUB_ID.fullmatch(source):
+        raise MqAoError(f"there is no folder {source}: check the path.")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MqAoError(
+            f"there is no folder {source}, and hub ids need huggingface_hub: check the path, or run "
+            'pip install "mq-ao[hf]".'
+        ) from error
+    safe = [name for name in FILES if "safetensors" in name]
+    folder = Path()
+    for patterns in ([*safe, "model-*.safetensors"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"]):
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(source, allow_patterns=["config.json", *patterns])
+            )
+        except Exception as error:  # the hub's errors have no base class in common
+            reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+            raise MqAoError(
+                f"there is no folder {source}, and the hub gave no model of that name ({reason}): "
+                "check the spelling and the network."
+            ) from error
+        if has_weights(folder):
+            break
+    return folder

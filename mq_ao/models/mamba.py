@@ -1,0 +1,214 @@
+"""A Mamba-1 language model that exports to one graph for prefill and decode.
+
+Parameter names are those of mamba_ssm's `MambaLMHeadModel`, so its checkpoints load unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
+from mq_ao.errors import MqAoError
+from mq_ao.models.config import MambaConfig
+
+if TYPE_CHECKING:
+    from mq_ao.models.generate import Sampling
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise causal convolution with SiLU; weight (channels, 1, d_conv) as in `nn.Conv1d`."""
+
+    def __init__(self, channels: int, d_conv: int, *, bias: bool) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(d_conv)
+        self.weight = nn.Parameter(torch.empty(channels, 1, d_conv).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if bias else None
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x (batch, length, channels), state (batch, d_conv - 1, channels) -> the same shapes."""
+        return torch.ops.mq_ao.causal_conv1d(x, self.weight.squeeze(1), self.bias, state, "silu")
+
+
+class MambaMixer(nn.Module):
+    """The Mamba-1 block of the paper's Figure 3, gate included (METHOD.md's equations)."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        d_inner, d_state, rank = config.d_inner, config.d_state, config.rank
+        self.split_sizes = [rank, d_state, d_state]
+        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
+        self.conv1d = CausalConv1d(d_inner, config.d_conv, bias=config.conv_bias)
+        self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(rank, d_inner, bias=True)
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (batch, length, d_model); returns the block's output and both new states."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, conv_state = self.conv1d(u, conv_state)
+        dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
+        # The bias goes into the scan, where it is added next to the softplus.
+        delta = nn.functional.linear(dt, self.dt_proj.weight)
+        y, ssm_state = torch.ops.mq_ao.selective_scan(
+            u,
+            delta,
+            -torch.exp(self.A_log.to(ssm_state.dtype)),
+            B,
+            C,
+            self.D,
+            self.dt_proj.bias,
+            True,
+            ssm_state,
+        )
+        return self.out_proj(y * nn.functional.silu(z)), conv_state, ssm_state
+
+
+class MambaBlock(nn.Module):
+    """Pre-norm residual block: `hidden + mixer(norm(hidden))`."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.mixer = MambaMixer(config)
+
+    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (batch, length, d_model); returns it updated, and both new states."""
+        out, conv_state, ssm_state = self.mixer(self.norm(hidden), conv_state, ssm_state)
+        return hidden + out, conv_state, ssm_state
+
+
+class MambaBackbone(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.n_layer))
+        self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+
+    def forward(
+        self, input_ids: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """input_ids (batch, length) int64; states stacked over layers."""
+        hidden = self.embedding(input_ids)
+        conv_states, ssm_states = [], []
+        for index, layer in enumerate(self.layers):
+            hidden, conv, ssm = layer(hidden, conv_state[index], ssm_state[index])
+            conv_states.append(conv)
+            ssm_states.append(ssm)
+        return self.norm_f(hidden), torch.stack(conv_states), torch.stack(ssm_states)
+
+
+class MambaLM(nn.Module):
+    """Mamba-1 language model (Gu and Dao, 2023) with explicit states.
+
+    Args:
+        config: the model's shape.
+    """
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MambaBackbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises as mamba_ssm does: dt in [1e-3, 1e-1], residual writers scaled by 1/sqrt(n_layer)."""
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.lm_head.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, MambaMixer):
+                _init_dt(module.dt_proj)
+                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+                with torch.no_grad():
+                    module.out_proj.weight /= math.sqrt(self.config.n_layer)
+                for linear in (module.in_proj, module.out_proj):
+                    if linear.bias is not None:
+                        nn.init.zeros_(linear.bias)
+
+    def initial_states(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Zero states: conv (n_layer, batch, d_conv - 1, d_inner), ssm (n_layer, batch, d_inner, d_state).
+
+        They are float32, and float64 for a float64 model.
+        """
+        c = self.config
+        weight = self.backbone.embedding.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        conv = torch.zeros(c.n_layer, batch, c.d_conv - 1, c.d_inner, dtype=dtype, device=weight.device)
+        ssm = torch.zeros(c.n_layer, batch, c.d_inner, c.d_state, dtype=dtype, device=weight.device)
+        return conv, ssm
+
+    def forward(
+        self, input_ids: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs `length` tokens from the given states (zeros where None).
+
+        Args:
+            input_ids: (batch, length) int64, in [0, vocab_size).
+            conv_state: (n_layer, batch, d_conv - 1, d_inner) float32.
+            ssm_state: (n_layer, batch, d_inner, d_state) float32.
+
+        Returns:
+            logits (batch, length, vocab_size) and both states after the last token.
+        """
+        zero_conv, zero_ssm = self.initial_states(input_ids.shape[0])
+        hidden, conv_state, ssm_state = self.backbone(
+            input_ids,
+            zero_conv if conv_state is None else conv_state,
+            zero_ssm if ssm_state is None else ssm_state,
+        )
+        return self.lm_head(hidden), conv_state, ssm_state
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> MambaLM:
+        """Loads `"demo"`, a folder (transformers or mamba_ssm layout) or a hub id; see `loading.load`."""
+        from mq_ao.models.loading import load
+
+        return load(source)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes model.safetensors and config.json into `folder`; see `models.saving.save_pretrained`."""
+        from mq_ao.models.saving import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> Tensor:
+        """Continues `input_ids` (batch, length); see `models.generate.generate`.
+
+        Raises:
+            MqAoError: the prompt is empty, not (batch, length) integers, or outside the vocabulary.
+        """
+        from mq_ao.models.generate import generate
+
+        if input_ids.numel():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if not 0 <= low <= high < self.config.vocab_size:
+                raise MqAoError(
+                    f"the prompt's tokens run from {low} to {high}, and the model's vocabulary is 0 to "
+                    f"{self.config.vocab_size - 1}: was it encoded for another model?"
+                )
+        return generate(self, input_ids, max_new_tokens, sampling)
+
+
+def _init_dt(dt_proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+    """Initialises so that softplus(bias) is log-uniform in [dt_min, dt_max] (Mamba paper, section 3.6)."""
+    bound = dt_proj.in_features**-0.5
+    nn.init.uniform_(dt_proj.weight, -bound, bound)
+    dt = torch.exp(torch.rand(dt_proj.out_features) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(
+        min=dt_floor
+    )
+    with torch.no_grad():
+        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))

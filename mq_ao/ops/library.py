@@ -1,0 +1,109 @@
+"""The `mq_ao` operator library: schemas, and the choice between native and reference kernels.
+
+Schemas are defined in Python, so that graphs can be captured on a machine without a compiler. CPU kernels come from
+the C++ library in `mq_ao/ops/native`, which registers itself with the dispatcher when it is loaded. Below them lies a
+kernel for every device, written in Python: on its first CPU call it builds (or finds) the library and calls the
+operator again, which then reaches the native kernel. Where no library can be built, and on other devices, it runs
+the reference.
+
+`mq_ao::<name>_reference` is the reference as an operator of its own. A native kernel calls it for inputs that it does
+not take itself (float64, or bad input, for which the reference raises the error).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import SymBool
+
+from mq_ao.errors import MqAoError
+from mq_ao.ops.native import build
+
+logger = logging.getLogger(__name__)
+
+schemas = torch.library.Library("mq_ao", "DEF")
+_kernels = torch.library.Library("mq_ao", "IMPL", "CompositeExplicitAutograd")
+_references: dict[str, Callable[..., Any]] = {}
+
+
+class NativeState:
+    """What is known of the native library in this process."""
+
+    loaded = False
+    failure: str | None = None
+
+
+def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> None:
+    """Defines `mq_ao::name` with its shape function and its plain PyTorch reference.
+
+    Args:
+        name: operator name without namespace.
+        schema: argument and return part of the schema, for example `(Tensor x) -> Tensor`.
+        fake: shape function for FakeTensors.
+        reference: obviously right implementation in PyTorch; runs on any device and dtype.
+    """
+    schemas.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    schemas.define(f"{name}_reference{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"mq_ao::{name}", fake, lib=schemas)
+    torch.library.register_fake(f"mq_ao::{name}_reference", fake, lib=schemas)
+    _references[name] = reference
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if args[0].device.type == "cpu" and not NativeState.loaded and load_native():
+            return getattr(torch.ops.mq_ao, name)(*args, **kwargs)
+        return reference(*args, **kwargs)
+
+    _kernels.impl(name, kernel)
+    _kernels.impl(f"{name}_reference", reference)
+
+
+def require(condition: bool | SymBool, message: str) -> None:
+    """Raises MqAoError with `message` unless `condition` holds; a symbolic condition becomes a guard."""
+    if isinstance(condition, SymBool):
+        torch._check(condition, lambda: message)
+    elif not condition:
+        raise MqAoError(message)
+
+
+def reference(name: str) -> Callable[..., Any]:
+    """Returns the reference implementation of operator `name`."""
+    return _references[name]
+
+
+def native_available() -> bool:
+    """Whether the native kernels are loaded in this process."""
+    return NativeState.loaded
+
+
+def load_native() -> bool:
+    """Loads the native kernels, building them if needed; on failure warns once and returns False."""
+    if NativeState.loaded or NativeState.failure is not None:
+        return NativeState.loaded
+    try:
+        path = build.build()
+    except MqAoError as error:
+        NativeState.failure = str(error)
+        warnings.warn(
+            f"mq_ao runs its slow reference operators: {error} Run `mq-ao build-kernels` after mending that.",
+            stacklevel=2,
+        )
+        return False
+    _load(path)
+    return True
+
+
+def load_cached() -> None:
+    """Loads the native kernels if an up-to-date build lies in the cache; never builds."""
+    path = build.cached()
+    if path is not None:
+        _load(path)
+
+
+def _load(path: str) -> None:
+    torch.ops.load_library(path)
+    NativeState.loaded = True
+    logger.info("native kernels loaded from %s", path)

@@ -1,0 +1,1 @@
+"""C++ kernels (`*.h`: portable cores without torch types; `*.cpp`: their PyTorch registrations) and their build."""

@@ -1,0 +1,140 @@
+// Depthwise causal convolution and its gradient: the portable core, without torch types.
+//
+// Channels lie in the vector lanes. The sequence is read as if the d_conv - 1 inputs of the initial state (or zeros)
+// stood before it: "padded" row p is state row p for p < d_conv - 1, then input row p - (d_conv - 1).
+#pragma once
+
+#include "scan.h"
+
+namespace mq_ao {
+
+struct ConvShape {
+  int64_t batch, length, channels, d_conv;
+};
+
+template <typename T>
+struct ConvInputs {
+  ConvShape shape;
+  Rows<const T> x;
+  const float* weight;         // (channels, d_conv)
+  const float* bias;           // (channels) or null
+  const float* initial_state;  // (batch, d_conv - 1, channels) or null
+  bool silu;
+};
+
+// Row p of the padded sequence of batch element b.
+template <typename T>
+inline Vec padded_row(const ConvInputs<T>& in, int64_t b, int64_t p, int64_t c, int lanes) {
+  const int64_t history = in.shape.d_conv - 1;
+  if (p >= history) return load(in.x.at(b, p - history) + c, lanes);
+  if (!in.initial_state) return Vec{};
+  return load(in.initial_state + (b * history + p) * in.shape.channels + c, lanes);
+}
+
+// Calls f with a constant d_conv for the common sizes, else with 0.
+template <typename F>
+inline void for_taps(int64_t d_conv, F&& f) {
+  switch (d_conv) {
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    default: return f(std::integral_constant<int, 0>{});
+  }
+}
+
+// Outputs [start, stop) of one vector block; Taps is d_conv, or 0 for any.
+template <int Taps, typename T>
+void conv_block(
+    const ConvInputs<T>& in, int64_t b, int64_t c, int lanes, int64_t start, int64_t stop, const Vec* weight, Vec bias,
+    Rows<T> y) {
+  const int64_t taps = Taps ? Taps : in.shape.d_conv;
+  for (int64_t t = start; t < stop; ++t) {
+    Vec sum = bias;
+    if (t >= taps - 1) {
+      const T* newest = in.x.at(b, t) + c;
+      for (int64_t k = 0; k < taps; ++k) sum += weight[k] * load(newest - (taps - 1 - k) * in.x.time, lanes);
+    } else {
+      for (int64_t k = 0; k < taps; ++k) sum += weight[k] * padded_row(in, b, t + k, c, lanes);
+    }
+    store(in.silu ? silu(sum) : sum, y.at(b, t) + c, lanes);
+  }
+}
+
+// All of batch element b in channels [first, first + count).
+template <typename T>
+void conv_task(const ConvInputs<T>& in, int64_t b, int64_t first, int64_t count, Rows<T> y, float* last_state) {
+  const int64_t taps = in.shape.d_conv, length = in.shape.length, channels = in.shape.channels;
+  constexpr int kFewTaps = 8;
+  Vec few[kFewTaps];
+  const Scratch<Vec> many(taps > kFewTaps ? taps : 1);
+  Vec* weight = taps > kFewTaps ? many.get() : few;
+  // Time is cut into chunks, so that the blocks of a range read neighbouring memory in turn.
+  for (int64_t start = 0; start < length; start += kChunk) {
+    for (int64_t c = first; c < first + count; c += kLanes) {
+      const int lanes = int(std::min<int64_t>(kLanes, first + count - c));
+      for (int64_t k = 0; k < taps; ++k) weight[k] = gather(in.weight + c * taps + k, taps, lanes);
+      const Vec bias = in.bias ? load(in.bias + c, lanes) : Vec{};
+      for_taps(taps, [&](auto constant) {
+        conv_block<decltype(constant)::value>(
+            in, b, c, lanes, start, std::min(start + kChunk, length), weight, bias, y);
+      });
+    }
+  }
+  for (int64_t p = 0; p < taps - 1; ++p)
+    for (int64_t c = first; c < first + count; c += kLanes) {
+      const int lanes = int(std::min<int64_t>(kLanes, first + count - c));
+      store(padded_row(in, b, length + p, c, lanes), last_state + (b * (taps - 1) + p) * channels + c, lanes);
+    }
+}
+
+template <typename T>
+struct ConvGradients {
+  Rows<const T> dy;
+  const float* dlast_state;  // (batch, d_conv - 1, channels)
+  Rows<T> dx;
+  float* dweight;         // (batch, channels, d_conv): one sum a batch element
+  float* dbias;           // (batch, channels)
+  float* dinitial_state;  // (batch, d_conv - 1, channels)
+};
+
+// Gradient of one vector block of batch element b. Gradients before the activation pass through a ring of d_conv
+// vectors: row p of the padded input meets those of steps p - d_conv + 1 ... p.
+template <typename T>
+void conv_gradient_block(const ConvInputs<T>& in, int64_t b, int64_t c, int lanes, const ConvGradients<T>& out) {
+  const int64_t taps = in.shape.d_conv, length = in.shape.length, channels = in.shape.channels;
+  const Scratch<Vec> memory(3 * taps);
+  Vec *weight = memory.get(), *dweight = weight + taps, *ring = dweight + taps;
+  for (int64_t k = 0; k < taps; ++k) {
+    weight[k] = gather(in.weight + c * taps + k, taps, lanes);
+    dweight[k] = ring[k] = Vec{};
+  }
+  const Vec bias = in.bias ? load(in.bias + c, lanes) : Vec{};
+  Vec dbias{};
+  for (int64_t p = 0; p < length + taps - 1; ++p) {
+    Vec dpre{};
+    if (p < length) {
+      dpre = load(out.dy.at(b, p) + c, lanes);
+      if (in.silu) {
+        Vec pre = bias;
+        for (int64_t k = 0; k < taps; ++k) pre += weight[k] * padded_row(in, b, p + k, c, lanes);
+        const Vec gate = sigmoid(pre);
+        dpre *= gate * (1.0f + pre * (1.0f - gate));
+      }
+      dbias += dpre;
+      for (int64_t k = 0; k < taps; ++k) dweight[k] += dpre * padded_row(in, b, p + k, c, lanes);
+    }
+    for (int64_t k = taps - 1; k > 0; --k) ring[k] = ring[k - 1];
+    ring[0] = dpre;
+    Vec d{};
+    for (int64_t k = 0; k < taps; ++k) d += weight[k] * ring[k];
+    if (p >= length) d += load(out.dlast_state + (b * (taps - 1) + p - length) * channels + c, lanes);
+    if (p >= taps - 1)
+      store(d, out.dx.at(b, p - (taps - 1)) + c, lanes);
+    else
+      store(d, out.dinitial_state + (b * (taps - 1) + p) * channels + c, lanes);
+  }
+  for (int64_t k = 0; k < taps; ++k) scatter(dweight[k], out.dweight + (b * channels + c) * taps + k, taps, lanes);
+  store(dbias, out.dbias + b * channels + c, lanes);
+}
+
+}  // namespace mq_ao

@@ -1,0 +1,60 @@
+// mq_ao::qcausal_conv1d for PyTorch's CPU dispatch key; the schema is defined in Python.
+
+#include "qconv.h"
+
+#include "glue.h"
+
+namespace mq_ao {
+namespace {
+
+using Activation = std::optional<c10::string_view>;
+
+bool is_native(
+    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias,
+    const OptionalTensor& initial_state, const Activation& activation) {
+  if (x.dim() != 3 || weight.dim() != 2 || x.size(1) == 0 || weight.size(1) == 0) return false;
+  const int64_t channels = x.size(2);
+  return x.scalar_type() == at::kByte && weight.scalar_type() == at::kChar &&
+      weight_scale.scalar_type() == at::kFloat && weight_scale.numel() == channels && weight.size(0) == channels &&
+      has_shape(bias, {channels}) && has_shape(initial_state, {x.size(0), weight.size(1) - 1, channels}) &&
+      (!activation || *activation == "silu");
+}
+
+std::tuple<Tensor, Tensor> qcausal_conv1d(
+    const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& weight, const Tensor& weight_scale,
+    const OptionalTensor& bias, const OptionalTensor& initial_state, Activation activation) {
+  if (!is_native(x, weight, weight_scale, bias, initial_state, activation))
+    return call_reference<decltype(qcausal_conv1d)>(
+        "qcausal_conv1d", x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation);
+  const Tensor x_ = dense_rows(x), weight_ = weight.contiguous(), scale_ = weight_scale.contiguous();
+  const OptionalTensor bias_ = float_contiguous(bias), state = float_contiguous(initial_state);
+  const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2), taps = weight.size(1);
+  Tensor y = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  Tensor last_state = at::empty({batch, taps - 1, channels}, y.options());
+  const QConvInputs in{{batch, length, channels, taps},
+                       rows<const uint8_t>(x_),
+                       float(x_scale),
+                       float(x_zero_point),
+                       weight_.const_data_ptr<int8_t>(),
+                       scale_.const_data_ptr<float>(),
+                       data_or_null(bias_),
+                       data_or_null(state),
+                       activation.has_value()};
+  const Rows<float> out = rows<float>(y);
+  float* last = last_state.data_ptr<float>();
+  const int64_t range = kRangeBlocks * kLanes, ranges = ceil_div(channels, range);
+  // A thread is woken for 32768 outputs, some microseconds of work.
+  const int64_t grain = std::max<int64_t>(1, 32768 / (range * length));
+  at::parallel_for(0, batch * ranges, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % ranges * range;
+      qconv_task(in, i / ranges, first, std::min(range, channels - first), out, last);
+    }
+  });
+  return {y, last_state};
+}
+
+TORCH_LIBRARY_IMPL(mq_ao, CPU, m) { m.impl("qcausal_conv1d", qcausal_conv1d); }
+
+}  // namespace
+}  // namespace mq_ao

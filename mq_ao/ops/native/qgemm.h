@@ -1,0 +1,319 @@
+// Integer matrix product y = (x - zero point) w^T for linear layers: unsigned 8-bit activations, signed 8-bit weights,
+// exact 32-bit sums, float32 epilogue. No torch types and no threads: the caller hands out the parts of a `Plan`.
+//
+// One packed copy of the weights (N outputs, K inputs) serves one row and thousands. Outputs are padded with zeros to a
+// multiple of 16, inputs to a multiple of 4, and cut into panels of 64 outputs (the last may be narrower):
+//   a panel is [K4 / 4][width][4] bytes, so that 4 consecutive inputs of 16 outputs are one 64-byte vector;
+//   after the last panel: the int32 sum of each padded output's weights, which the zero point needs.
+// A tile of the output (6 rows of 64 columns with AVX-512) stays in registers over all of K. There is no blocking over
+// K: a panel of 5120 inputs still fits the second-level cache.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "qgemm_dot.h"
+
+namespace mq_ao::qgemm {
+
+inline constexpr int64_t kPanel = 64;
+// Sums of so many products of 8-bit numbers (255 * 128 * K) fit in 32 bits.
+inline constexpr int64_t kMaxInputs = 65536;
+
+inline int64_t padded_inputs(int64_t k) { return (k + 3) / 4 * 4; }
+inline int64_t padded_outputs(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
+inline int64_t packed_bytes(int64_t n, int64_t k) { return padded_outputs(n) * (padded_inputs(k) + 4); }
+
+// Where the weight of output `row` and input `column` lies in the packed bytes.
+inline int64_t packed_offset(int64_t n, int64_t k, int64_t row, int64_t column) {
+  const int64_t first = row / kPanel * kPanel;
+  const int64_t width = std::min(kPanel, padded_outputs(n) - first);
+  return first * padded_inputs(k) + (column / 4 * width + row - first) * 4 + column % 4;
+}
+
+inline void pack(const int8_t* weight, int64_t n, int64_t k, int8_t* packed) {
+  std::memset(packed, 0, packed_bytes(n, k));
+  int8_t* sums = packed + padded_outputs(n) * padded_inputs(k);
+  for (int64_t row = 0; row < n; ++row) {
+    int32_t sum = 0;
+    for (int64_t column = 0; column < k; ++column) {
+      const int8_t value = weight[row * k + column];
+      packed[packed_offset(n, k, row, column)] = value;
+      sum += value;
+    }
+    std::memcpy(sums + 4 * row, &sum, sizeof sum);
+  }
+}
+
+inline void unpack(const int8_t* packed, int64_t n, int64_t k, int8_t* weight) {
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t column = 0; column < k; ++column) {
+      weight[row * k + column] = packed[packed_offset(n, k, row, column)];
+    }
+  }
+}
+
+struct Activations {
+  const uint8_t* data;  // every row readable up to padded_inputs(k) bytes; the padding may hold anything
+  int64_t stride;       // bytes from row to row
+  const float* scale;   // scale[row * scale_step]
+  int64_t scale_step;   // 0: one scale for all rows; 1: one for each row
+  int32_t zero_point;
+};
+
+struct Linear {
+  const int8_t* packed;
+  int64_t n, k;
+  const float* scale;  // (n)
+  const float* bias;   // (n), or null
+};
+
+// Contiguous rows of n values: float32, or uint8 where `requantize` is set.
+struct Output {
+  void* data;
+  bool requantize = false;
+  float inverse_scale = 1.0f;
+  int32_t zero_point = 0;
+};
+
+// A value the optimiser knows nothing of. Keeps a product from being fused with the addition that uses it, and a
+// division from becoming a product, so that results equal the PyTorch reference bit for bit under -ffast-math too.
+template <typename T>
+inline T pinned(T value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__SSE2__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  volatile T copy = value;
+  value = copy;
+#endif
+  return value;
+}
+
+#if defined(__AVX512F__)
+inline constexpr int kWidth = 16;  // 32-bit values in a vector; divides kLane
+#elif defined(__AVX2__)
+inline constexpr int kWidth = 8;
+#else
+inline constexpr int kWidth = 4;
+#endif
+typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+
+template <typename Vector, typename Value>
+inline Vector load_vector(const Value* p, int64_t count) {
+  Vector v{};
+  if (count >= kWidth) {
+    std::memcpy(&v, p, sizeof v);
+  } else {
+    std::memcpy(&v, p, count * sizeof(Value));
+  }
+  return v;
+}
+
+template <typename Vector, typename Value>
+inline void store_vector(const Vector& v, Value* p, int64_t count) {
+  if (count >= kWidth) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    std::memcpy(p, &v, count * sizeof(Value));
+  }
+}
+
+inline Bytes requantized(Floats y, const Output& out) {
+  const float low = static_cast<float>(-out.zero_point), high = static_cast<float>(255 - out.zero_point);
+  y = pinned(y * out.inverse_scale);
+  // The bounds are integers, so that clamping may come before rounding; NaN becomes `low`.
+  y = y > low ? y : Floats{} + low;
+  y = y < high ? y : Floats{} + high;
+  // Rounds half to even: a float of 1.5 * 2^23 has no bits for a fraction.
+  const Floats rounded = pinned(y + 12582912.0f) - 12582912.0f;
+  return __builtin_convertvector(__builtin_convertvector(rounded, Integers) + out.zero_point, Bytes);
+}
+
+// Writes a tile of outputs from its exact sums, which lie kPanel apart from row to row.
+inline void finish_tile(const int32_t* sums, int rows, int lanes, const Activations& x, const Linear& w,
+                        const Output& out, int64_t row, int64_t column) {
+  const int8_t* weight_sums = w.packed + padded_outputs(w.n) * padded_inputs(w.k);
+  const int64_t end = std::min<int64_t>(w.n, column + lanes * kLane);
+  for (int64_t n = column; n < end; n += kWidth) {
+    const int64_t count = end - n;
+    Integers correction;
+    std::memcpy(&correction, weight_sums + 4 * n, sizeof correction);
+    correction *= x.zero_point - Dot::kOffset;
+    const Floats scale = load_vector<Floats>(w.scale + n, count);
+    const Floats bias = w.bias ? load_vector<Floats>(w.bias + n, count) : Floats{};
+    for (int m = 0; m < rows; ++m) {
+      Integers sum;
+      std::memcpy(&sum, sums + m * kPanel + (n - column), sizeof sum);
+      const float row_scale = x.scale[(row + m) * x.scale_step];
+      const Floats product = __builtin_convertvector(sum - correction, Floats) * pinned(scale * row_scale);
+      const Floats y = pinned(product) + bias;
+      const int64_t at = (row + m) * w.n + n;
+      if (out.requantize) {
+        store_vector(requantized(y, out), static_cast<uint8_t*>(out.data) + at, count);
+      } else {
+        store_vector(y, static_cast<float*>(out.data) + at, count);
+      }
+    }
+  }
+}
+
+// A tile of ROWS rows from `row` and LANES groups of 16 columns from `column`, all of one panel.
+template <int ROWS, int LANES>
+inline void tile(const Activations& x, const Linear& w, const Output& out, int64_t row, int64_t column) {
+  // One row is bound by memory; hardware prefetchers stop at every page, so look one page ahead.
+  constexpr int64_t kAhead = 4096;
+  const int64_t depth = padded_inputs(w.k), first = column / kPanel * kPanel;
+  const int64_t step = 4 * std::min(kPanel, padded_outputs(w.n) - first);
+  const int8_t* weights = w.packed + first * depth + (column - first) * 4;
+  const uint8_t* rows[ROWS];
+  typename Dot::Sum sum[ROWS][LANES];
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m) {
+    rows[m] = x.data + (row + m) * x.stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < LANES; ++v) sum[m][v] = Dot::zero();
+  }
+  for (int64_t k = 0; k < depth; k += 4, weights += step) {
+    typename Dot::Weights b[LANES];
+#pragma GCC unroll 4
+    for (int v = 0; v < LANES; ++v) {
+      if (ROWS == 1) __builtin_prefetch(weights + 64 * v + kAhead);
+      b[v] = Dot::load_weights(weights + 64 * v);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+      const typename Dot::Activation a = Dot::load_activation(rows[m] + k);
+#pragma GCC unroll 4
+      for (int v = 0; v < LANES; ++v) Dot::dot(sum[m][v], a, b[v]);
+    }
+  }
+  // Through memory: with the epilogue on these registers, GCC spills inside the loop above.
+  alignas(64) int32_t sums[ROWS * kPanel];
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < LANES; ++v) Dot::store(sum[m][v], sums + m * kPanel + v * kLane);
+  }
+  finish_tile(sums, ROWS, LANES, x, w, out, row, column);
+}
+
+template <int ROWS>
+inline void tile_of(int lanes, const Activations& x, const Linear& w, const Output& out, int64_t row, int64_t column) {
+  if constexpr (Dot::kLanes == 4) {
+    if (lanes == 4) return tile<ROWS, 4>(x, w, out, row, column);
+    if (lanes == 3) return tile<ROWS, 3>(x, w, out, row, column);
+    if (lanes == 2) return tile<ROWS, 2>(x, w, out, row, column);
+  }
+  tile<ROWS, 1>(x, w, out, row, column);
+}
+
+// Columns [column, end) of one panel for rows [row, row_end), at most Dot::kRows of them.
+inline void strip(const Activations& x, const Linear& w, const Output& out, int64_t row, int64_t row_end,
+                  int64_t column, int64_t end) {
+  constexpr int most = Dot::kRows;
+  for (; column < end; column += kLane * Dot::kLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(Dot::kLanes, (end - column + kLane - 1) / kLane));
+    switch (row_end - row) {
+      case 1: tile_of<1>(lanes, x, w, out, row, column); break;
+      case 2: tile_of<std::min(2, most)>(lanes, x, w, out, row, column); break;
+      case 3: tile_of<std::min(3, most)>(lanes, x, w, out, row, column); break;
+      case 4: tile_of<std::min(4, most)>(lanes, x, w, out, row, column); break;
+      case 5: tile_of<std::min(5, most)>(lanes, x, w, out, row, column); break;
+      default: tile_of<most>(lanes, x, w, out, row, column); break;
+    }
+  }
+}
+
+// Start of part `i` of `parts` equal parts of [begin, end).
+inline int64_t cut(int64_t begin, int64_t end, int64_t i, int64_t parts) { return begin + (end - begin) * i / parts; }
+
+// Rows [row, row_end) of columns [column, column_end); `column` is a multiple of kLane.
+inline void block(const Activations& x, const Linear& w, const Output& out, int64_t row, int64_t row_end,
+                  int64_t column, int64_t column_end) {
+  // So many activations stay in the second-level cache while the panels pass.
+  const int64_t most = std::max<int64_t>(4 * Dot::kRows, (256 << 10) / padded_inputs(w.k));
+  const int64_t blocks = (row_end - row + most - 1) / most;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t begin = cut(row, row_end, i, blocks), end = cut(row, row_end, i + 1, blocks);
+    const int64_t groups = (end - begin + Dot::kRows - 1) / Dot::kRows;
+    for (int64_t n = column; n < column_end;) {
+      const int64_t panel_end = std::min(column_end, (n / kPanel + 1) * kPanel);
+      for (int64_t g = 0; g < groups; ++g) {
+        strip(x, w, out, cut(begin, end, g, groups), cut(begin, end, g + 1, groups), n, panel_end);
+      }
+      n = panel_end;
+    }
+  }
+}
+
+// A grid of parts of about equal cost: `rows` times `columns` of them.
+struct Plan {
+  int64_t rows = 1, columns = 1;
+  int64_t parts() const { return rows * columns; }
+};
+
+inline Plan plan(int64_t m, int64_t n, int64_t k, int64_t threads) {
+  // Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second. A second
+  // thread is worth waking for a microsecond of work.
+  const double alone = static_cast<double>(n) * static_cast<double>(k) * (1.0 / 40 + static_cast<double>(m) / 500);
+  threads = std::clamp<int64_t>(static_cast<int64_t>(alone / 1000), 1, threads);
+  const int64_t groups = (m + Dot::kRows - 1) / Dot::kRows, lanes = padded_outputs(n) / kLane;
+  Plan best;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t rows = 1; rows <= std::min(threads, groups); ++rows) {
+    const int64_t columns = std::min(lanes, threads / rows);
+    const int64_t cost = ((groups + rows - 1) / rows) * ((lanes + columns - 1) / columns);
+    if (cost < least) {
+      least = cost;
+      best = {rows, columns};
+    }
+  }
+  return best;
+}
+
+inline void run_part(const Activations& x, const Linear& w, const Output& out, int64_t m, const Plan& plan,
+                     int64_t part) {
+  const int64_t r = part / plan.columns, c = part % plan.columns, lanes = padded_outputs(w.n) / kLane;
+  block(x, w, out, cut(0, m, r, plan.rows), cut(0, m, r + 1, plan.rows), kLane * cut(0, lanes, c, plan.columns),
+        std::min(w.n, kLane * cut(0, lanes, c + 1, plan.columns)));
+}
+
+inline int32_t bits_of(float value) { return __builtin_bit_cast(int32_t, value); }
+inline float to_float(float value) { return value; }
+// A bfloat16 is the upper half of a float32.
+inline float to_float(uint16_t value) { return __builtin_bit_cast(float, static_cast<uint32_t>(value) << 16); }
+
+inline constexpr int32_t kTokenZeroPoint = 128;
+
+// Quantizes one token: scale = max|x| / 127, at least the smallest normal float; q = round half even(x * (1 / scale)),
+// stored with zero point 128. `x` holds float32, or bfloat16 as uint16. A row with NaN or infinity gets scale NaN.
+template <typename Value>
+inline float quantize_token(const Value* x, int64_t k, uint8_t* q) {
+  std::memset(q + k, 0, padded_inputs(k) - k);
+  // As integers, the bits of non-negative floats have the floats' order, with infinity and then NaN on top.
+  int32_t top = 0;
+  for (int64_t i = 0; i < k; ++i) top = std::max(top, bits_of(to_float(x[i])) & 0x7fffffff);
+  if (top >= 0x7f800000) {
+    std::memset(q, kTokenZeroPoint, k);
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  const float scale = std::max(__builtin_bit_cast(float, top) / pinned(127.0f), FLT_MIN);
+  const float inverse = 1.0f / pinned(scale);
+  // |x * inverse| is at most 127 and a few ulp, so that no clamp is needed.
+  for (int64_t i = 0; i < k; ++i) {
+    q[i] = static_cast<uint8_t>(static_cast<int32_t>(std::rint(to_float(x[i]) * inverse)) + kTokenZeroPoint);
+  }
+  return scale;
+}
+
+}  // namespace mq_ao::qgemm

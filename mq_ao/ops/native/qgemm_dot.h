@@ -1,0 +1,159 @@
+// Dot products of 4 unsigned activations with 4 signed weights for 16 output columns at a time, one variant for each
+// instruction set. Every variant is exact: sums have 32 bits and no step saturates.
+//
+// A variant gives
+//   kRows, kLanes  largest tile whose sums fit the registers: rows, and groups of 16 columns (`kLanes` is 1 or 4);
+//   kOffset        what it subtracts from each activation (128 where the instruction wants signed bytes);
+//   Activation, Weights, Sum, and the functions on them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace mq_ao::qgemm {
+
+inline constexpr int kLane = 16;  // output columns of one group
+
+inline int32_t load_word(const void* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+
+struct Dot {
+  static constexpr int kRows = 6, kLanes = 4, kOffset = 0;
+  using Activation = __m512i;
+  using Weights = __m512i;
+  using Sum = __m512i;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static Activation load_activation(const uint8_t* p) { return _mm512_set1_epi32(load_word(p)); }
+  static Weights load_weights(const int8_t* p) {
+    Weights w = _mm512_loadu_si512(p);
+    asm("" : "+v"(w));  // else GCC repeats the load in every use, and loads bound the tile
+    return w;
+  }
+  static void dot(Sum& sum, const Activation& a, const Weights& w) { sum = _mm512_dpbusd_epi32(sum, a, w); }
+  static void store(const Sum& sum, int32_t* p) { _mm512_store_si512(p, sum); }
+};
+
+#elif defined(__AVXVNNI__)
+
+struct Dot {
+  static constexpr int kRows = 6, kLanes = 1, kOffset = 0;
+  using Activation = __m256i;
+  struct Weights {
+    __m256i part[2];
+  };
+  using Sum = Weights;
+  static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Activation load_activation(const uint8_t* p) { return _mm256_set1_epi32(load_word(p)); }
+  static Weights load_weights(const int8_t* p) {
+    auto* v = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+  }
+  static void dot(Sum& sum, const Activation& a, const Weights& w) {
+    for (int i = 0; i < 2; ++i) sum.part[i] = _mm256_dpbusd_avx_epi32(sum.part[i], a, w.part[i]);
+  }
+  static void store(const Sum& sum, int32_t* p) { std::memcpy(p, &sum, sizeof sum); }
+};
+
+#elif defined(__AVX2__)
+
+// maddubs saturates, so both factors are widened to 16 bits; each column then has two partial sums until `store`.
+struct Dot {
+  static constexpr int kRows = 2, kLanes = 1, kOffset = 0;
+  using Activation = __m256i;
+  struct Weights {
+    __m256i part[4];
+  };
+  using Sum = Weights;
+  static Sum zero() {
+    const __m256i z = _mm256_setzero_si256();
+    return {{z, z, z, z}};
+  }
+  static Activation load_activation(const uint8_t* p) {
+    return _mm256_broadcastq_epi64(_mm_cvtepu8_epi16(_mm_cvtsi32_si128(load_word(p))));
+  }
+  static Weights load_weights(const int8_t* p) {
+    Weights w;
+    for (int i = 0; i < 4; ++i) {
+      w.part[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+    }
+    return w;
+  }
+  static void dot(Sum& sum, const Activation& a, const Weights& w) {
+    for (int i = 0; i < 4; ++i) sum.part[i] = _mm256_add_epi32(sum.part[i], _mm256_madd_epi16(a, w.part[i]));
+  }
+  static void store(const Sum& sum, int32_t* p) {
+    for (int i = 0; i < 2; ++i) {
+      // hadd works within 128-bit halves: columns come out as 0 1 4 5 | 2 3 6 7.
+      const __m256i pairs = _mm256_hadd_epi32(sum.part[2 * i], sum.part[2 * i + 1]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(p) + i, _mm256_permute4x64_epi64(pairs, 0xd8));
+    }
+  }
+};
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+struct Dot {
+  static constexpr int kRows = 6, kLanes = 1, kOffset = 128;
+  using Activation = int8x16_t;
+  using Weights = int8x16x4_t;
+  using Sum = int32x4x4_t;
+  static Sum zero() {
+    const int32x4_t z = vdupq_n_s32(0);
+    return {{z, z, z, z}};
+  }
+  static Activation load_activation(const uint8_t* p) {
+    return veorq_s8(vreinterpretq_s8_s32(vdupq_n_s32(load_word(p))), vdupq_n_s8(-128));
+  }
+  static Weights load_weights(const int8_t* p) {
+    return {{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}};
+  }
+  static void dot(Sum& sum, const Activation& a, const Weights& w) {
+    for (int i = 0; i < 4; ++i) sum.val[i] = vdotq_s32(sum.val[i], w.val[i], a);
+  }
+  static void store(const Sum& sum, int32_t* p) { std::memcpy(p, &sum, sizeof sum); }
+};
+
+#else
+
+// 64 partial sums that any compiler vectorises; every product fits in 16 bits, which is what vector units multiply.
+struct Dot {
+  static constexpr int kRows = 1, kLanes = 1, kOffset = 0;
+  struct Activation {
+    int16_t value[64];
+  };
+  using Weights = const int8_t*;
+  struct Sum {
+    int32_t value[64];
+  };
+  static Sum zero() { return {}; }
+  static Activation load_activation(const uint8_t* p) {
+    Activation a;
+    for (int i = 0; i < 64; ++i) a.value[i] = p[i % 4];
+    return a;
+  }
+  static Weights load_weights(const int8_t* p) { return p; }
+  static void dot(Sum& sum, const Activation& a, const Weights& w) {
+    for (int i = 0; i < 64; ++i) sum.value[i] += static_cast<int16_t>(a.value[i] * w[i]);
+  }
+  static void store(const Sum& sum, int32_t* p) {
+    for (int i = 0; i < kLane; ++i) {
+      const int32_t* s = sum.value + 4 * i;
+      p[i] = s[0] + s[1] + s[2] + s[3];
+    }
+  }
+};
+
+#endif
+
+}  // namespace mq_ao::qgemm

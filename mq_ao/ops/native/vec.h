@@ -1,0 +1,198 @@
+// Float vectors as wide as the target has them, with the functions the kernels need. No torch types here.
+//
+// GCC and Clang vector extensions give AVX-512, AVX2, NEON or plain SSE2 code from one source; the width is chosen
+// when the file is compiled. Compile with -ffp-contract=fast, so that `a * b + c` becomes one fused instruction, and
+// without -ffast-math: NaN and infinity must pass through.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace mq_ao {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// States of the recurrence that fit into registers next to the constants of exp2.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxGroup = 16;
+#else
+constexpr int kMaxGroup = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+
+// A bfloat16 number: the upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
+inline void from_float(float x, float* out) { *out = x; }
+// Rounds to nearest even; a NaN stays a quiet NaN.
+inline void from_float(float x, BFloat16* out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  out->bits = x != x ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec load(const BFloat16* p) {
+  HalfVec half;
+  std::memcpy(&half, p, sizeof half);
+  return bit_cast<Vec>(__builtin_convertvector(half, UintVec) << 16);
+}
+inline void store(Vec v, float* p) { std::memcpy(p, &v, sizeof v); }
+inline void store(Vec v, BFloat16* p) {
+  const UintVec bits = bit_cast<UintVec>(v);
+  const UintVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const HalfVec half = __builtin_convertvector(v != v ? (bits >> 16 | 0x40) : rounded, HalfVec);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// The first `count` lanes; the others read as zero and are not written.
+template <typename T>
+inline Vec load(const T* p, int count) {
+  if (count == kLanes) return load(p);
+  Vec v{};
+  for (int i = 0; i < count; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+template <typename T>
+inline void store(Vec v, T* p, int count) {
+  if (count == kLanes) return store(v, p);
+  for (int i = 0; i < count; ++i) from_float(v[i], p + i);
+}
+// Lanes `stride` elements apart.
+inline Vec gather(const float* p, int64_t stride, int count) {
+  Vec v{};
+  for (int i = 0; i < count; ++i) v[i] = p[i * stride];
+  return v;
+}
+inline void scatter(Vec v, float* p, int64_t stride, int count) {
+  for (int i = 0; i < count; ++i) p[i * stride] = v[i];
+}
+
+// NaN in `x` passes through both.
+inline Vec at_least(Vec x, float low) { return x < low ? broadcast(low) : x; }
+inline Vec at_most(Vec x, float high) { return x > high ? broadcast(high) : x; }
+inline Vec absolute(Vec x) { return bit_cast<Vec>(bit_cast<UintVec>(x) & 0x7fffffffu); }
+
+inline float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(bit_cast<__m512>(v));
+#else
+  float parts[kLanes];
+  store(v, parts);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+#endif
+}
+
+// Nearest integer, as a float; |x| < 2^22. Adding 1.5 * 2^23 leaves no room for a fraction.
+constexpr float kRoundMagic = 12582912.0f;
+inline Vec round_small(Vec x) { return (x + kRoundMagic) - kRoundMagic; }
+
+// 2^n for integral n in [-127, 127]; 2^-127 gives 0 and n = 128 infinity.
+inline Vec power_of_two(Vec n) {
+  return bit_cast<Vec>((bit_cast<IntVec>(n + kRoundMagic) << 23) + (127 << 23));
+}
+
+// p * 2^n for integral n in [-252, 254], rounding into denormals and to infinity as ldexp does.
+inline Vec scale(Vec p, Vec n) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+#else
+  const Vec half = round_small(n * 0.5f);
+  return p * power_of_two(half) * power_of_two(n - half);
+#endif
+}
+
+// 2^x with a relative error below 2 ulp for x in [-126, 127.5]; 0 below (denormal results on AVX-512), infinity above.
+// Degree 6 minimax polynomial of relative error 2.6e-9 on [-1/2, 1/2], exactly 1 at 0.
+inline Vec exp2(Vec x) {
+  x = at_least(at_most(x, 128.0f), -160.0f);
+#if defined(__AVX512F__)
+  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Vec n = round_small(x);
+#endif
+  const Vec r = x - n;
+  Vec p = 1.55946781613e-4f * r + 1.34066439024e-3f;
+  p = p * r + 9.61769297299e-3f;
+  p = p * r + 5.55031055101e-2f;
+  p = p * r + 2.40226527829e-1f;
+  p = p * r + 6.93147214968e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return scale(p, n);
+#else
+  const Vec result = p * power_of_two(n);
+  return x < -126.0f ? Vec{} : result;
+#endif
+}
+
+// e^x with a relative error below 2 ulp, into the denormals and up to infinity.
+// Cody and Waite's reduction by ln 2 in two parts, then a degree 6 minimax polynomial.
+inline Vec exp(Vec x) {
+  x = at_least(at_most(x, 89.0f), -105.0f);
+  const Vec n = round_small(x * 1.44269504f);
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = 1.40612409434e-3f * r + 8.37901116061e-3f;
+  p = p * r + 4.16647772892e-2f;
+  p = p * r + 1.66663654413e-1f;
+  p = p * r + 0.5000000434380f;
+  p = p * r + 1.00000004964f;
+  p = p * r + 1.0f;
+  return scale(p, n);
+}
+
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), where log1p(z) = 2 atanh(s), s = z / (2 + z) <= 1/3 (Taylor, s^2 <= 1/9).
+inline Vec softplus(Vec x) {
+  const Vec z = exp(-absolute(x));
+  const Vec s = z / (z + 2.0f);
+  const Vec q = s * s;
+  Vec p = 2.0f / 15.0f * q + 2.0f / 13.0f;
+  p = p * q + 2.0f / 11.0f;
+  p = p * q + 2.0f / 9.0f;
+  p = p * q + 2.0f / 7.0f;
+  p = p * q + 2.0f / 5.0f;
+  p = p * q + 2.0f / 3.0f;
+  p = p * q + 2.0f;
+  return at_least(x, 0.0f) + p * s;
+}
+
+}  // namespace mq_ao

@@ -1,0 +1,164 @@
+"""`MambaQuantizer`: annotates an exported Mamba graph, role by role, for torchao's pt2e flow."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from mq_ao.errors import MqAoError
+from mq_ao.graph import Match, Role, match
+from mq_ao.graph.walk import module_path
+from mq_ao.quantizer.backends import check_backend, check_executable
+from mq_ao.quantizer.observers import activation_spec, weight_spec
+from mq_ao.quantizer.report import Decision, QuantizationReport
+from mq_ao.quantizer.specs import QuantizationConfig, RoleSpec
+
+
+class MambaQuantizer(Quantizer):
+    """Quantizes the roles of Mamba blocks, the embedding and the head.
+
+    A node's spec is that of the longest `set_module_name` that holds it, else of `set_role`, else of `set_global`.
+
+    Args:
+        backend: whose kernels the result must fit; see `quantizer.backends.BACKENDS`.
+
+    Example:
+        >>> quantizer = MambaQuantizer().set_global(w8a8()).set_role("head", None)
+        >>> prepared = prepare_pt2e(program.module(), quantizer)
+        >>> print(quantizer.report)
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        super().__init__()
+        self.backend = check_backend(backend)
+        self._global: QuantizationConfig | None = None
+        self._roles: dict[Role, RoleSpec | None] = {}
+        self._modules: dict[str, QuantizationConfig | None] = {}
+        self._match: Match | None = None
+        self._report: QuantizationReport | None = None
+
+    def set_global(self, config: QuantizationConfig) -> MambaQuantizer:
+        """Sets the spec of every role that nothing more specific is said of."""
+        for role, spec in config.roles.items():
+            check_executable(self.backend, role, spec)
+        self._global = config
+        return self
+
+    def set_role(self, role: Role | str, spec: RoleSpec | None) -> MambaQuantizer:
+        """Sets the spec of one role; None leaves it in float."""
+        role = Role.parse(role)
+        if spec is not None:
+            check_executable(self.backend, role, spec)
+        self._roles[role] = spec
+        return self
+
+    def set_module_name(self, name: str, config: QuantizationConfig | None) -> MambaQuantizer:
+        """Sets the specs inside one submodule, for example "backbone.layers.0"; None leaves it in float."""
+        for role, spec in (config.roles if config is not None else {}).items():
+            check_executable(self.backend, role, spec)
+        self._modules[name] = config
+        return self
+
+    @property
+    def report(self) -> QuantizationReport:
+        """What the last `annotate` accepted and rejected.
+
+        Raises:
+            MqAoError: nothing was annotated yet.
+        """
+        if self._report is None:
+            raise MqAoError("nothing was annotated yet: pass this quantizer to prepare_pt2e first.")
+        return self._report
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotates every node that a spec was set for.
+
+        Raises:
+            MqAoError: nothing was set, the graph has no scan, or a module name is not in the graph.
+        """
+        if self._global is None and not self._roles and not self._modules:
+            raise MqAoError("the quantizer has nothing to do: call set_global, set_role or set_module_name first.")
+        self._match = match(model)
+        pairs = self._match.by_role()
+        self._check_module_names([node for _, node in pairs])
+        decisions = [self._decide(role, node) for role, node in pairs]
+        decisions += [Decision(item.node, "", None, False, item.reason) for item in self._match.rejected]
+        self._report = QuantizationReport(tuple(decisions))
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Checks that everything that was asked for carries its annotation.
+
+        Raises:
+            MqAoError: a role was set that no node has, or a node with a spec is not annotated; it is named.
+        """
+        assert self._match is not None, "prepare_pt2e calls annotate first"
+        pairs = self._match.by_role()
+        for role, spec in self._roles.items():
+            if spec is not None and all(role is not found for found, _ in pairs):
+                reasons = "; ".join(f"{item.node}: {item.reason}" for item in self._match.rejected) or "none was left out"
+                raise MqAoError(f"set_role({role.value!r}) was called, but no node has that role ({reasons}).")
+        for role, node in pairs:
+            spec = self._spec(role, node)
+            annotation = node.meta.get(Q_ANNOTATION_KEY)
+            if spec is not None and not _carries(annotation, node, spec):
+                raise MqAoError(f"{node.name} ({role}) was to be quantized ({spec}), but its annotation was lost.")
+
+    def _check_module_names(self, nodes: list[Node]) -> None:
+        paths = {module_path(node) for node in nodes}
+        for name in self._modules:
+            if not any(_inside(path, name) for path in paths):
+                raise MqAoError(
+                    f"no quantizable node lies in a module named {name!r}; the modules are "
+                    f"{', '.join(sorted(path for path in paths if path))}."
+                )
+
+    def _spec(self, role: Role, node: Node) -> RoleSpec | None:
+        path = module_path(node)
+        names = [name for name in self._modules if _inside(path, name)]
+        if names:
+            config = self._modules[max(names, key=len)]
+            return None if config is None else config.roles.get(role)
+        if role in self._roles:
+            return self._roles[role]
+        return None if self._global is None else self._global.roles.get(role)
+
+    def _decide(self, role: Role, node: Node) -> Decision:
+        path = module_path(node)
+        spec = self._spec(role, node)
+        if spec is None:
+            return Decision(node.name, path, role, False, "switched off by the configuration")
+        existing = node.meta.get(Q_ANNOTATION_KEY)
+        if existing is not None and existing._annotated:
+            return Decision(node.name, path, role, False, "already annotated by another quantizer")
+        node.meta[Q_ANNOTATION_KEY] = _annotation(role, node, spec)
+        return Decision(node.name, path, role, True, str(spec))
+
+
+def _inside(path: str, name: str) -> bool:
+    return path == name or path.startswith(name + ".")
+
+
+def _operands(role: Role, node: Node) -> tuple[Node, Node]:
+    """(input, weight) of a quantizable node."""
+    order = (1, 0) if role is Role.EMBEDDING else (0, 1)
+    x, weight = (node.args[index] for index in order)
+    assert isinstance(x, Node) and isinstance(weight, Node)
+    return x, weight
+
+
+def _annotation(role: Role, node: Node, spec: RoleSpec) -> QuantizationAnnotation:
+    x, weight = _operands(role, node)
+    qspecs = {weight: weight_spec()}
+    if (activation := activation_spec(spec)) is not None:
+        qspecs[x] = activation
+    return QuantizationAnnotation(input_qspec_map=qspecs, _annotated=True)
+
+
+def _carries(annotation: QuantizationAnnotation | None, node: Node, spec: RoleSpec) -> bool:
+    if annotation is None or not annotation._annotated:
+        return False
+    inputs = set(annotation.input_qspec_map)
+    wanted = 1 if activation_spec(spec) is None else 2
+    return len(inputs & set(node.all_input_nodes)) == wanted

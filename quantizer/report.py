@@ -1,0 +1,54 @@
+"""What the quantizer did with every node it looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mq_ao.graph import Role
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One node, accepted or rejected.
+
+    Attributes:
+        node: name of the node.
+        module: qualified name of the submodule it came from ("" if unknown).
+        role: its role, or None where it has none.
+        accepted: whether it is quantized.
+        detail: the spec in words, or the reason.
+    """
+
+    node: str
+    module: str
+    role: Role | None
+    accepted: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """All decisions of one `annotate`, in graph order."""
+
+    decisions: tuple[Decision, ...]
+
+    @property
+    def accepted(self) -> tuple[Decision, ...]:
+        """The quantized nodes."""
+        return tuple(decision for decision in self.decisions if decision.accepted)
+
+    @property
+    def rejected(self) -> tuple[Decision, ...]:
+        """The nodes left in float."""
+        return tuple(decision for decision in self.decisions if not decision.accepted)
+
+    def __str__(self) -> str:
+        """Accepted nodes counted by role and spec, then every rejected node with its reason."""
+        counts: dict[tuple[str, str], int] = {}
+        for decision in self.accepted:
+            key = (str(decision.role), decision.detail)
+            counts[key] = counts.get(key, 0) + 1
+        lines = [f"{len(self.accepted)} nodes quantized, {len(self.rejected)} left in float"]
+        lines += [f"  {role:<10} x {count:<3} {detail}" for (role, detail), count in counts.items()]
+        lines += [f"  left out   {item.node} ({item.role or 'no role'}): {item.detail}" for item in self.rejected]
+        return "\n".join(lines)

@@ -1,0 +1,340 @@
+"""`mq_ao::qlinear` and `mq_ao::qlinear_dynamic`: exact integers, defined rounding, every instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
+
+from mq_ao.ops import library
+from mq_ao.ops import qlinear as ql
+from mq_ao.ops.native import build
+
+ops = torch.ops.mq_ao
+
+# Sums of 512 products of 8-bit numbers stay below 2^24, so that float32 holds them exactly.
+MOST_EXACT_INPUTS = 512
+outputs = st.one_of(st.integers(1, 200), st.sampled_from([16, 48, 64, 80, 128]))
+inputs = st.one_of(st.integers(1, 60), st.sampled_from([4, 5, 48, 256, 333, MOST_EXACT_INPUTS]))
+leading = st.sampled_from([(), (0,), (1,), (2,), (5,), (6,), (7,), (13,), (100,), (2, 3), (1, 0), (2, 1, 4)])
+seeds = st.integers(0, 2**31)
+drawn = settings(max_examples=60, deadline=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native() -> None:
+    if not library.load_native():
+        pytest.skip("no C++ compiler")
+
+
+def layer(n: int, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight, packed weight, weight scale and bias."""
+    gen = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=gen)
+    scale = torch.rand(n, generator=gen) * 0.02 + 1e-4
+    return weight, ops.qlinear_prepack(weight), scale, torch.randn(n, generator=gen)
+
+
+def activations(shape: tuple[int, ...], seed: int) -> Tensor:
+    gen = torch.Generator().manual_seed(seed + 1)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=gen)
+
+
+@drawn
+@given(outputs, inputs, seeds)
+def test_packing_is_the_documented_one_and_comes_back(n: int, k: int, seed: int) -> None:
+    weight, packed, _, _ = layer(n, k, seed)
+    assert packed.shape == (ql.packed_bytes(n, k),)
+    assert torch.equal(packed, library.reference("qlinear_prepack")(weight))
+    assert torch.equal(ops.qlinear_unpack(packed, n, k), weight)
+    assert torch.equal(library.reference("qlinear_unpack")(packed, n, k), weight)
+
+
+def test_packing_takes_any_strides() -> None:
+    weight = torch.randint(-128, 128, (30, 20), dtype=torch.int8).t()
+    assert torch.equal(ops.qlinear_unpack(ops.qlinear_prepack(weight), 20, 30), weight)
+
+
+@drawn
+@given(leading, outputs, inputs, st.sampled_from([0, 1, 117, 128, 255]), seeds)
+def test_integers_are_exact(lead: tuple[int, ...], n: int, k: int, zero_point: int, seed: int) -> None:
+    weight, packed, _, _ = layer(n, k, seed)
+    x = activations((*lead, k), seed)
+    y = ops.qlinear(x, 1.0, zero_point, packed, torch.ones(n))
+    assert y.dtype == torch.float32
+    assert torch.equal(y.long(), (x.long() - zero_point) @ weight.long().t())
+
+
+def test_extreme_values_do_not_saturate() -> None:
+    k = 5120
+    for value in (-128, 127):
+        packed = ops.qlinear_prepack(torch.full((80, k), value, dtype=torch.int8))
+        y = ops.qlinear(torch.full((7, k), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(80))
+        # One float32 rounding of an exact sum.
+        assert (y == torch.tensor(255 * value * k, dtype=torch.float32)).all()
+
+
+@drawn
+@given(leading, outputs, inputs, st.booleans(), seeds)
+def test_float_epilogue(lead: tuple[int, ...], n: int, k: int, with_bias: bool, seed: int) -> None:
+    weight, packed, scale, bias = layer(n, k, seed)
+    x = activations((*lead, k), seed)
+    args = (x, 0.0213, 101, packed, scale, bias if with_bias else None)
+    y = ops.qlinear(*args)
+    assert torch.equal(y, library.reference("qlinear")(*args))
+    product = (x.double() - 101) @ weight.double().t() * (scale.double() * 0.0213)
+    exact = product + (bias.double() if with_bias else 0)
+    # Four roundings of relative size 2^-24 (activation scale, scale product, product; the sum itself is exact here)
+    # act on the product, one more on the result.
+    bound = 2**-24 * (4 * product.abs() + exact.abs()) * 1.01 + 1e-30
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@drawn
+@given(leading, outputs, inputs, st.floats(1e-3, 10.0), st.integers(0, 255), seeds)
+def test_requantized_output(
+    lead: tuple[int, ...], n: int, k: int, out_scale: float, zero_point: int, seed: int
+) -> None:
+    _, packed, scale, bias = layer(n, k, seed)
+    x = activations((*lead, k), seed)
+    y = ops.qlinear(x, 0.0213, 101, packed, scale, bias)
+    q = ops.qlinear(x, 0.0213, 101, packed, scale, bias, out_scale, zero_point)
+    assert q.dtype == torch.uint8
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor
+    assert torch.equal(q, quantize(y, out_scale, zero_point, 0, 255, torch.uint8))
+    args = (x, 0.0213, 101, packed, scale, bias, out_scale, zero_point)
+    assert torch.equal(q, library.reference("qlinear")(*args))
+
+
+def test_requantization_rounds_ties_to_even() -> None:
+    packed = ops.qlinear_prepack(torch.ones(16, 1, dtype=torch.int8))
+    x = torch.arange(200, dtype=torch.uint8)[:, None]
+    q = ops.qlinear(x, 0.5, 0, packed, torch.ones(16), None, 1.0, 3)
+    assert torch.equal(q[:, 0].float(), torch.round(torch.arange(200) * 0.5) + 3)
+
+
+@pytest.mark.parametrize("k", [48, 50])
+def test_strided_and_expanded_activations(k: int) -> None:
+    _, packed, scale, bias = layer(80, k, 3)
+    wide = activations((2, 9, 2 * k + 7), 4)
+    floats = torch.randn(wide.shape)
+    for view in (slice(3, 3 + k), slice(0, 2 * k, 2)):
+        x, xf = wide[..., view], floats[..., view]
+        for u, f in (
+            (x, xf),
+            (x[:, ::2], xf[:, ::2]),
+            (x.transpose(0, 1), xf.transpose(0, 1)),
+            (x[:, :1].expand(2, 9, k), xf[:, :1].expand(2, 9, k)),
+        ):
+            want = ops.qlinear(u.contiguous(), 0.02, 9, packed, scale, bias)
+            assert torch.equal(ops.qlinear(u, 0.02, 9, packed, scale, bias), want)
+            want = ops.qlinear_dynamic(f.contiguous(), packed, scale, bias)
+            assert torch.equal(ops.qlinear_dynamic(f, packed, scale, bias), want)
+
+
+def seen_integers(x: Tensor) -> Tensor:
+    """What the native operator quantizes `x` (M, K) to, shown by the identity matrix with scale one over the row's."""
+    k = x.shape[1]
+    packed = ops.qlinear_prepack(torch.eye(k, dtype=torch.int8))
+    y = ops.qlinear_dynamic(x, packed, torch.ones(k))
+    # y = q * scale, rounded once: the quotient is within 2^-22 of the integer q.
+    return torch.round(y / ql.quantize_per_token(x)[1]).to(torch.int8)
+
+
+@drawn
+@given(
+    st.integers(1, 9),
+    inputs,
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([1e-37, 1e-6, 1.0, 1e4, 1e36]),
+    seeds,
+)
+def test_token_quantizer_matches_its_reference(
+    m: int, k: int, dtype: torch.dtype, size: float, seed: int
+) -> None:
+    x = (torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    assert torch.equal(seen_integers(x), ql.quantize_per_token(x)[0])
+
+
+def test_token_quantizer_rounds_ties_to_even_and_uses_the_whole_range() -> None:
+    x = torch.arange(-127, 127.5, 0.5)[None]  # the scale is exactly 1
+    q, scale = ql.quantize_per_token(x)
+    assert scale.item() == 1.0
+    assert torch.equal(q.float(), torch.round(x))
+    assert torch.equal(seen_integers(x), q)
+    assert (q.min(), q.max()) == (-127, 127)
+
+
+@drawn
+@given(leading, outputs, inputs, st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]), seeds)
+def test_dynamic_matches_its_reference(
+    lead: tuple[int, ...], n: int, k: int, with_bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    weight, packed, scale, bias = layer(n, k, seed)
+    x = torch.randn(*lead, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    args = (x, packed, scale, bias if with_bias else None)
+    y = ops.qlinear_dynamic(*args)
+    assert y.dtype == torch.float32 and y.shape == (*lead, n)
+    assert torch.equal(y, library.reference("qlinear_dynamic")(*args))
+    q, row_scale = ql.quantize_per_token(x)
+    product = (q.double() @ weight.double().t()) * (scale.double() * row_scale.double())
+    exact = product + (bias.double() if with_bias else 0)
+    # Roundings as in test_float_epilogue.
+    bound = 2**-24 * (4 * product.abs() + exact.abs()) * 1.01 + 1e-30
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_special_rows_do_not_touch_their_neighbours(dtype: torch.dtype) -> None:
+    _, packed, scale, bias = layer(80, 50, 5)
+    clean = torch.randn(9, 50).to(dtype)
+    x = clean.clone()
+    x[1] = 0
+    x[2, 49] = torch.nan
+    x[3, 0] = torch.inf
+    x[4, 7] = -torch.inf
+    x[5] *= 1e-41
+    y, want = ops.qlinear_dynamic(x, packed, scale, bias), ops.qlinear_dynamic(clean, packed, scale, bias)
+    assert torch.equal(y[1], bias)
+    assert y[2:5].isnan().all()
+    # A denormal row is far below the smallest scale, which leaves zeros.
+    assert torch.equal(y[5], bias)
+    rest = [0, 6, 7, 8]
+    assert torch.equal(y[rest], want[rest])
+    reference = library.reference("qlinear_dynamic")(x, packed, scale, bias)
+    assert torch.allclose(y, reference, rtol=0, atol=0, equal_nan=True)
+
+
+def test_number_of_threads_does_not_change_results() -> None:
+    _, packed, scale, bias = layer(333, 256, 6)
+    x = torch.randn(70, 256)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = ops.qlinear_dynamic(x, packed, scale, bias)
+        torch.set_num_threads(3)
+        assert torch.equal(ops.qlinear_dynamic(x, packed, scale, bias), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("k", [8, 10])
+def test_opcheck(k: int) -> None:
+    weight, packed, scale, bias = layer(20, k, 7)
+    x = activations((2, 3, k), 8)
+    torch.library.opcheck(ops.qlinear_prepack.default, (weight,))
+    torch.library.opcheck(ops.qlinear_unpack.default, (packed, 20, k))
+    torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, packed, scale))
+    torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, packed, scale, bias, 0.5, 7))
+    torch.library.opcheck(ops.qlinear_dynamic.default, (torch.randn(2, 3, k), packed, scale, bias))
+
+
+def test_exports_with_dynamic_rows() -> None:
+    _, packed, scale, bias = layer(20, 8, 9)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ql.qlinear_dynamic(x, packed, scale, bias)
+
+    dims = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+    program = torch.export.export(Layer(), (torch.randn(2, 3, 8),), dynamic_shapes=dims)
+    x = torch.randn(5, 1, 8)
+    assert torch.equal(program.module()(x), ops.qlinear_dynamic(x, packed, scale, bias))
+
+
+GOOD_WEIGHT, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS = (
+    torch.zeros(20, 8, dtype=torch.int8),
+    torch.zeros(ql.packed_bytes(20, 8), dtype=torch.int8),
+    torch.ones(20),
+    torch.zeros(20),
+)
+X = torch.zeros(3, 8, dtype=torch.uint8)
+XF = torch.zeros(3, 8)
+BAD_CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
+    ("qlinear_prepack", "int8 weight", (XF,)),
+    ("qlinear_prepack", "int8 weight", (GOOD_SCALE.to(torch.int8),)),
+    ("qlinear_prepack", "at least 1 output", (GOOD_WEIGHT[:0],)),
+    ("qlinear_prepack", "1 to 65536 inputs", (GOOD_WEIGHT[:, :0],)),
+    ("qlinear_prepack", "1 to 65536 inputs", (torch.zeros(1, 65537, dtype=torch.int8),)),
+    ("qlinear_unpack", "make them with qlinear_prepack", (GOOD_PACKED, 40, 8)),
+    ("qlinear_unpack", "make them with qlinear_prepack", (GOOD_PACKED.float(), 20, 8)),
+    ("qlinear", "uint8 activations", (XF, 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear", "not a scalar", (X[0, 0], 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear", "0..255", (X, 1.0, 256, GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear", "make them with qlinear_prepack", (X[:, :4], 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear", "make them with qlinear_prepack", (X, 1.0, 0, GOOD_PACKED[1:], GOOD_SCALE)),
+    ("qlinear", "weight_scale must be", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE.double())),
+    ("qlinear", "bias must be", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[1:])),
+    ("qlinear", "out_scale must be positive", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, None, 0.0)),
+    ("qlinear", "0..255", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, None, 1.0, -1)),
+    ("qlinear_dynamic", "float32 or bfloat16", (XF.double(), GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear_dynamic", "make them with qlinear_prepack", (XF[:, :4], GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear_dynamic", "bias must be", (XF, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[None])),
+]
+
+
+@pytest.mark.parametrize(("name", "message", "args"), BAD_CALLS)
+def test_bad_calls_say_what_is_wrong(name: str, message: str, args: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, name)(*args)
+    with pytest.raises(ValueError, match=message):
+        library.reference(name)(*args)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
+        getattr(ops, name)(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+
+
+# The core by itself, so that the variants this machine would not choose are run too.
+CORE_SHIM = """
+#include "qgemm.h"
+using namespace mq_ao::qgemm;
+extern "C" void linear(const float* x, long m, const int8_t* packed, long n, long k, const float* scale,
+                       const float* bias, long threads, uint8_t* q, float* row_scale, float* y, uint8_t* requantized) {
+  const long depth = padded_inputs(k);
+  for (long i = 0; i < m; ++i) row_scale[i] = quantize_token(x + i * k, k, q + i * depth);
+  const Activations a{q, depth, row_scale, 1, kTokenZeroPoint};
+  const Linear w{packed, n, k, scale, bias};
+  const Plan parts = plan(m, n, k, threads);
+  for (long i = 0; i < parts.parts(); ++i) {
+    run_part(a, w, {y}, m, parts, i);
+    run_part(a, w, {requantized, true, 1.0f / 0.5f, 100}, m, parts, i);
+  }
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="variants of x86")
+@pytest.mark.parametrize("flags", [("-march=x86-64",), ("-march=x86-64-v3",), ("-march=native",)])
+def test_every_instruction_set_gives_the_same(flags: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "shim.cpp").write_text(CORE_SHIM)
+    shared = tmp_path / "shim.so"
+    include = f"-I{Path(build.__file__).parent}"
+    command = [build.compiler(), *build.FLAGS, *flags, "-Werror", "-Wall", "-fPIC", "-shared", include]
+    subprocess.run([*command, str(tmp_path / "shim.cpp"), "-o", str(shared)], check=True)
+    call = ctypes.CDLL(str(shared)).linear
+    for m, n, k, threads in [
+        (1, 300, 70, 1),
+        (1, 3000, 130, 5),
+        (7, 81, 5, 2),
+        (64, 200, 401, 7),
+        (3, 1, 1, 3),
+    ]:
+        _, packed, scale, bias = layer(n, k, m)
+        x = torch.randn(m, k)
+        q = torch.empty(m * ((k + 3) // 4 * 4), dtype=torch.uint8)
+        y, requantized = torch.empty(m, n), torch.empty(m, n, dtype=torch.uint8)
+        tensors = [x, packed, scale, bias, q, torch.empty(m), y, requantized]
+        p = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+        n_, k_, t_ = ctypes.c_long(n), ctypes.c_long(k), ctypes.c_long(threads)
+        call(p[0], ctypes.c_long(m), p[1], n_, k_, p[2], p[3], t_, *p[4:])
+        assert torch.equal(y, library.reference("qlinear_dynamic")(x, packed, scale, bias))
+        assert torch.equal(requantized, (torch.round(y * 2.0) + 100).clamp(0, 255).to(torch.uint8))
