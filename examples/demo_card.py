@@ -16,7 +16,6 @@ class Result:
     Attributes:
         heldout_repeated: share of the held-out bytes in lines of 30 characters or more that are in training.
         xz_bpb: `xz -9e` on the held-out text in one piece.
-        partial: whether `heldout_bpb` is of a part of the held-out text, on the way.
     """
 
     python: str
@@ -36,17 +35,15 @@ class Result:
     bytes_seen: int = 0
     seconds: float = 0.0
     heldout_bpb: float = float("nan")
-    partial: bool = True
     sample: str = ""
 
 
 def model_card(config: MambaConfig, result: Result) -> str:
     """The text of MODEL_CARD.md."""
-    part = " (a part of it: training is under way)" if result.partial else ""
     rows = {
         "architecture": f"Mamba-1, d_model {config.d_model}, {config.n_layer} layers, "
         f"d_state {config.d_state}, d_conv {config.d_conv}, expand {config.expand}, tied head",
-        f"held-out text{part}": f"**{result.heldout_bpb:.4f} bits per byte**",
+        "held-out text": f"**{result.heldout_bpb:.4f} bits per byte**",
         "`xz -9e` on the same bytes, in one piece": f"{result.xz_bpb:.4f} bits per byte",
         "steps, windows a step, bytes a window": f"{result.steps:,}, {result.batch}, {result.length}",
         "bytes seen": f"{result.bytes_seen:,}",
@@ -70,8 +67,8 @@ library; do not expect the code to be right.
 
 ## Data
 The `.py` files of the standard library of CPython {result.python}: {result.train_documents:,} documents,
-{result.train_bytes:,} bytes; in the last part of the run only the {result.module_documents:,} that are no tests
-and no tables ({result.module_bytes:,} bytes).
+{result.train_bytes:,} bytes; in the last part of the run only the {result.module_documents:,} that are no
+tests and no tables ({result.module_bytes:,} bytes).
 
 Kept out of training, with their tests: {_listed(HELD_OUT)}.
 These modules are `heldout.txt`. Of its bytes, {result.heldout_repeated:.1%} are in lines of 30 characters

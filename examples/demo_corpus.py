@@ -67,9 +67,7 @@ def tests_held_out(path: str) -> bool:
     if "test" not in parts[:-1]:
         return False
     stems = [part.removesuffix(".py") for part in parts]
-    return any(
-        stem == f"test_{name}" or stem.startswith(f"test_{name}_") for stem in stems for name in HELD_OUT
-    )
+    return any(stem == f"test_{name}" or stem.startswith(f"test_{name}_") for stem in stems for name in HELD_OUT)
 
 
 def collect(root: Path | None = None) -> Corpus:

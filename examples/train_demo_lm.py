@@ -51,7 +51,6 @@ class Plan:
         other_lr: AdamW's learning rate, for everything else.
         seed: seed of the weights and of the order of the windows.
         eval_seconds: time between evaluations.
-        eval_bytes: held-out bytes in an evaluation on the way, a share of each document; the last takes all.
     """
 
     out: Path
@@ -63,7 +62,6 @@ class Plan:
     other_lr: float
     seed: int
     eval_seconds: float
-    eval_bytes: int
 
 
 class Schedule:
@@ -153,12 +151,6 @@ def load_checkpoint(path: Path, model: MambaLM, optimiser: Optimiser) -> tuple[i
     return state["step"], state["elapsed"]
 
 
-def share_of(documents: list[bytes], size: int) -> bytes:
-    """The beginnings of the documents, about `size` bytes in all, joined by 0 bytes."""
-    total = sum(map(len, documents))
-    return b"\0".join(document[: math.ceil(len(document) * min(1.0, size / total))] for document in documents)
-
-
 def sample(model: MambaLM, prompt: str, size: int = 600) -> str:
     """A continuation of `prompt`, which begins a document."""
     ids = torch.tensor([list(b"\0" + prompt.encode())])
@@ -208,7 +200,21 @@ class Run:
         )
 
     def train(self) -> Result:
-        """Trains until the time or the steps are over; writes checkpoint and artefact; returns figures."""
+        """Trains until the time or the steps are over; writes checkpoint and artefact; returns figures.
+
+        An interrupt (Ctrl-C) writes the checkpoint before it ends the run.
+        """
+        try:
+            self._loop()
+        except KeyboardInterrupt:
+            self._save()
+            say(f"interrupted after step {self.step}; --resume goes on from there")
+            raise typer.Exit(130) from None
+        self.result = replace(self.result, sample=sample(self.model, '"""'))
+        self._write()
+        return self.result
+
+    def _loop(self) -> None:
         r, parameters = self.result, sum(p.numel() for p in self.model.parameters())
         say(f"{parameters:,} parameters; {r.train_bytes:,} training bytes, {r.module_bytes:,} in modules")
         say(f"held-out: {len(self.heldout):,} bytes, xz -9e {r.xz_bpb:.4f} bits per byte; step {self.step}")
@@ -227,12 +233,9 @@ class Run:
                     say(f"step {self.step} {share:6.1%} training bpb {mean:.4f}, {rate:,.0f} bytes/s")
                     reported, losses = now, []
                 if now - evaluated > self.plan.eval_seconds:
-                    self._write(share_of(self.corpus.heldout, self.plan.eval_bytes), partial=True)
+                    self._write()
                     evaluated = reported = time.time()
                     losses = []
-        self.result = replace(self.result, sample=sample(self.model, '"""'))
-        self._write(self.heldout, partial=False)
-        return self.result
 
     def _update(self, share: float) -> float:
         """One optimiser step; returns its loss in bits per byte."""
@@ -242,25 +245,29 @@ class Run:
         loss.backward()
         self.optimiser.step(factor)
         self.step += 1
+        if not math.isfinite(loss.item()):
+            raise ArithmeticError(f"the loss is {loss.item()} at step {self.step}: lower the learning rates.")
         return loss.item() / math.log(2)
 
-    def _write(self, text: bytes, *, partial: bool) -> None:
-        """Evaluates on `text`; writes the checkpoint and `plan.out`/demo: model, texts and card."""
+    def _save(self) -> None:
         save_checkpoint(self.checkpoint, self.model, self.optimiser, self.step, self.schedule.now())
+
+    def _write(self) -> None:
+        """Evaluates; writes the checkpoint and `plan.out`/demo: model, texts and card."""
+        self._save()
         self.result = replace(
             self.result,
             steps=self.step,
             bytes_seen=self.step * self.plan.batch * self.plan.length,
             seconds=self.schedule.now(),
-            heldout_bpb=bits_per_byte(self.model, text),
-            partial=partial,
+            heldout_bpb=bits_per_byte(self.model, self.heldout),
         )
         folder = self.plan.out / "demo"
         save_pretrained(self.model, folder)
         write_atomically(folder / "heldout.txt", self.heldout)
         write_atomically(folder / "calibration.txt", b"\0".join(self.corpus.calibration))
         write_atomically(folder / "MODEL_CARD.md", model_card(self.model.config, self.result).encode())
-        say(f"step {self.step} held-out bpb {self.result.heldout_bpb:.4f}{' (part)' if partial else ''}")
+        say(f"step {self.step} held-out bpb {self.result.heldout_bpb:.4f}")
 
 
 def say(line: str) -> None:
@@ -280,16 +287,14 @@ def seconds_until(clock: str) -> float:
 
 def main(
     *,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the checkpoint and for demo/, the finished model.")
-    ] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and for demo/, the finished model.")] = Path(
+        "runs/demo"
+    ),
     minutes: Annotated[
         float, typer.Option(min=0.1, help="Wall time; the learning rate has decayed at its end.")
     ] = 120.0,
     until: Annotated[str | None, typer.Option(help="End at this time of day (UTC, HH:MM) instead.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many steps, if that is earlier.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps, if that is earlier.")] = None,
     d_model: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 192,
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 7,
     d_state: Annotated[int, typer.Option(min=1, help="States a channel.")] = 16,
@@ -300,9 +305,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the text.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     eval_minutes: Annotated[float, typer.Option(help="Time between evaluations (each writes demo/).")] = 10.0,
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the checkpoint in --out, if there is one.")
-    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out, if there is one.")] = False,
 ) -> None:
     """Trains a byte-level Mamba on Python's standard library and writes a model folder with its card."""
     torch.set_num_threads(threads)
@@ -317,7 +320,6 @@ def main(
         other_lr=other_lr,
         seed=seed,
         eval_seconds=60 * eval_minutes,
-        eval_bytes=50_000,
     )
     result = Run(config, plan, resume).train()
     console.print(result.sample, markup=False, highlight=False)

@@ -15,8 +15,9 @@ __version__ = "0.1.0"
 __all__ = ["MqAoError", "__version__", "export", "load", "quantize"]
 
 if TYPE_CHECKING:
-    from mq_ao.api import load, quantize
-    from mq_ao.capture import export
+    from mq_ao.api import load as load
+    from mq_ao.api import quantize as quantize
+    from mq_ao.capture import export as export
 
 _HOMES = {"export": "mq_ao.capture", "load": "mq_ao.api", "quantize": "mq_ao.api"}
 

@@ -134,7 +134,7 @@ def evaluate(
     Args:
         step: model or lowered program.
         text: what is predicted.
-        window: start again from a zero state after this many tokens; None carries the state through each document.
+        window: start again from a zero state after this many tokens; None: only at documents.
         chunk: tokens a call; bounds memory and does not change the result.
         progress: called with the number of tokens done after every call.
 
@@ -179,8 +179,8 @@ def compare(
         log_q = theirs.run(other, inputs, targets, fresh)
         if log_p.shape != log_q.shape:
             raise MqAoError(
-                f"the models have vocabularies of {log_p.shape[-1]} and {log_q.shape[-1]} tokens: compare a model with "
-                "its own quantized program."
+                f"the models have vocabularies of {log_p.shape[-1]} and {log_q.shape[-1]} tokens: compare a "
+                "model with its own quantized program."
             )
         divergence += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
         agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())

@@ -95,9 +95,7 @@ def codec_for(vocab_size: int, tokenizer: str | None = None, source: str | None 
     """
     if tokenizer is not None:
         return TokenizerCodec(_load_tokenizer(tokenizer))
-    if source is not None and any(
-        (Path(source) / name).is_file() for name in ("tokenizer.json", "vocab.json")
-    ):
+    if source is not None and any((Path(source) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return TokenizerCodec(_load_tokenizer(source))
     return ByteCodec() if vocab_size == BYTE_VOCABULARY else None
 
@@ -143,7 +141,8 @@ def read_tokens(path: Path, vocab_size: int, codec: Codec | None) -> TokenText:
         codec: turns text into tokens; not needed for stored ids.
 
     Raises:
-        MqAoError: the file is missing, empty, not of token ids, outside the vocabulary, or is text and there is no codec.
+        MqAoError: the file is missing, empty, not of token ids or outside the vocabulary, or it is text and
+            there is no codec.
     """
     if not path.is_file():
         raise MqAoError(f"there is no file {path}.")
@@ -151,8 +150,8 @@ def read_tokens(path: Path, vocab_size: int, codec: Codec | None) -> TokenText:
         documents, size = list(_stored_ids(path)), None
     elif codec is None:
         raise MqAoError(
-            f"{path} is text and the model's {vocab_size} tokens are not bytes: name its tokenizer with --tokenizer, or "
-            "give a .npy or .safetensors file of token ids."
+            f"{path} is text and the model's {vocab_size} tokens are not bytes: name its tokenizer with "
+            "--tokenizer, or give a .npy or .safetensors file of token ids."
         )
     else:
         try:
@@ -166,8 +165,8 @@ def read_tokens(path: Path, vocab_size: int, codec: Codec | None) -> TokenText:
     low, high = min(int(d.min()) for d in documents), max(int(d.max()) for d in documents)
     if low < 0 or high >= vocab_size:
         raise MqAoError(
-            f"{path} holds token ids {low}..{high}, outside the model's vocabulary of {vocab_size}: was it tokenized for "
-            "another model?"
+            f"{path} holds token ids {low}..{high}, outside the model's vocabulary of {vocab_size}: tokenize "
+            "it for this model."
         )
     return TokenText(tuple(documents), size)
 
@@ -185,9 +184,7 @@ def _stored_ids(path: Path) -> Tensor:
         raise MqAoError(f"{path} holds {len(tensors)} tensors: keep only the token ids.")
     ids = tensors[0]
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
-        raise MqAoError(
-            f"{path} holds {tuple(ids.shape)} {ids.dtype}: token ids are whole numbers in one or two dimensions."
-        )
+        raise MqAoError(f"{path} holds {tuple(ids.shape)} {ids.dtype}: token ids are integers in a vector or a matrix.")
     return ids.long().reshape(-1, ids.shape[-1])
 
 

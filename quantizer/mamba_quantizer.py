@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from mq_ao.quantizer.backends import check_backend, check_executable
+from mq_ao.quantizer.observers import activation_spec, weight_spec
+from mq_ao.quantizer.report import Decision, QuantizationReport
+from mq_ao.quantizer.specs import QuantizationConfig, RoleSpec
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
@@ -9,10 +13,6 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Role, match
 from mq_ao.graph.walk import module_path
-from mq_ao.quantizer.backends import check_backend, check_executable
-from mq_ao.quantizer.observers import activation_spec, weight_spec
-from mq_ao.quantizer.report import Decision, QuantizationReport
-from mq_ao.quantizer.specs import QuantizationConfig, RoleSpec
 
 
 class MambaQuantizer(Quantizer):
@@ -97,7 +97,9 @@ class MambaQuantizer(Quantizer):
         pairs = self._match.by_role()
         for role, spec in self._roles.items():
             if spec is not None and all(role is not found for found, _ in pairs):
-                reasons = "; ".join(f"{item.node}: {item.reason}" for item in self._match.rejected) or "none was left out"
+                reasons = (
+                    "; ".join(f"{item.node}: {item.reason}" for item in self._match.rejected) or "none was left out"
+                )
                 raise MqAoError(f"set_role({role.value!r}) was called, but no node has that role ({reasons}).")
         for role, node in pairs:
             spec = self._spec(role, node)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from types import MappingProxyType
 
 from mq_ao.graph import Role
 
 
-class Activation(str, Enum):
+class Activation(StrEnum):
     """How the input of a quantized operator is quantized."""
 
     NONE = "none"
@@ -20,19 +20,13 @@ class Activation(str, Enum):
     PER_TOKEN = "per_token"
     """int8, symmetric, one scale a token taken from the token itself at run time."""
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Range(str, Enum):
+class Range(StrEnum):
     """How calibration turns observed values into a static range."""
 
     HISTOGRAM = "histogram"
     MIN_MAX = "min_max"
     MOVING_AVERAGE = "moving_average"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mq_ao.lowering.inductor import InductorProgram
 
 import mq_ao
 from mq_ao.api import QuantizedProgram
-from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaConfig, MambaLM
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

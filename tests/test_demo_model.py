@@ -37,18 +37,15 @@ def test_calibration_text_is_not_held_out() -> None:
     assert shared < 0.01 * sum(map(len, lines))
 
 
-def test_beats_xz_on_the_beginning_of_every_held_out_document() -> None:
-    documents = demo.HELDOUT.read_bytes().split(b"\0")
-    text = b"\0".join(document[:3000] for document in documents)
-    # xz gets the whole text, 200 kB: as much to look back to as in the figure that the card gives.
-    assert bits_per_byte(model(), text) < 0.85 * xz_bits_per_byte(demo.HELDOUT.read_bytes())
-
-
-def test_card_states_the_figures() -> None:
+def test_beats_xz_as_the_card_says() -> None:
+    text = demo.HELDOUT.read_bytes()
     card = (demo.FOLDER / "MODEL_CARD.md").read_text()
-    ours, xz = (float(figure) for figure in re.findall(r"\*?\*?(\d\.\d{4}) bits per byte", card))
-    assert xz == pytest.approx(xz_bits_per_byte(demo.HELDOUT.read_bytes()), abs=6e-5)  # four decimals
-    assert ours < 0.85 * xz
+    ours, xz = (float(figure) for figure in re.findall(r"(\d\.\d{4}) bits per byte", card))
+    assert xz == pytest.approx(xz_bits_per_byte(text), abs=6e-5)  # four decimals
+    # Other kernels and CPUs add up in another order; that moves a mean over 200 kB by far less.
+    assert ours == pytest.approx(bits_per_byte(model(), text), abs=1e-3)
+    # xz has the whole text to look back to; the model starts anew with every document.
+    assert ours < 0.9 * xz
     for word in ("Python Software Foundation", "seed", "held-out text |", "wall time", "statistics"):
         assert word in card
 
@@ -56,9 +53,7 @@ def test_card_states_the_figures() -> None:
 def test_writes_python() -> None:
     prompt = b"\0import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):\n"
     ids = torch.tensor([list(prompt)])
-    text = bytes(
-        model().generate(ids, 200, Sampling(temperature=0.3, seed=0))[0, len(prompt) :].tolist()
-    ).decode()
+    text = bytes(model().generate(ids, 200, Sampling(temperature=0.3, seed=0))[0, len(prompt) :].tolist()).decode()
     assert "self." in text and "    def " in text
 
 
@@ -72,9 +67,7 @@ def test_bits_per_byte_do_not_depend_on_the_chunk() -> None:
 
 
 def test_bits_per_byte_of_a_uniform_model_are_eight() -> None:
-    def uniform(
-        ids: torch.Tensor, *states: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def uniform(ids: torch.Tensor, *states: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return torch.zeros(*ids.shape, 256), torch.zeros(1), torch.zeros(1)
 
     assert math.isclose(bits_per_byte(uniform, b"anything\0else"), 8, rel_tol=1e-6)

@@ -78,9 +78,7 @@ def test_draws_follow_the_probabilities() -> None:
     logits = probability.log().expand(20_000, 4)
     drawn = Sampling(temperature=1.0).choose(logits, torch.Generator().manual_seed(0))
     # The standard deviation of a share of 20000 draws is at most 0.0036; 0.015 is four of them.
-    torch.testing.assert_close(
-        drawn.flatten().bincount(minlength=4) / 20_000, probability, atol=0.015, rtol=0
-    )
+    torch.testing.assert_close(drawn.flatten().bincount(minlength=4) / 20_000, probability, atol=0.015, rtol=0)
 
 
 def test_stream_yields_one_token_at_a_time_and_runs_the_prompt_once(model: MambaLM) -> None:

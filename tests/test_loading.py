@@ -28,9 +28,7 @@ def build(config: MambaConfig = CONFIG) -> MambaLM:
     torch.manual_seed(0)
     model = MambaLM(config).eval()
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # every weight distinct, so that none can be mistaken for another
+        for parameter in model.parameters():  # every weight distinct, so that none can be mistaken for another
             parameter.add_(torch.rand_like(parameter) * 0.1)
     return model
 
@@ -136,17 +134,11 @@ def test_mamba_ssm_layout(tmp_path: Path) -> None:
 
 def test_mamba_ssm_layout_in_half_precision_and_with_every_option(tmp_path: Path) -> None:
     model = build(
-        MambaConfig(
-            vocab_size=24, d_model=16, n_layer=2, d_state=4, d_conv=3, expand=3, dt_rank=7, conv_bias=False
-        )
+        MambaConfig(vocab_size=24, d_model=16, n_layer=2, d_state=4, d_conv=3, expand=3, dt_rank=7, conv_bias=False)
     )
     ssm_cfg = {"layer": "Mamba1", "d_state": 4, "d_conv": 3, "expand": 3, "dt_rank": 7, "conv_bias": False}
-    write_mamba_ssm(
-        tmp_path, model, ssm_cfg=ssm_cfg | {"dt_min": 0.01, "use_fast_path": False}, attn_layer_idx=[]
-    )
-    torch.save(
-        {name: value.half() for name, value in model.state_dict().items()}, tmp_path / "pytorch_model.bin"
-    )
+    write_mamba_ssm(tmp_path, model, ssm_cfg=ssm_cfg | {"dt_min": 0.01, "use_fast_path": False}, attn_layer_idx=[])
+    torch.save({name: value.half() for name, value in model.state_dict().items()}, tmp_path / "pytorch_model.bin")
     loaded = load(tmp_path)
     assert loaded.config.d_conv == 3 and loaded.config.expand == 3 and loaded.config.rank == 7
     for name, tensor in loaded.state_dict().items():
@@ -277,9 +269,7 @@ def _other_head(weights: dict[str, Tensor]) -> None:
         (_other_head, "ties the head"),
     ],
 )
-def test_wrong_weights_are_named(
-    tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], word: str
-) -> None:
+def test_wrong_weights_are_named(tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], word: str) -> None:
     weights = write_transformers(tmp_path, build())
     weights = {name: value.clone() for name, value in weights.items()}
     spoil(weights)
@@ -369,9 +359,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route\nmore")
 
     _hub(monkeypatch, download)
-    with pytest.raises(
-        MqAoError, match=r"no folder demoo, and the hub.*ConnectionError: no route\).*spelling"
-    ):
+    with pytest.raises(MqAoError, match=r"no folder demoo, and the hub.*ConnectionError: no route\).*spelling"):
         load("demoo")
 
 

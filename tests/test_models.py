@@ -104,11 +104,7 @@ def test_parameter_names_and_number_are_those_of_mamba_ssm() -> None:
         model = MambaLM(MAMBA_130M)
     # The published size of mamba-130m, embedding counted once.
     assert sum(p.numel() for p in model.parameters()) == 129_135_360
-    names = {
-        name.removeprefix("backbone.layers.0.")
-        for name, _ in model.named_parameters()
-        if ".layers.0." in name
-    }
+    names = {name.removeprefix("backbone.layers.0.") for name, _ in model.named_parameters() if ".layers.0." in name}
     mixer = {
         "A_log",
         "D",

@@ -59,7 +59,11 @@ def test_agrees_with_the_dequantized_float_convolution(
     y, last = op(w["x"], scale, zero_point, w["weight"], w["weight_scale"], bias, state, activation)
     x = (w["x"].double() - zero_point) * scale
     exact, exact_last = reference("causal_conv1d")(
-        x, w["weight"] * w["weight_scale"][:, None].double(), None if bias is None else bias.double(), state.double(), activation
+        x,
+        w["weight"] * w["weight_scale"][:, None].double(),
+        None if bias is None else bias.double(),
+        state.double(),
+        activation,
     )
     # The sum is exact; scale, bias and SiLU round in float32, a few ulp of the largest term.
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
@@ -93,7 +97,9 @@ def test_a_state_with_nan_gives_nan() -> None:
 
 def test_opcheck() -> None:
     w = operands(2, 6, 20, 4)
-    torch.library.opcheck(op, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], w["bias"], torch.zeros(2, 3, 20), "silu"))
+    torch.library.opcheck(
+        op, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], w["bias"], torch.zeros(2, 3, 20), "silu")
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
+from mq_ao.errors import MqAoError
 from mq_ao.ops import library
 from mq_ao.ops import qlinear as ql
 from mq_ao.ops.native import build
@@ -94,8 +95,8 @@ def test_float_epilogue(lead: tuple[int, ...], n: int, k: int, with_bias: bool, 
     assert torch.equal(y, library.reference("qlinear")(*args))
     product = (x.double() - 101) @ weight.double().t() * (scale.double() * 0.0213)
     exact = product + (bias.double() if with_bias else 0)
-    # Four roundings of relative size 2^-24 (activation scale, scale product, product; the sum itself is exact here)
-    # act on the product, one more on the result.
+    # Three roundings of relative size 2^-24 act on the product (activation scale, product of scales, product;
+    # the sum is exact here), one more on the result; the fourth is for what is of second order.
     bound = 2**-24 * (4 * product.abs() + exact.abs()) * 1.01 + 1e-30
     assert ((y.double() - exact).abs() <= bound).all()
 
@@ -143,7 +144,7 @@ def test_strided_and_expanded_activations(k: int) -> None:
 
 
 def seen_integers(x: Tensor) -> Tensor:
-    """What the native operator quantizes `x` (M, K) to, shown by the identity matrix with scale one over the row's."""
+    """The integers the native operator makes of `x` (M, K), seen by multiplying with the identity matrix."""
     k = x.shape[1]
     packed = ops.qlinear_prepack(torch.eye(k, dtype=torch.int8))
     y = ops.qlinear_dynamic(x, packed, torch.ones(k))
@@ -159,9 +160,7 @@ def seen_integers(x: Tensor) -> Tensor:
     st.sampled_from([1e-37, 1e-6, 1.0, 1e4, 1e36]),
     seeds,
 )
-def test_token_quantizer_matches_its_reference(
-    m: int, k: int, dtype: torch.dtype, size: float, seed: int
-) -> None:
+def test_token_quantizer_matches_its_reference(m: int, k: int, dtype: torch.dtype, size: float, seed: int) -> None:
     x = (torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
     assert torch.equal(seen_integers(x), ql.quantize_per_token(x)[0])
 
@@ -285,11 +284,11 @@ BAD_CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
 
 @pytest.mark.parametrize(("name", "message", "args"), BAD_CALLS)
 def test_bad_calls_say_what_is_wrong(name: str, message: str, args: tuple[Any, ...]) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MqAoError, match=message):
         getattr(ops, name)(*args)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MqAoError, match=message):
         library.reference(name)(*args)
-    with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
+    with FakeTensorMode() as mode, pytest.raises(MqAoError, match=message):
         getattr(ops, name)(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
 
 
@@ -298,7 +297,8 @@ CORE_SHIM = """
 #include "qgemm.h"
 using namespace mq_ao::qgemm;
 extern "C" void linear(const float* x, long m, const int8_t* packed, long n, long k, const float* scale,
-                       const float* bias, long threads, uint8_t* q, float* row_scale, float* y, uint8_t* requantized) {
+                       const float* bias, long threads, uint8_t* q, float* row_scale, float* y,
+                       uint8_t* requantized) {
   const long depth = padded_inputs(k);
   for (long i = 0; i < m; ++i) row_scale[i] = quantize_token(x + i * k, k, q + i * depth);
   const Activations a{q, depth, row_scale, 1, kTokenZeroPoint};

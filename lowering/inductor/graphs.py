@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ class StateShapes:
                 "conv_state (n_layer, batch, d_conv - 1, d_inner) and ssm_state (n_layer, batch, d_inner, d_state)."
             )
         _, conv, ssm = values
-        return cls(int(conv.shape[0]), tuple(map(int, conv.shape[2:])), tuple(map(int, ssm.shape[2:])), ssm.dtype)
+        n_layer, taps, channels, d_state = map(int, (*conv.shape[:1], *conv.shape[2:], ssm.shape[3]))
+        return cls(n_layer, (taps, channels), (channels, d_state), ssm.dtype)
 
     def zeros(self, batch: int) -> tuple[Tensor, Tensor]:
         """Initial conv and ssm states."""
@@ -81,10 +83,11 @@ def with_positions(module: GraphModule) -> GraphModule:
     module = flat(module)
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
-    head = walk.upstream(output.args[0][0])
+    results: Any = output.args[0]
+    head = walk.upstream(results[0])
     if head.target not in _HEADS:
         raise MqAoError(f"the logits come from {head.name}, not from a linear head: this is not a language model.")
-    hidden = walk.upstream(head.args[0], through=_QUANTIZE)
+    hidden = walk.upstream(next(walk.inputs(head)), through=_QUANTIZE)
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         positions = graph.placeholder("positions")
     readers = _up_to(hidden, head)
@@ -106,7 +109,7 @@ def _up_to(hidden: Node, head: Node) -> list[Node]:
 
 
 def flat(module: GraphModule) -> GraphModule:
-    """A copy of the graph (not of its tensors) that takes and returns plain tuples instead of torch.export's pytrees."""
+    """A copy of the graph, on the same tensors, that takes and returns plain tuples instead of export's pytrees."""
     graph = copy.deepcopy(module.graph)
     graph.set_codegen(CodeGen())
     return GraphModule(module, graph)

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mq_ao.lowering.inductor import package
+from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
+from mq_ao.lowering.inductor.program import InductorProgram
+from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors
 from torch import Tensor
 from torch._inductor.constant_folding import constant_fold
 from torch.fx import GraphModule
 
 import mq_ao.ops
 from mq_ao.graph import walk
-from mq_ao.lowering.inductor import package
-from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
-from mq_ao.lowering.inductor.program import InductorProgram
-from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors
 
 
 def rewrite(converted: GraphModule) -> tuple[GraphModule, dict[str, int]]:
@@ -97,7 +97,12 @@ def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) 
         "prefill": export_prefill(with_positions(module), shapes),
         "decode": export_decode(flat(module), shapes),
     }
-    states = {"n_layer": shapes.n_layer, "conv": shapes.conv, "ssm": shapes.ssm, "dtype": str(shapes.dtype)[6:]}
+    states = {
+        "n_layer": shapes.n_layer,
+        "conv": shapes.conv,
+        "ssm": shapes.ssm,
+        "dtype": str(shapes.dtype)[6:],
+    }
     folder = tempfile.mkdtemp(prefix="mq_ao_")
     path = Path(folder) / "program.pt2"
     try:

@@ -53,7 +53,7 @@ def write(path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str
         info: JSON-able description.
     """
     weights: dict[str, Tensor] = {}
-    files = {}
+    files: dict[str, Any] = {}
     for name, program in programs.items():
         files[name] = aot_compile(program.module(check_guards=False), *program.example_inputs, options=_OPTIONS)
         for key, tensor in [*program.state_dict.items(), *program.constants.items()]:

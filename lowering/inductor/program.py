@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mq_ao.lowering.inductor import package
+from mq_ao.lowering.inductor.graphs import StateShapes
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.lowering.inductor import package
-from mq_ao.lowering.inductor.graphs import StateShapes
 from mq_ao.models.generate import Sampling, generate, stream
 
 States = tuple[Tensor, Tensor, Tensor]
@@ -97,9 +97,7 @@ class InductorProgram:
 
     def _length(self, input_ids: Tensor) -> int:
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-            raise MqAoError(
-                f"input_ids must be (batch, length) int64; got {tuple(input_ids.shape)} {input_ids.dtype}."
-            )
+            raise MqAoError(f"input_ids must be (batch, length) int64; got {tuple(input_ids.shape)} {input_ids.dtype}.")
         if input_ids.numel() == 0:
             raise MqAoError(f"input_ids is empty, of shape {tuple(input_ids.shape)}: give at least one token.")
         # The compiled gather would read outside the embedding.

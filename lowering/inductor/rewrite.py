@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,11 +84,10 @@ class Rewriter:
         return count_integer_kernels(self.module)
 
     def _linear(self, node: Node) -> None:
-        weight = Weight.of(self.module, node.args[1])
-        x = node.args[0]
+        x, weight_node, bias = _arguments(node, 3)
+        weight = Weight.of(self.module, weight_node)
         if weight is None or not isinstance(x, Node) or not (_is_static(x) or _is_per_token(x)):
             return
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         pieces = _pieces(node, weight)
         if pieces is None or bias is not None:
             self._replace(node, self._product(node, x, weight, bias))
@@ -95,7 +96,7 @@ class Rewriter:
         for getitem, start, stop in pieces:
             self._replace(getitem, self._product(getitem, x, weight.rows(start, stop), None))
 
-    def _product(self, at: Node, x: Node, weight: Weight, bias: object) -> Node:
+    def _product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Integer product before `at`; quantizes its own output where `at` only feeds one static quantize."""
         graph = self.graph
         with graph.inserting_before(at):
@@ -170,13 +171,14 @@ def _is_per_token(node: Node) -> bool:
     """Whether `node` dequantizes what `mq_ao.ops.qlinear.quantize_per_token` gives."""
     if node.target != DQ_TOKEN:
         return False
-    _, block, scale, _, *limits = node.args
+    args: tuple[Any, ...] = node.args
+    _, block, scale, _, *limits = args
     choose = scale.args[0] if isinstance(scale, Node) else None
     symmetric = isinstance(choose, Node) and choose.args[1] == "SYMMETRIC"
     return symmetric and set(block[:-1]) <= {1} and limits == [torch.int8, -127, 127]
 
 
-def _arguments(node: Node, count: int) -> list[object]:
+def _arguments(node: Node, count: int) -> list[Any]:
     """Positional arguments, padded with None."""
     assert not node.kwargs, f"{node.name} has keyword arguments"
     return [*node.args, *[None] * (count - len(node.args))]
@@ -196,25 +198,29 @@ def _pieces(node: Node, weight: Weight) -> list[tuple[Node, int, int]] | None:
     split = _only_user(node)
     width = weight.values.shape[0]
     last = node.meta["val"].dim() - 1
-    if split is None or split.op != "call_function":
+    if split is None or split.target not in (aten.chunk.default, aten.split_with_sizes.default):
         return None
-    if split.target == aten.chunk.default and width % split.args[1] == 0:
-        sizes = [width // split.args[1]] * split.args[1]
-    elif split.target == aten.split_with_sizes.default:
-        sizes = list(split.args[1])
+    _, how, axis = _arguments(split, 3)
+    if split.target == aten.split_with_sizes.default:
+        sizes = list(how)
+    elif width % how == 0:
+        sizes = [width // how] * how
     else:
         return None
-    axis = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
     if axis not in (-1, last) or any(size % _PANEL for size in sizes):
         return None
-    stops = torch.tensor(sizes).cumsum(0).tolist()
-    return [(user, stops[user.args[1]] - sizes[user.args[1]], stops[user.args[1]]) for user in split.users]
+    stops = list(accumulate(sizes))
+    indices: list[tuple[Node, Any]] = [(user, user.args[1]) for user in split.users]
+    return [(user, stops[index] - sizes[index], stops[index]) for user, index in indices]
 
 
 def drop_unused_tensors(module: GraphModule) -> None:
     """Deletes parameters and buffers that no node reads: the float weights and the unpacked ones."""
     used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+    for name, _ in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
         if name not in used:
             owner, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(owner), leaf)

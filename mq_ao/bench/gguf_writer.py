@@ -34,9 +34,7 @@ def write_f32(model: MambaLM, path: Path) -> None:
         raise MqAoError("writing GGUF needs the gguf package: pip install gguf.") from error
     config = model.config
     if config.bias:
-        raise MqAoError(
-            "llama.cpp's Mamba has no bias in in_proj and out_proj: this model cannot be written as GGUF."
-        )
+        raise MqAoError("llama.cpp's Mamba has no bias in in_proj and out_proj: this model cannot be written as GGUF.")
     writer = GGUFWriter(path, "mamba")
     writer.add_context_length(CONTEXT_LENGTH)
     writer.add_embedding_length(config.d_model)
@@ -62,30 +60,32 @@ def write_f32(model: MambaLM, path: Path) -> None:
 @torch.no_grad()
 def tensors(model: MambaLM) -> dict[str, numpy.ndarray]:
     """The model's weights as float32 arrays, by their GGUF names (the table of gguf's MODEL_ARCH.MAMBA)."""
+    state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     named = {
-        "token_embd.weight": model.backbone.embedding.weight,
-        "output_norm.weight": model.backbone.norm_f.weight,
+        "token_embd.weight": state["backbone.embedding.weight"],
+        "output_norm.weight": state["backbone.norm_f.weight"],
     }
     if not model.config.tie_embeddings:
-        named["output.weight"] = model.lm_head.weight
-    for index, layer in enumerate(model.backbone.layers):
-        mixer = layer.mixer
-        block = {
-            "attn_norm.weight": layer.norm.weight,
-            "ssm_in.weight": mixer.in_proj.weight,
-            "ssm_conv1d.weight": mixer.conv1d.weight.squeeze(1),
-            # llama.cpp adds the bias unasked, so a model without one gets zeros.
-            "ssm_conv1d.bias": _or_zeros(mixer.conv1d.bias, model.config.d_inner),
-            "ssm_x.weight": mixer.x_proj.weight,
-            "ssm_dt.weight": mixer.dt_proj.weight,
-            "ssm_dt.bias": mixer.dt_proj.bias,
-            "ssm_a": -torch.exp(mixer.A_log.float()),
-            "ssm_d": mixer.D,
-            "ssm_out.weight": mixer.out_proj.weight,
-        }
-        named.update({f"blk.{index}.{name}": tensor for name, tensor in block.items()})
-    return {name: tensor.detach().float().contiguous().numpy() for name, tensor in named.items()}
+        named["output.weight"] = state["lm_head.weight"]
+    # llama.cpp adds the convolution's bias unasked, so a model without one gets zeros.
+    no_bias = torch.zeros(model.config.d_inner)
+    for index in range(model.config.n_layer):
+        ours, theirs = f"backbone.layers.{index}.", f"blk.{index}."
+        for name, target in _LAYER.items():
+            named[theirs + target] = state.get(ours + name, no_bias)
+        named[theirs + "ssm_conv1d.weight"] = state[ours + "mixer.conv1d.weight"].squeeze(1)
+        named[theirs + "ssm_a"] = -torch.exp(state[ours + "mixer.A_log"])
+    return {name: tensor.contiguous().numpy() for name, tensor in named.items()}
 
 
-def _or_zeros(bias: torch.Tensor | None, size: int) -> torch.Tensor:
-    return torch.zeros(size) if bias is None else bias
+_LAYER = {
+    "norm.weight": "attn_norm.weight",
+    "mixer.in_proj.weight": "ssm_in.weight",
+    "mixer.conv1d.bias": "ssm_conv1d.bias",
+    "mixer.x_proj.weight": "ssm_x.weight",
+    "mixer.dt_proj.weight": "ssm_dt.weight",
+    "mixer.dt_proj.bias": "ssm_dt.bias",
+    "mixer.D": "ssm_d",
+    "mixer.out_proj.weight": "ssm_out.weight",
+}
+"""A layer's weights that GGUF stores as they are."""

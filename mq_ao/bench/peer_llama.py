@@ -38,9 +38,7 @@ def quantize_q8_0(source: Path, path: Path, threads: int) -> None:
     params.nthread = threads
     params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
     if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params)) != 0:
-        raise MqAoError(
-            "llama.cpp could not quantize this model to Q8_0: run the bench without --peers llama.cpp."
-        )
+        raise MqAoError("llama.cpp could not quantize this model to Q8_0: run the bench without --peers llama.cpp.")
 
 
 class Llama:
@@ -53,13 +51,9 @@ class Llama:
     """
 
     def __init__(self, path: Path, threads: int, longest: int) -> None:
-        model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not model:
-            raise MqAoError(
-                f"llama.cpp could not load {path.name}: is llama-cpp-python recent enough for Mamba?"
-            )
+            raise MqAoError(f"llama.cpp could not load {path.name}: is llama-cpp-python recent enough for Mamba?")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = longest
         params.n_threads = params.n_threads_batch = threads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ Step = Callable[[str], AbstractContextManager[object]]
 """Shows the user what is being done."""
 
 
-class Peer(str, Enum):
+class Peer(StrEnum):
     """Other libraries that run the same weights."""
 
     TRANSFORMERS = "transformers"
@@ -64,7 +64,7 @@ def parse_peers(names: Sequence[str]) -> list[Peer]:
 
 
 def open_model(source: str, seed: int = 0) -> MambaLM:
-    """The model to bench: a shape of `RANDOM_MODELS` with random weights, or `MambaLM.from_pretrained(source)`."""
+    """A shape of `RANDOM_MODELS` with random weights, or `MambaLM.from_pretrained(source)`."""
     if source not in RANDOM_MODELS:
         return MambaLM.from_pretrained(source)
     with torch.random.fork_rng(devices=[]):
@@ -79,7 +79,7 @@ def random_ids(vocab_size: int, count: int, seed: int = 0) -> list[int]:
 
 
 def calibration_of(model: MambaLM, tokens: int = 4096) -> list[torch.Tensor]:
-    """The bundled text for byte-level models, random tokens for the others, whose integers are timed and not judged."""
+    """The bundled text for byte-level models; random tokens for the others, which are only timed."""
     if model.config.vocab_size == BYTE_VOCABULARY and demo.CALIBRATION.is_file():
         text = read_tokens(demo.CALIBRATION, BYTE_VOCABULARY, ByteCodec())
         return calibration_batches(text, tokens)

@@ -98,15 +98,17 @@ class Results:
     contenders: Mapping[str, Measured]
 
     def figures(self) -> list[Figure]:
-        """Speed of int8 against every other contender and of compiled fp32 against the peers, linearity, and weights."""
+        """Speed of int8 and of compiled fp32 against every other contender, then `own_figures`."""
         figures = []
         for base in (INT8, FP32):
             for name in self.contenders:
                 if name != base and not (base == FP32 and name == INT8):
                     figures += self._speedups(base, name)
-        figures += self._linearity()
-        figures += self._weights()
-        return figures
+        return figures + self.own_figures()
+
+    def own_figures(self) -> list[Figure]:
+        """Linearity and weights of int8."""
+        return [*self._linearity(), *self._weights()]
 
     def _speedups(self, base: str, other: str) -> list[Figure]:
         ours, theirs = self.contenders[base], self.contenders[other]
@@ -116,9 +118,7 @@ class Results:
         ]
         pairs.append(("decode", ours.decode_median, theirs.decode_median))
         return [
-            Figure(f"{base} against {other}, {what}", b / a)
-            for what, a, b in pairs
-            if a is not None and b is not None
+            Figure(f"{base} against {other}, {what}", b / a) for what, a, b in pairs if a is not None and b is not None
         ]
 
     def _linearity(self) -> list[Figure]:

@@ -31,8 +31,8 @@ class Plan:
         lengths: prefill lengths in tokens.
         repeats: rounds a length.
         decode_tokens: tokens a decode measurement.
-        patience: a contender that has spent this many seconds at one length sits out its remaining rounds; few users
-            want to wait for the slowest one many times.
+        patience: a contender that has spent this many seconds at one length sits out its remaining
+            rounds: few want to wait for the slowest one many times.
     """
 
     lengths: tuple[int, ...] = (128, 1024, 4096)

@@ -9,8 +9,8 @@ from mq_ao.bench.results import Measured, Results
 
 
 def render(results: Results) -> list[Table | str]:
-    """A table of medians, a table of ratios, and notes."""
-    return [_times(results), _ratios(results), *_notes(results)]
+    """A table of medians, and notes below it."""
+    return [_times(results), *_notes(results)]
 
 
 def _times(results: Results) -> Table:
@@ -37,18 +37,11 @@ def _against(seconds: float | None, base: float | None) -> str:
     return text if base is None else f"{text} ({seconds / base:.2f}x)"
 
 
-def _ratios(results: Results) -> Table:
-    table = Table("ratio", title=f"{results.model}: ratios", title_justify="left")
-    table.add_column("value", justify="right")
-    for figure in results.figures():
-        table.add_row(figure.name, f"{figure.value:.3g}")
-    return table
-
-
 def _notes(results: Results) -> list[str]:
-    notes = [
-        "Prefill computes the last token's logits only. Peak memory is that of a process of its own: interpreter, libraries, "
-        "opening and running. Logits: relative L2 distance to the first row's."
+    notes = [f"{figure.name}: {figure.value:.3g}x" for figure in results.own_figures()]
+    notes += [
+        "Prefill computes the last token's logits only. Peak memory is that of the contender's process: "
+        "interpreter, libraries, opening and running. Logits: relative L2 distance to the first row's."
     ]
     most = max((len(samples) for row in results.contenders.values() for samples in row.prefill.values()), default=0)
     for row in results.contenders.values():

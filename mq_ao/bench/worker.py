@@ -1,4 +1,4 @@
-"""One process a contender: its memory can be measured, its threads disturb nobody, and its crash is only its own."""
+"""One process a contender: its memory can be measured, and its threads and crashes are its own."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from mq_ao.errors import MqAoError
+from mq_ao.logs import quiet_libraries
 
-# A short measurement is repeated until it lasts this long, and its median is taken: a process that slept while the others
-# ran has cold caches and sleeping threads.
+# A short measurement is repeated until it lasts this long, and its median is taken: a process that slept
+# while the others ran has cold caches and sleeping threads.
 SHORTEST_SECONDS = 0.3
 MOST_REPEATS = 25
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """How a contender runs the model."""
 
     EAGER = "eager"
@@ -141,15 +142,14 @@ class Worker:
     def _died(self) -> MqAoError:
         self._process.join(timeout=10)
         code = self._process.exitcode
-        return MqAoError(
-            f"{self.spec.name}: its process ended with code {code} (-9 is usually a lack of memory)."
-        )
+        return MqAoError(f"{self.spec.name}: its process ended with code {code} (-9 is usually a lack of memory).")
 
 
 class _Server:
     """The other end of a `Worker`."""
 
     def __init__(self, spec: Spec) -> None:
+        quiet_libraries()
         import torch
 
         torch.set_num_threads(spec.threads)
@@ -198,8 +198,10 @@ def _serve(spec: Spec, pipe: Connection) -> None:
 
 def _opener(spec: Spec) -> Callable[[], Any]:
     """Imports what the contender needs, so that memory can be read before it is opened."""
+    from mq_ao import ops
     from mq_ao.bench import contender
 
+    ops.load_native()  # building the kernels at the first call would count as its time
     if spec.kind is Kind.LLAMA:
         from mq_ao.bench.peer_llama import Llama
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mq_ao.capture.export import export
+from mq_ao.capture.program import export
 
 __all__ = ["export"]

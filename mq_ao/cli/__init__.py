@@ -13,8 +13,9 @@ import typer
 
 from mq_ao import __version__
 from mq_ao.cli import bench, demo, evaluate, generate, inspect, kernels, quantize
-from mq_ao.cli.console import fail
+from mq_ao.cli.console import fail, show_warnings
 from mq_ao.errors import MqAoError
+from mq_ao.logs import quiet_libraries
 
 app = typer.Typer(
     name="mq-ao",
@@ -39,10 +40,11 @@ def _options(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is being done to stderr.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # Both only tell of CUDA binaries and deprecations inside torchao when it is imported.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    quiet_libraries()
+    show_warnings()
 
 
 app.command("quantize")(quantize.quantize)

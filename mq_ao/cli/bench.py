@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mq_ao.cli.console import bar, check_json, out, step, write_json
+from mq_ao.cli.console import bar, check_json, out, ready_kernels, step, write_json
 from mq_ao.cli.opened import MODEL_HELP
 from mq_ao.errors import MqAoError
 
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 
 
 def bench(
+    *,
     model: Annotated[
         list[str] | None,
-        typer.Option(help=f"mamba-130m (its shape, random weights), {MODEL_HELP} May be repeated. [default: both]"),
+        typer.Option(help=f"mamba-130m (random weights), {MODEL_HELP} May be repeated. [default: demo and mamba-130m]"),
     ] = None,
     tokens: Annotated[str, typer.Option(help="Prefill lengths, comma-separated.")] = "128,1024,4096",
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens a decode measurement.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians over them are reported.")] = 5,
     patience: Annotated[
-        float, typer.Option(help="Seconds at one length after which a contender sits out its remaining rounds.")
+        float,
+        typer.Option(help="Seconds at one length after which a contender sits out its remaining rounds."),
     ] = 60.0,
     peers: Annotated[
         str | None,
-        typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. [default: all that are installed]"),
+        typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. [default: all installed ones]"),
     ] = None,
     recipe: Annotated[str, typer.Option(help="How ours is quantized.")] = "rtn-w8a8",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. [default: all cores]")] = None,
@@ -43,8 +45,8 @@ def bench(
 ) -> None:
     """Time prefill and decode and measure memory, of our fp32 and int8 programs and of other libraries.
 
-    Contenders have the same weights, run in a process of their own, and take turns. Every prefill computes the logits of
-    the last token only.
+    Contenders have the same weights, run in a process of their own, and take turns. Every prefill computes
+    the logits of the last token only.
 
     [bold]Examples[/bold]
 
@@ -72,6 +74,7 @@ def bench(
     get_recipe(recipe)
     names = [name for name in (peers or "").split(",") if name]
     chosen = installed_peers() if peers is None else [] if names == ["none"] else parse_peers(names)
+    ready_kernels()
     plan = Plan(tuple(lengths), repeats, decode_tokens, patience)
     runs = []
     for source in model or ["demo", "mamba-130m"]:
@@ -106,7 +109,9 @@ def _machine(threads: int) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     return {"cpu": cpu, "threads": threads, "torch": torch.__version__, "mq_ao": __version__}
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
@@ -37,13 +45,30 @@ def fail(error: Exception) -> None:
     err().print(Text(f"error: {error}", style="red"), soft_wrap=True)
 
 
+def show_warnings() -> None:
+    """Prints Python warnings as one yellow line each."""
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    err().print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+
+
+def ready_kernels() -> None:
+    """Loads the native kernels, building them where needed, so that no timing includes it."""
+    with step("readying the native kernels"):
+        from mq_ao import ops
+
+        ops.load_native()
+
+
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Shows a spinner while something without a known length runs, and leaves a line if it took over a second."""
+    """Shows a spinner while something of unknown length runs, and leaves a line if it took over a second."""
     console = err()
     started = time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task(what, total=None)
         yield
     seconds = time.perf_counter() - started
@@ -54,8 +79,15 @@ def step(what: str) -> Iterator[None]:
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[..., None]]:
     """Shows a progress bar; yields `advance(count=1, what=None)`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
-    with Progress(*columns, console=err(), transient=True) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        Remaining(),
+    )
+    console = err()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
 
         def advance(count: int = 1, what: str | None = None) -> None:
@@ -109,3 +141,13 @@ def write_json(target: str, content: Any) -> None:
 def megabytes(size: float) -> str:
     """A size in MB (10^6 bytes)."""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def kernel_counts(kernels: Mapping[str, int]) -> str:
+    """Integer kernels in words: `36 qlinear, 7 qcausal_conv1d`."""
+    return ", ".join(f"{count} {kernel_name(name)}" for name, count in kernels.items()) or "none"
+
+
+def kernel_name(operator: str) -> str:
+    """`mq_ao.qlinear.default` -> `qlinear`."""
+    return operator.removeprefix("mq_ao.").removesuffix(".default")

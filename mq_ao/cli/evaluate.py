@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    *,
     model: Annotated[str, typer.Argument(help=ANY_HELP)],
     text: Annotated[
         Path | None,
@@ -22,7 +23,7 @@ def evaluate(
             exists=True,
             dir_okay=False,
             readable=True,
-            help="Text, or token ids in a .npy or .safetensors file. Default for demo: the bundled held-out text.",
+            help="Text, or token ids (.npy, .safetensors). Default for byte-level models: the bundled text.",
         ),
     ] = None,
     against: Annotated[
@@ -30,7 +31,7 @@ def evaluate(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Start from a zero state every so many tokens. Default: carry the state through a document."),
+        typer.Option(help="Start from a zero state every so many tokens; by default only at documents."),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     json: Annotated[
@@ -66,8 +67,8 @@ def evaluate(
     tokens = read_tokens(text, opened.vocab_size, next((codec for codec in codecs if codec is not None), None))
     if reference is not None and reference.vocab_size != opened.vocab_size:
         raise MqAoError(
-            f"{model} has {opened.vocab_size} tokens and {against} has {reference.vocab_size}: compare a program with "
-            "the model that it was made from."
+            f"{model} has {opened.vocab_size} tokens and {against} has {reference.vocab_size}: compare a "
+            "program with the model that it was made from."
         )
     with bar(f"evaluating {tokens.predicted} tokens", tokens.predicted) as advance:
         if reference is None:
@@ -107,7 +108,8 @@ def _print(text: str, rows: list[tuple[Opened, Evaluation]], comparison: Compari
     console.print(table)
     if comparison is not None:
         console.print(
-            f"cost {100 * (comparison.relative_cost - 1):+.3f} % against {rows[0][0].source}; mean KL "
-            f"{comparison.divergence:.5f} nats a token; same likeliest token {100 * comparison.agreement:.2f} %",
+            f"cost {100 * (comparison.relative_cost - 1):+.3f} % against {rows[0][0].source}; "
+            f"mean KL {comparison.divergence:.5f} nats a token; "
+            f"same likeliest token {100 * comparison.agreement:.2f} %",
             markup=False,
         )

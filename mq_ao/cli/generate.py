@@ -13,6 +13,7 @@ from mq_ao.errors import MqAoError
 
 
 def generate(
+    *,
     model: Annotated[str, typer.Argument(help=ANY_HELP)],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write.")] = 256,
@@ -41,7 +42,9 @@ def generate(
     codec = opened.needed_codec
     ids = torch.tensor(codec.documents(prompt.encode())[-1:])
     if int(ids.max()) >= opened.vocab_size:
-        raise MqAoError(f"the tokenizer has token ids beyond the model's vocabulary of {opened.vocab_size}: name its own.")
+        raise MqAoError(
+            f"the tokenizer has token ids beyond the model's vocabulary of {opened.vocab_size}: name its own."
+        )
     # A program computes one row of logits for the prompt, the float model all of them.
     run = getattr(opened.run, "prefill", opened.run)
     sys.stdout.write(prompt)

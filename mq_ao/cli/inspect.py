@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mq_ao.cli.console import megabytes, out, step
+from mq_ao.cli.console import kernel_name, megabytes, out, step
 from mq_ao.cli.opened import ANY_HELP, is_program, open_float
 
 if TYPE_CHECKING:
+    from rich.table import Table
+    from torch.fx import Node
+
     from mq_ao.graph import Match
-    from mq_ao.models import MambaLM
+
+DEFAULT_RECIPE = "rtn-w8a8"
 
 
 def inspect(model: Annotated[str, typer.Argument(help=ANY_HELP)]) -> None:
@@ -53,7 +57,7 @@ def _program(path: Path) -> None:
         return
     kernels = Table("integer kernel", "calls a forward pass")
     for name, count in program.integer_kernels.items():
-        kernels.add_row(name, str(count))
+        kernels.add_row(kernel_name(name), str(count))
     console.print(kernels)
 
 
@@ -66,28 +70,38 @@ def _model(source: str) -> None:
         matched = match(capture(model, ()))
     console = out()
     console.print(matched.describe(), markup=False, highlight=False, soft_wrap=True)
-    console.print(_roles(model, matched))
+    console.print(_roles(matched))
     total = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"{total} parameters, {megabytes(4 * total)} in float32 ({model.config})", markup=False, soft_wrap=True)
+    console.print(
+        f"{total} parameters, {megabytes(4 * total)} in float32 ({model.config})",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
-def _roles(model: MambaLM, matched: Match) -> Any:
+def _roles(matched: Match) -> Table:
     from rich.table import Table
 
-    from mq_ao.quantizer import w8a8
+    from mq_ao.recipes import get_recipe
 
-    scheme = w8a8().roles
+    schemes = {str(role): str(spec) for role, spec in get_recipe(DEFAULT_RECIPE).scheme.roles.items()}
     sizes: dict[str, list[int]] = {}
     for role, node in matched.by_role():
-        value = node.args[1 if str(role) != "embedding" else 0].meta["val"]
-        sizes.setdefault(str(role), []).append(value.numel())
-    table = Table(title="roles, and how rtn-w8a8 quantizes them", title_justify="left")
+        sizes.setdefault(str(role), []).append(_weight(node).meta["val"].numel())
+    table = Table(title=f"roles, and how {DEFAULT_RECIPE} quantizes them", title_justify="left")
     for name in ("role", "nodes", "weights", "float32", "int8", "scheme"):
         table.add_column(name, justify="left" if name in ("role", "scheme") else "right")
-    schemes = {str(role): str(spec) for role, spec in scheme.items()}
     for name, counts in sizes.items():
         count = sum(counts)
-        table.add_row(
-            name, str(len(counts)), str(count), megabytes(4 * count), megabytes(count), schemes.get(name, "float")
-        )
+        columns = (len(counts), count, megabytes(4 * count), megabytes(count), schemes.get(name, "float"))
+        table.add_row(name, *map(str, columns))
     return table
+
+
+def _weight(node: Node) -> Node:
+    """The weight's node: the first input of an embedding, the second of everything else."""
+    import torch
+
+    weight = node.args[0 if node.target == torch.ops.aten.embedding.default else 1]
+    assert isinstance(weight, torch.fx.Node)
+    return weight

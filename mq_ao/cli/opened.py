@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mq_ao.cli.console import step
+from mq_ao.cli.console import ready_kernels, step
 from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Opened:
         """
         if self.codec is None:
             raise MqAoError(
-                f"{self.source} has {self.vocab_size} tokens that are not bytes, and no tokenizer: name one with "
-                "--tokenizer (a folder or hub id)."
+                f"{self.source} has {self.vocab_size} tokens that are not bytes, and no tokenizer: name one "
+                "with --tokenizer (a folder or hub id)."
             )
         return self.codec
 
@@ -80,6 +80,7 @@ def open_float(source: str) -> MambaLM:
     """
     if is_program(source):
         raise MqAoError(f"{source} is a saved program: give the float model, {MODEL_HELP}")
+    ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.models import MambaLM
 
@@ -95,6 +96,7 @@ def open_any(source: str, tokenizer: str | None = None) -> Opened:
     if not is_program(source):
         model = open_float(source)
         return Opened(source, model, model.config.vocab_size, tokenizer)
+    ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load
 

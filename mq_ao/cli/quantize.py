@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from mq_ao.cli.console import check_output, err, megabytes, out, step
+from mq_ao.cli.console import check_output, err, kernel_counts, megabytes, out, step
 from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_float
 
 
 def quantize(
+    *,
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Program to write, ending in .pt2.")],
     calibration: Annotated[
@@ -20,7 +21,7 @@ def quantize(
             exists=True,
             dir_okay=False,
             readable=True,
-            help="Text, or token ids in a .npy or .safetensors file. Default for demo: the bundled calibration text.",
+            help="Text, or token ids (.npy, .safetensors). Default for demo: the bundled text.",
         ),
     ] = None,
     recipe: Annotated[str, typer.Option(help="How to quantize, see mq_ao.recipes.")] = "rtn-w8a8",
@@ -61,9 +62,12 @@ def quantize(
     with step(f"compiling ({backend})"):
         program = quantized.lower(backend)
     program.save(output)
-    counts = ", ".join(f"{count} {name}" for name, count in program.integer_kernels.items())
+    counts = kernel_counts(program.integer_kernels)
     console = out()
-    console.print(f"{output}: {megabytes(output.stat().st_size)}, integer kernels: {counts}", markup=False, soft_wrap=True)
     console.print(
-        f"resident weights {megabytes(program.weight_bytes)}, {program.weight_bytes / opened.weight_bytes:.3f} of float32"
+        f"{output}: {megabytes(output.stat().st_size)}, integer kernels: {counts}",
+        markup=False,
+        soft_wrap=True,
     )
+    share = program.weight_bytes / opened.weight_bytes
+    console.print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -93,10 +94,9 @@ class Match:
         for block in self.blocks:
             lines.append(f"  {block.name}")
             gate = block.gate_proj if block.gate_proj is not block.in_proj else None
-            rows = [("scan", block.scan), *((str(role), node) for role, node in block.by_role() if node is not gate)]
-            if gate is not None:
-                rows.append(("gate_proj", gate))
-            rows.append(("gate", block.gate))
+            rows: list[tuple[str, Node | None]] = [("scan", block.scan)]
+            rows += [(str(role), node) for role, node in block.by_role() if node is not gate]
+            rows += [("gate_proj", gate), ("gate", block.gate)]
             lines += [f"    {role:<9} {_label(node)}" for role, node in rows if node is not None]
         lines += [f"embedding   {_label(node)}" for node in self.embeddings]
         lines += [f"head        {_label(node)}" for node in self.heads]
@@ -167,7 +167,12 @@ def _node(node: Node, index: int) -> Node:
 
 
 def _expect(
-    node: Node, targets: frozenset[object], what: str, wanted: str, *, also_through: frozenset[object] = frozenset()
+    node: Node,
+    targets: frozenset[object],
+    what: str,
+    wanted: str,
+    *,
+    also_through: frozenset[object] = frozenset(),
 ) -> Node:
     end = walk.upstream(node, through=walk.TRANSPARENT | also_through)
     if end.op == "call_function" and end.target in targets:
@@ -208,7 +213,7 @@ def _gate_source(scan: Node, gate: Node) -> Node:
 
 
 def _label(node: Node) -> str:
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     if isinstance(value, list | tuple):
         value = value[0]
     shape = f" {tuple(value.shape)}" if hasattr(value, "shape") else ""

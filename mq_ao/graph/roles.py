@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from mq_ao.errors import MqAoError
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """Name of a quantizable part of a Mamba model, as mamba_ssm calls it."""
 
     IN_PROJ = "in_proj"
@@ -17,9 +17,6 @@ class Role(str, Enum):
     OUT_PROJ = "out_proj"
     HEAD = "head"
     EMBEDDING = "embedding"
-
-    def __str__(self) -> str:
-        return self.value
 
     @classmethod
     def parse(cls, name: str | Role) -> Role:

@@ -45,9 +45,7 @@ class MambaConfig:
             if not _is_count(value):
                 raise MqAoError(f"MambaConfig.{name} is {value!r}: give a whole number of at least 1.")
         if self.dt_rank != "auto" and not _is_count(self.dt_rank):
-            raise MqAoError(
-                f'MambaConfig.dt_rank is {self.dt_rank!r}: give a whole number of at least 1, or "auto".'
-            )
+            raise MqAoError(f'MambaConfig.dt_rank is {self.dt_rank!r}: give a whole number of at least 1, or "auto".')
         for name in ("bias", "conv_bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise MqAoError(f"MambaConfig.{name} is {getattr(self, name)!r}: give true or false.")

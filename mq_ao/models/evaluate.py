@@ -17,9 +17,7 @@ SEPARATOR = 0
 
 
 @torch.no_grad()
-def bits_per_byte(
-    step: Step, text: bytes, chunk: int = 1024, progress: Callable[[int], object] | None = None
-) -> float:
+def bits_per_byte(step: Step, text: bytes, chunk: int = 1024, progress: Callable[[int], object] | None = None) -> float:
     """Mean cost of `text`'s bytes in bits, each predicted from those before it in its document.
 
     Documents are separated by 0 bytes; a separator ends its document (and is predicted too), and the state

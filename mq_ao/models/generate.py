@@ -69,9 +69,7 @@ def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 @torch.no_grad()
-def stream(
-    step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None
-) -> Iterator[Tensor]:
+def stream(step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
     """Yields the next tokens one by one, each (batch, 1) int64.
 
     Args:
@@ -102,8 +100,6 @@ def stream(
         yield tokens
 
 
-def generate(
-    step: Step, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None
-) -> Tensor:
+def generate(step: Step, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
     """Prompt and continuation: (batch, length) -> (batch, length + max_new_tokens) int64; see `stream`."""
     return torch.cat([input_ids, *stream(step, input_ids, max_new_tokens, sampling)], dim=1)

@@ -74,12 +74,8 @@ def _layout(values: dict[str, Any]) -> Layout:
     if family is None and {"d_model", "n_layer"} <= values.keys():
         return Layout(_mamba_ssm_config(values), str)
     if family is None:
-        raise MqAoError(
-            'neither "model_type" nor the d_model and n_layer of mamba_ssm are there: is it a Mamba model?'
-        )
-    raise MqAoError(
-        f'model_type is "{family}", and only Mamba-1 can be loaded ("mamba", or the mamba_ssm layout).'
-    )
+        raise MqAoError('neither "model_type" nor the d_model and n_layer of mamba_ssm are there: is it a Mamba model?')
+    raise MqAoError(f'model_type is "{family}", and only Mamba-1 can be loaded ("mamba", or the mamba_ssm layout).')
 
 
 def _own_config(values: dict[str, Any]) -> MambaConfig:
@@ -117,9 +113,7 @@ def _transformers_config(values: dict[str, Any]) -> MambaConfig:
     )
     width = values.get("intermediate_size", config.d_inner)
     if width != config.d_inner:
-        raise MqAoError(
-            f"intermediate_size is {width}: only expand * hidden_size ({config.d_inner}) is supported."
-        )
+        raise MqAoError(f"intermediate_size is {width}: only expand * hidden_size ({config.d_inner}) is supported.")
     return config
 
 
@@ -134,22 +128,16 @@ def _mamba_ssm_config(values: dict[str, Any]) -> MambaConfig:
         f"layers of the kind {ssm.get('layer')!r} (ssm_cfg)": ssm.get("layer", "Mamba1") != "Mamba1",
     }
     if refused := [what for what, present in refusals.items() if present]:
-        raise MqAoError(
-            f"the model has {' and '.join(refused)}: only plain Mamba-1 with RMSNorm can be loaded."
-        )
+        raise MqAoError(f"the model has {' and '.join(refused)}: only plain Mamba-1 with RMSNorm can be loaded.")
     known = {"d_model", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "d_intermediate", "rms_norm"}
     known |= {"tie_embeddings", "pad_vocab_size_multiple"} | _MAMBA_SSM_HARMLESS | _BOOKKEEPING
     unknown = sorted(key for key in values.keys() - known if not key.startswith("_"))
     unknown += sorted(f"ssm_cfg.{key}" for key in ssm.keys() - _MAMBA_SSM_CFG_SHAPE - _MAMBA_SSM_CFG_HARMLESS)
     if unknown:
-        raise MqAoError(
-            f"options {', '.join(unknown)} are not known, and might change what the model computes."
-        )
+        raise MqAoError(f"options {', '.join(unknown)} are not known, and might change what the model computes.")
     vocab_size, multiple = values.get("vocab_size"), values.get("pad_vocab_size_multiple", 8)
     if not (isinstance(vocab_size, int) and isinstance(multiple, int) and vocab_size > 0 and multiple > 0):
-        raise MqAoError(
-            f"vocab_size is {vocab_size!r} and pad_vocab_size_multiple {multiple!r}: give whole numbers."
-        )
+        raise MqAoError(f"vocab_size is {vocab_size!r} and pad_vocab_size_multiple {multiple!r}: give whole numbers.")
     return MambaConfig(
         vocab_size=-(-vocab_size // multiple) * multiple,
         d_model=values["d_model"],

@@ -22,7 +22,7 @@ def load(source: str | Path) -> MambaLM:
     """Loads a Mamba-1 language model in float32, in evaluation mode.
 
     Args:
-        source: `"demo"` (the bundled model), a folder (transformers, mamba_ssm or our own layout) or a hub id.
+        source: `"demo"` (the bundled model), a folder (transformers', mamba_ssm's or our layout) or a hub id.
             A folder goes before a hub id of the same name.
 
     Raises:
@@ -62,15 +62,11 @@ def _matched(model: MambaLM, layout: Layout, stored: dict[str, Tensor]) -> dict[
     if layout.config.tie_embeddings and embedding is not None:
         head = weights.setdefault("lm_head.weight", embedding)
         if not torch.equal(head, embedding):
-            raise MqAoError(
-                "the configuration ties the head to the embedding, and lm_head.weight differs from it."
-            )
+            raise MqAoError("the configuration ties the head to the embedding, and lm_head.weight differs from it.")
     if missing := expected.keys() - weights.keys():
         raise MqAoError(f"weights are missing: {_listed(missing)}.")
     if extra := weights.keys() - expected.keys():
-        raise MqAoError(
-            f"there are weights that a model of this configuration does not have: {_listed(extra)}."
-        )
+        raise MqAoError(f"there are weights that a model of this configuration does not have: {_listed(extra)}.")
     wrong = [
         f"{name} is {tuple(weights[name].shape)} and should be {tuple(shape)}"
         for name, shape in expected.items()
@@ -108,9 +104,7 @@ def _download(source: str) -> Path:
     folder = Path()
     for patterns in ([*safe, "model-*.safetensors"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"]):
         try:
-            folder = Path(
-                huggingface_hub.snapshot_download(source, allow_patterns=["config.json", *patterns])
-            )
+            folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=["config.json", *patterns]))
         except Exception as error:  # the hub's errors have no base class in common
             reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
             raise MqAoError(

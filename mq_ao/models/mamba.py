@@ -93,9 +93,7 @@ class MambaBackbone(nn.Module):
         self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.n_layer))
         self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
 
-    def forward(
-        self, input_ids: Tensor, conv_state: Tensor, ssm_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """input_ids (batch, length) int64; states stacked over layers."""
         hidden = self.embedding(input_ids)
         conv_states, ssm_states = [], []
@@ -183,9 +181,7 @@ class MambaLM(nn.Module):
 
         save_pretrained(self, folder)
 
-    def generate(
-        self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None
-    ) -> Tensor:
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
         """Continues `input_ids` (batch, length); see `models.generate.generate`.
 
         Raises:
@@ -207,8 +203,6 @@ def _init_dt(dt_proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, dt_f
     """Initialises so that softplus(bias) is log-uniform in [dt_min, dt_max] (Mamba paper, section 3.6)."""
     bound = dt_proj.in_features**-0.5
     nn.init.uniform_(dt_proj.weight, -bound, bound)
-    dt = torch.exp(torch.rand(dt_proj.out_features) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(
-        min=dt_floor
-    )
+    dt = torch.exp(torch.rand(dt_proj.out_features) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_floor)
     with torch.no_grad():
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))

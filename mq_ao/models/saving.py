@@ -33,18 +33,14 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-                temporary.chmod(
-                    0o644
-                )  # temporary files are 0600; a model is for everyone who may read the folder
+                temporary.chmod(0o644)  # temporary files are 0600; a model is for everyone who may read the folder
                 temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise MqAoError(
-            f"{path} cannot be written ({reason}): choose a folder that you may write to."
-        ) from error
+        raise MqAoError(f"{path} cannot be written ({reason}): choose a folder that you may write to.") from error
 
 
 def save_pretrained(model: MambaLM, folder: str | Path) -> None:

@@ -1,6 +1,6 @@
 """`mq_ao::causal_conv1d`: depthwise causal convolution, channel-last, with bias and SiLU fused.
 
-    y[t] = act(bias + sum_k weight[k] x[t - (d_conv - 1) + k]),   x before the first step from `initial_state`.
+y[t] = act(bias + sum_k weight[k] x[t - (d_conv - 1) + k]),   x before the first step from `initial_state`.
 """
 
 from __future__ import annotations
@@ -181,8 +181,7 @@ def _autograd(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor | None,
 library.define("causal_conv1d", f"({_INPUTS}) -> (Tensor y, Tensor last_state)", fake=_fake, reference=causal_conv1d)
 library.define(
     "causal_conv1d_backward",
-    f"(Tensor dy, Tensor dlast_state, {_INPUTS}) -> "
-    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
+    f"(Tensor dy, Tensor dlast_state, {_INPUTS}) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
     fake=_backward_fake,
     reference=causal_conv1d_backward,
 )

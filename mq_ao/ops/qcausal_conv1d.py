@@ -18,7 +18,10 @@ def _check(
     require(x_scale > 0, f"qcausal_conv1d: x_scale must be positive, it is {x_scale}.")
     require(0 <= x_zero_point <= 255, f"qcausal_conv1d: x_zero_point must lie in 0..255, it is {x_zero_point}.")
     require(weight.dtype == torch.int8, f"qcausal_conv1d: weight must be int8, it is {weight.dtype}.")
-    require(activation in (None, "silu"), f"qcausal_conv1d: unknown activation {activation!r}; give None or 'silu'.")
+    require(
+        activation in (None, "silu"),
+        f"qcausal_conv1d: unknown activation {activation!r}; give None or 'silu'.",
+    )
     require(
         weight_scale.dtype == torch.float32 and tuple(weight_scale.shape) == (weight.shape[0],),
         f"qcausal_conv1d: weight_scale must be float32 ({weight.shape[0]},), it is {weight_scale.dtype} "

@@ -1,8 +1,8 @@
 """`mq_ao::qlinear` and `mq_ao::qlinear_dynamic`: linear layers on 8-bit integers.
 
-Both run from one packed copy of the int8 weights, for one row (decode) and for many (prefill). Sums are exact in 32
-bits; scale, zero point, bias and the optional requantization are a float32 epilogue whose order of operations the
-references below define, and which the native kernels follow bit for bit.
+Both run from one packed copy of the int8 weights, for one row (decode) and for many (prefill). Sums are exact
+in 32 bits; scale, zero point, bias and the optional requantization are a float32 epilogue whose order of
+operations the references below define, and which the native kernels follow bit for bit.
 
 The dynamic operator quantizes every token (row) by itself, symmetrically: see `quantize_per_token`.
 """
@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.errors import MqAoError
 from mq_ao.ops import library
+from mq_ao.ops.library import require
 
 _PANEL = 64
 _GROUP = 16
@@ -35,9 +35,9 @@ def packed_bytes(n: int, k: int) -> int:
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantizes each row of `x` to 8 bits, symmetrically, as `qlinear_dynamic` does inside.
 
-    `scale = max|row| / 127`, at least the smallest normal float32; `q = round_half_even(x * (1 / scale))`, all in
-    float32. An all-zero row gives zeros; a row with a NaN or an infinity gives zeros and the scale NaN, so that
-    whatever is computed from it is NaN.
+    `scale = max|row| / 127`, at least the smallest normal float32; `q = round_half_even(x * (1 / scale))`,
+    all in float32. An all-zero row gives zeros; a row with a NaN or an infinity gives zeros and the scale NaN,
+    so that whatever is computed from it is NaN.
 
     Args:
         x: (..., K), floating point.
@@ -54,41 +54,38 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_size(n: int, k: int) -> None:
-    if n < 1 or not 1 <= k <= _MAX_INPUTS:
-        raise MqAoError(
-            f"a quantized linear layer has 1 to {_MAX_INPUTS} inputs and at least 1 output, not {k} and {n}."
-        )
+    require(
+        n >= 1 and 1 <= k <= _MAX_INPUTS,
+        f"a quantized linear layer has 1 to {_MAX_INPUTS} inputs and at least 1 output, not {k} and {n}.",
+    )
 
 
 def _check_weight(weight: Tensor) -> None:
-    if weight.dim() != 2 or weight.dtype != torch.int8:
-        raise MqAoError(
-            "qlinear_prepack takes an int8 weight of shape (outputs, inputs), "
-            f"not {weight.dtype} {tuple(weight.shape)}."
-        )
+    require(
+        weight.dim() == 2 and weight.dtype == torch.int8,
+        f"qlinear_prepack takes an int8 weight of shape (outputs, inputs), not {weight.dtype} {tuple(weight.shape)}.",
+    )
     _check_size(weight.shape[0], weight.shape[1])
 
 
 def _check_packed(packed: Tensor, n: int, k: int) -> None:
     _check_size(n, k)
-    if packed.dtype != torch.int8 or not packed.is_contiguous() or packed.numel() != packed_bytes(n, k):
-        raise MqAoError(
-            f"packed weights of {n} outputs and {k} inputs are {packed_bytes(n, k)} contiguous int8 bytes, "
-            f"not {packed.numel()} of {packed.dtype}: make them with qlinear_prepack."
-        )
+    require(
+        packed.dtype == torch.int8 and packed.is_contiguous() and packed.numel() == packed_bytes(n, k),
+        f"packed weights of {n} outputs and {k} inputs are {packed_bytes(n, k)} contiguous int8 bytes, "
+        f"not {packed.numel()} of {packed.dtype}: make them with qlinear_prepack.",
+    )
 
 
 def _check_vector(vector: Tensor, n: int, name: str) -> None:
-    if vector.dtype != torch.float32 or tuple(vector.shape) != (n,) or not vector.is_contiguous():
-        raise MqAoError(
-            f"{name} must be a contiguous float32 vector of {n} values, "
-            f"not {vector.dtype} {tuple(vector.shape)}."
-        )
+    require(
+        vector.dtype == torch.float32 and tuple(vector.shape) == (n,) and vector.is_contiguous(),
+        f"{name} must be a contiguous float32 vector of {n} values, not {vector.dtype} {tuple(vector.shape)}.",
+    )
 
 
 def _check_linear(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> int:
-    if x.dim() < 1:
-        raise MqAoError("a quantized linear layer takes x of shape (..., inputs), not a scalar.")
+    require(x.dim() >= 1, "a quantized linear layer takes x of shape (..., inputs), not a scalar.")
     n = weight_scale.numel()
     _check_packed(packed, n, x.shape[-1])
     _check_vector(weight_scale, n, "weight_scale")
@@ -98,8 +95,7 @@ def _check_linear(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor 
 
 
 def _check_zero_point(zero_point: int) -> None:
-    if not 0 <= zero_point <= 255:
-        raise MqAoError(f"a uint8 zero point lies in 0..255, not at {zero_point}.")
+    require(0 <= zero_point <= 255, f"a uint8 zero point lies in 0..255, not at {zero_point}.")
 
 
 def _check_qlinear(
@@ -111,20 +107,20 @@ def _check_qlinear(
     out_scale: float | None,
     out_zero_point: int,
 ) -> int:
-    if x.dtype != torch.uint8:
-        raise MqAoError(f"qlinear takes uint8 activations, not {x.dtype}.")
+    require(x.dtype == torch.uint8, f"qlinear takes uint8 activations, not {x.dtype}.")
     n = _check_linear(x, packed, weight_scale, bias)
     _check_zero_point(x_zero_point)
     if out_scale is not None:
-        if not out_scale > 0:
-            raise MqAoError(f"out_scale must be positive, not {out_scale}.")
+        require(out_scale > 0, f"out_scale must be positive, not {out_scale}.")
         _check_zero_point(out_zero_point)
     return n
 
 
 def _check_dynamic(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> int:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise MqAoError(f"qlinear_dynamic takes float32 or bfloat16 activations, not {x.dtype}.")
+    require(
+        x.dtype in (torch.float32, torch.bfloat16),
+        f"qlinear_dynamic takes float32 or bfloat16 activations, not {x.dtype}.",
+    )
     return _check_linear(x, packed, weight_scale, bias)
 
 
@@ -178,7 +174,7 @@ def _qlinear_reference(
         y = y + bias
     if out_scale is None:
         return y
-    # As torch.ops.quantized_decomposed.quantize_per_tensor: times the reciprocal, which is rounded to float32.
+    # As quantized_decomposed.quantize_per_tensor: times the reciprocal, which is rounded to float32.
     return (torch.round(y * (1.0 / out_scale)) + out_zero_point).clamp(0, 255).to(torch.uint8)
 
 
@@ -208,9 +204,7 @@ def _dynamic_fake(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor 
     return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
 
 
-library.define(
-    "qlinear_prepack", "(Tensor weight) -> Tensor", fake=_prepack_fake, reference=_prepack_reference
-)
+library.define("qlinear_prepack", "(Tensor weight) -> Tensor", fake=_prepack_fake, reference=_prepack_reference)
 library.define(
     "qlinear_unpack",
     "(Tensor packed, int n, int k) -> Tensor",
@@ -236,8 +230,8 @@ def prepack(weight: Tensor) -> Tensor:
     """Packs int8 weights (outputs, inputs) for `qlinear` and `qlinear_dynamic`.
 
     Returns:
-        int8 (`packed_bytes(outputs, inputs)`,): panels of 64 outputs, each [inputs / 4][width][4], zero padded to 16
-        outputs and 4 inputs, then the int32 sum of every padded output's weights.
+        int8 (`packed_bytes(outputs, inputs)`,): panels of 64 outputs, each [inputs / 4][width][4], zero padded
+        to 16 outputs and 4 inputs, then the int32 sum of every padded output's weights.
 
     Raises:
         MqAoError: `weight` is not int8, not 2-D, empty, or has more than 65536 inputs.
@@ -266,18 +260,17 @@ def qlinear(
         packed: weights from `prepack`.
         weight_scale: float32 (N,).
         bias: float32 (N,), or None.
-        out_scale: None for float32 output; else y is quantized as by `quantized_decomposed.quantize_per_tensor`.
+        out_scale: None for float32 output; else y is quantized as `quantized_decomposed.quantize_per_tensor`
+            does it.
         out_zero_point: within 0..255.
 
     Returns:
         (..., N), float32, or uint8 with `out_scale`.
 
     Raises:
-        ValueError: a dtype, shape or parameter is not as above (MqAoError from the reference and from fakes).
+        MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    return torch.ops.mq_ao.qlinear(
-        x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point
-    )
+    return torch.ops.mq_ao.qlinear(x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point)
 
 
 def qlinear_dynamic(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -293,6 +286,6 @@ def qlinear_dynamic(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tenso
         float32 (..., N).
 
     Raises:
-        ValueError: a dtype or shape is not as above (MqAoError from the reference and from fakes).
+        MqAoError: a dtype or a shape is not as above.
     """
     return torch.ops.mq_ao.qlinear_dynamic(x, packed, weight_scale, bias)

@@ -280,6 +280,4 @@ library.define(
     fake=_backward_fake,
     reference=selective_scan_backward,
 )
-torch.library.register_autograd(
-    "mq_ao::selective_scan", _autograd, setup_context=_setup_context, lib=library.schemas
-)
+torch.library.register_autograd("mq_ao::selective_scan", _autograd, setup_context=_setup_context, lib=library.schemas)

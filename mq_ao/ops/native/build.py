@@ -100,7 +100,9 @@ def build(*, force: bool = False) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=path.parent))
     except OSError as error:
-        raise MqAoError(f"cannot write kernels to {path.parent}: {error}; set MQ_AO_CACHE to a folder you own.") from error
+        raise MqAoError(
+            f"cannot write kernels to {path.parent}: {error}; set MQ_AO_CACHE to a folder you own."
+        ) from error
     try:
         _compile(cxx, work, path)
     finally:

@@ -80,9 +80,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
                                dweight.data_ptr<float>(), dbias.data_ptr<float>(), dinit.data_ptr<float>()};
     const int64_t blocks = ceil_div(channels, kLanes);
     at::parallel_for(0, batch * blocks, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<Vec> memory(4 * taps);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t c = i % blocks * kLanes;
-        conv_gradient_block(in, i / blocks, c, int(std::min<int64_t>(kLanes, channels - c)), out);
+        const int lanes = int(std::min<int64_t>(kLanes, channels - c));
+        for_taps(taps, [&](auto constant) {
+          conv_gradient_block<decltype(constant)::value>(in, i / blocks, c, lanes, out, memory.get());
+        });
       }
     });
   };

@@ -97,42 +97,62 @@ struct ConvGradients {
   float* dinitial_state;  // (batch, d_conv - 1, channels)
 };
 
-// Gradient of one vector block of batch element b. Gradients before the activation pass through a ring of d_conv
-// vectors: row p of the padded input meets those of steps p - d_conv + 1 ... p.
-template <typename T>
-void conv_gradient_block(const ConvInputs<T>& in, int64_t b, int64_t c, int lanes, const ConvGradients<T>& out) {
-  const int64_t taps = in.shape.d_conv, length = in.shape.length, channels = in.shape.channels;
-  const Scratch<Vec> memory(3 * taps);
-  Vec *weight = memory.get(), *dweight = weight + taps, *ring = dweight + taps;
+// Gradient of one vector block of batch element b in one walk over the sequence. The last d_conv inputs and the last
+// d_conv gradients before the activation are at hand; padded row p meets the gradients of steps p - d_conv + 1 ... p.
+// Taps is d_conv, or 0 for any; `memory` holds 4 d_conv vectors.
+template <int Taps, typename T>
+void conv_gradient_block(
+    const ConvInputs<T>& in, int64_t b, int64_t c, int lanes, const ConvGradients<T>& out, Vec* memory) {
+  const int64_t taps = Taps ? Taps : in.shape.d_conv, history = taps - 1;
+  const int64_t length = in.shape.length, channels = in.shape.channels;
+  constexpr int kPrefetch = 16;  // steps; the rows of a block are too far apart for hardware prefetchers
+  // Arrays of constant size live in registers.
+  Vec fixed[4][Taps ? Taps : 1];
+  Vec* weight = Taps ? fixed[0] : memory;
+  Vec* dweight = Taps ? fixed[1] : memory + taps;
+  Vec* inputs = Taps ? fixed[2] : memory + 2 * taps;
+  Vec* ring = Taps ? fixed[3] : memory + 3 * taps;
   for (int64_t k = 0; k < taps; ++k) {
     weight[k] = gather(in.weight + c * taps + k, taps, lanes);
     dweight[k] = ring[k] = Vec{};
+    inputs[k] = k > 0 ? padded_row(in, b, k - 1, c, lanes) : Vec{};
   }
   const Vec bias = in.bias ? load(in.bias + c, lanes) : Vec{};
   Vec dbias{};
-  for (int64_t p = 0; p < length + taps - 1; ++p) {
-    Vec dpre{};
-    if (p < length) {
-      dpre = load(out.dy.at(b, p) + c, lanes);
-      if (in.silu) {
-        Vec pre = bias;
-        for (int64_t k = 0; k < taps; ++k) pre += weight[k] * padded_row(in, b, p + k, c, lanes);
-        const Vec gate = sigmoid(pre);
-        dpre *= gate * (1.0f + pre * (1.0f - gate));
-      }
-      dbias += dpre;
-      for (int64_t k = 0; k < taps; ++k) dweight[k] += dpre * padded_row(in, b, p + k, c, lanes);
-    }
-    for (int64_t k = taps - 1; k > 0; --k) ring[k] = ring[k - 1];
+  const auto input_gradient = [&](Vec dpre) {
+    for (int64_t k = history; k > 0; --k) ring[k] = ring[k - 1];
     ring[0] = dpre;
     Vec d{};
     for (int64_t k = 0; k < taps; ++k) d += weight[k] * ring[k];
-    if (p >= length) d += load(out.dlast_state + (b * (taps - 1) + p - length) * channels + c, lanes);
-    if (p >= taps - 1)
-      store(d, out.dx.at(b, p - (taps - 1)) + c, lanes);
+    return d;
+  };
+  const auto put = [&](Vec d, int64_t p) {
+    if (p >= history)
+      store(d, out.dx.at(b, p - history) + c, lanes);
     else
-      store(d, out.dinitial_state + (b * (taps - 1) + p) * channels + c, lanes);
+      store(d, out.dinitial_state + (b * history + p) * channels + c, lanes);
+  };
+  for (int64_t t = 0; t < length; ++t) {
+    if (t + kPrefetch < length) {
+      __builtin_prefetch(in.x.at(b, t + kPrefetch) + c);
+      __builtin_prefetch(out.dy.at(b, t + kPrefetch) + c);
+      __builtin_prefetch(out.dx.at(b, t + kPrefetch) + c, 1);
+    }
+    for (int64_t k = 0; k < history; ++k) inputs[k] = inputs[k + 1];
+    inputs[history] = load(in.x.at(b, t) + c, lanes);
+    Vec dpre = load(out.dy.at(b, t) + c, lanes);
+    if (in.silu) {
+      Vec pre = bias;
+      for (int64_t k = 0; k < taps; ++k) pre += weight[k] * inputs[k];
+      const Vec gate = sigmoid(pre);
+      dpre *= gate * (1.0f + pre * (1.0f - gate));
+    }
+    dbias += dpre;
+    for (int64_t k = 0; k < taps; ++k) dweight[k] += dpre * inputs[k];
+    put(input_gradient(dpre), t);
   }
+  for (int64_t p = length; p < length + history; ++p)
+    put(input_gradient(Vec{}) + load(out.dlast_state + (b * history + p - length) * channels + c, lanes), p);
   for (int64_t k = 0; k < taps; ++k) scatter(dweight[k], out.dweight + (b * channels + c) * taps + k, taps, lanes);
   store(dbias, out.dbias + b * channels + c, lanes);
 }

@@ -17,6 +17,7 @@
 #include <limits>
 
 #include "qgemm_dot.h"
+#include "vec.h"
 
 namespace mq_ao::qgemm {
 
@@ -97,16 +98,9 @@ inline T pinned(T value) {
   return value;
 }
 
-#if defined(__AVX512F__)
-inline constexpr int kWidth = 16;  // 32-bit values in a vector; divides kLane
-#elif defined(__AVX2__)
-inline constexpr int kWidth = 8;
-#else
-inline constexpr int kWidth = 4;
-#endif
-typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
-typedef float Floats __attribute__((vector_size(4 * kWidth)));
-typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+// 32-bit values in a vector; divides kLane.
+inline constexpr int kWidth = mq_ao::kLanes;
+typedef uint8_t ByteVec __attribute__((vector_size(kWidth)));
 
 template <typename Vector, typename Value>
 inline Vector load_vector(const Value* p, int64_t count) {
@@ -128,15 +122,15 @@ inline void store_vector(const Vector& v, Value* p, int64_t count) {
   }
 }
 
-inline Bytes requantized(Floats y, const Output& out) {
+inline ByteVec requantized(Vec y, const Output& out) {
   const float low = static_cast<float>(-out.zero_point), high = static_cast<float>(255 - out.zero_point);
   y = pinned(y * out.inverse_scale);
   // The bounds are integers, so that clamping may come before rounding; NaN becomes `low`.
-  y = y > low ? y : Floats{} + low;
-  y = y < high ? y : Floats{} + high;
+  y = y > low ? y : broadcast(low);
+  y = y < high ? y : broadcast(high);
   // Rounds half to even: a float of 1.5 * 2^23 has no bits for a fraction.
-  const Floats rounded = pinned(y + 12582912.0f) - 12582912.0f;
-  return __builtin_convertvector(__builtin_convertvector(rounded, Integers) + out.zero_point, Bytes);
+  const Vec rounded = pinned(y + 12582912.0f) - 12582912.0f;
+  return __builtin_convertvector(__builtin_convertvector(rounded, IntVec) + out.zero_point, ByteVec);
 }
 
 // Writes a tile of outputs from its exact sums, which lie kPanel apart from row to row.
@@ -146,17 +140,17 @@ inline void finish_tile(const int32_t* sums, int rows, int lanes, const Activati
   const int64_t end = std::min<int64_t>(w.n, column + lanes * kLane);
   for (int64_t n = column; n < end; n += kWidth) {
     const int64_t count = end - n;
-    Integers correction;
+    IntVec correction;
     std::memcpy(&correction, weight_sums + 4 * n, sizeof correction);
     correction *= x.zero_point - Dot::kOffset;
-    const Floats scale = load_vector<Floats>(w.scale + n, count);
-    const Floats bias = w.bias ? load_vector<Floats>(w.bias + n, count) : Floats{};
+    const Vec scale = load_vector<Vec>(w.scale + n, count);
+    const Vec bias = w.bias ? load_vector<Vec>(w.bias + n, count) : Vec{};
     for (int m = 0; m < rows; ++m) {
-      Integers sum;
+      IntVec sum;
       std::memcpy(&sum, sums + m * kPanel + (n - column), sizeof sum);
       const float row_scale = x.scale[(row + m) * x.scale_step];
-      const Floats product = __builtin_convertvector(sum - correction, Floats) * pinned(scale * row_scale);
-      const Floats y = pinned(product) + bias;
+      const Vec product = __builtin_convertvector(sum - correction, Vec) * pinned(scale * row_scale);
+      const Vec y = pinned(product) + bias;
       const int64_t at = (row + m) * w.n + n;
       if (out.requantize) {
         store_vector(requantized(y, out), static_cast<uint8_t*>(out.data) + at, count);
@@ -262,19 +256,23 @@ struct Plan {
   int64_t parts() const { return rows * columns; }
 };
 
+// Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second.
+inline double cost(int64_t m, int64_t n, int64_t k) {
+  return static_cast<double>(n) * static_cast<double>(k) * (1.0 / 40 + static_cast<double>(m) / 500);
+}
+
 inline Plan plan(int64_t m, int64_t n, int64_t k, int64_t threads) {
-  // Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second. A second
-  // thread is worth waking for a microsecond of work.
-  const double alone = static_cast<double>(n) * static_cast<double>(k) * (1.0 / 40 + static_cast<double>(m) / 500);
-  threads = std::clamp<int64_t>(static_cast<int64_t>(alone / 1000), 1, threads);
+  // Waking a thread costs a microsecond or two; it should have as much to do.
+  threads = std::clamp<int64_t>(static_cast<int64_t>(cost(m, n, k) / 2000), 1, threads);
   const int64_t groups = (m + Dot::kRows - 1) / Dot::kRows, lanes = padded_outputs(n) / kLane;
   Plan best;
-  int64_t least = std::numeric_limits<int64_t>::max();
-  for (int64_t rows = 1; rows <= std::min(threads, groups); ++rows) {
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t rows = std::min(threads, std::max<int64_t>(groups, 1)); rows >= 1; --rows) {
     const int64_t columns = std::min(lanes, threads / rows);
-    const int64_t cost = ((groups + rows - 1) / rows) * ((lanes + columns - 1) / columns);
-    if (cost < least) {
-      least = cost;
+    const double part = cost((groups + rows - 1) / rows * Dot::kRows, (lanes + columns - 1) / columns * kLane, k);
+    // Whole rows of output are kinder to what reads them next, and worth a few per cent.
+    if (part < 0.97 * least) {
+      least = part;
       best = {rows, columns};
     }
   }
@@ -288,26 +286,21 @@ inline void run_part(const Activations& x, const Linear& w, const Output& out, i
         std::min(w.n, kLane * cut(0, lanes, c + 1, plan.columns)));
 }
 
-inline int32_t bits_of(float value) { return __builtin_bit_cast(int32_t, value); }
-inline float to_float(float value) { return value; }
-// A bfloat16 is the upper half of a float32.
-inline float to_float(uint16_t value) { return __builtin_bit_cast(float, static_cast<uint32_t>(value) << 16); }
-
 inline constexpr int32_t kTokenZeroPoint = 128;
 
 // Quantizes one token: scale = max|x| / 127, at least the smallest normal float; q = round half even(x * (1 / scale)),
-// stored with zero point 128. `x` holds float32, or bfloat16 as uint16. A row with NaN or infinity gets scale NaN.
+// stored with zero point 128. A row with NaN or infinity gets scale NaN. `Value`: float or BFloat16.
 template <typename Value>
 inline float quantize_token(const Value* x, int64_t k, uint8_t* q) {
   std::memset(q + k, 0, padded_inputs(k) - k);
   // As integers, the bits of non-negative floats have the floats' order, with infinity and then NaN on top.
   int32_t top = 0;
-  for (int64_t i = 0; i < k; ++i) top = std::max(top, bits_of(to_float(x[i])) & 0x7fffffff);
+  for (int64_t i = 0; i < k; ++i) top = std::max(top, bit_cast<int32_t>(to_float(x[i])) & 0x7fffffff);
   if (top >= 0x7f800000) {
     std::memset(q, kTokenZeroPoint, k);
     return std::numeric_limits<float>::quiet_NaN();
   }
-  const float scale = std::max(__builtin_bit_cast(float, top) / pinned(127.0f), FLT_MIN);
+  const float scale = std::max(bit_cast<float>(top) / pinned(127.0f), FLT_MIN);
   const float inverse = 1.0f / pinned(scale);
   // |x * inverse| is at most 127 and a few ulp, so that no clamp is needed.
   for (int64_t i = 0; i < k; ++i) {

@@ -1,81 +1,65 @@
 // PyTorch operators on qgemm.h: mq_ao::qlinear_prepack, qlinear_unpack, qlinear, qlinear_dynamic.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+// Bad input goes to the Python reference, which says what is wrong with it.
 #include <c10/core/CPUAllocator.h>
-#include <torch/library.h>
 
-#include <optional>
-
+#include "glue.h"
 #include "qgemm.h"
 
+namespace mq_ao {
 namespace {
 
-using mq_ao::qgemm::Activations;
-using mq_ao::qgemm::Linear;
-using mq_ao::qgemm::Output;
-namespace qgemm = mq_ao::qgemm;
+using qgemm::Activations;
+using qgemm::Linear;
+using qgemm::Output;
 
-void check_size(int64_t n, int64_t k) {
-  TORCH_CHECK_VALUE(n >= 1 && k >= 1 && k <= qgemm::kMaxInputs, "a quantized linear layer has 1 to ",
-                    qgemm::kMaxInputs, " inputs and at least 1 output, not ", k, " and ", n, ".");
+bool is_size(int64_t n, int64_t k) { return n >= 1 && k >= 1 && k <= qgemm::kMaxInputs; }
+
+bool is_packed(const Tensor& packed, int64_t n, int64_t k) {
+  return is_size(n, k) && packed.scalar_type() == at::kChar && packed.is_contiguous() &&
+         packed.numel() == qgemm::packed_bytes(n, k);
 }
 
-at::Tensor prepack(const at::Tensor& weight) {
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kChar,
-                    "qlinear_prepack takes an int8 weight of shape (outputs, inputs), not ", weight.scalar_type(), " ",
-                    weight.sizes(), ".");
+bool is_vector(const Tensor& t, int64_t n) {
+  return t.scalar_type() == at::kFloat && t.dim() == 1 && t.size(0) == n && t.is_contiguous();
+}
+
+bool is_linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias) {
+  const int64_t n = weight_scale.numel();
+  return x.dim() >= 1 && is_packed(packed, n, x.size(-1)) && is_vector(weight_scale, n) && (!bias || is_vector(*bias, n));
+}
+
+bool is_zero_point(int64_t value) { return value >= 0 && value <= 255; }
+
+Tensor qlinear_prepack(const Tensor& weight) {
+  if (weight.dim() != 2 || weight.scalar_type() != at::kChar || !is_size(weight.size(0), weight.size(1))) {
+    return call_reference<decltype(qlinear_prepack)>("qlinear_prepack", weight);
+  }
   const int64_t n = weight.size(0), k = weight.size(1);
-  check_size(n, k);
-  const at::Tensor rows = weight.contiguous();
-  at::Tensor packed = at::empty({qgemm::packed_bytes(n, k)}, weight.options());
+  const Tensor rows = weight.contiguous();
+  Tensor packed = at::empty({qgemm::packed_bytes(n, k)}, weight.options());
   qgemm::pack(rows.const_data_ptr<int8_t>(), n, k, packed.mutable_data_ptr<int8_t>());
   return packed;
 }
 
-void check_packed(const at::Tensor& packed, int64_t n, int64_t k) {
-  check_size(n, k);
-  TORCH_CHECK_VALUE(packed.scalar_type() == at::kChar && packed.is_contiguous() &&
-                        packed.numel() == qgemm::packed_bytes(n, k),
-                    "packed weights of ", n, " outputs and ", k, " inputs are ", qgemm::packed_bytes(n, k),
-                    " contiguous int8 bytes, not ", packed.numel(), " of ", packed.scalar_type(),
-                    ": make them with qlinear_prepack.");
-}
-
-at::Tensor unpack(const at::Tensor& packed, int64_t n, int64_t k) {
-  check_packed(packed, n, k);
-  at::Tensor weight = at::empty({n, k}, packed.options());
+Tensor qlinear_unpack(const Tensor& packed, int64_t n, int64_t k) {
+  if (!is_packed(packed, n, k)) return call_reference<decltype(qlinear_unpack)>("qlinear_unpack", packed, n, k);
+  Tensor weight = at::empty({n, k}, packed.options());
   qgemm::unpack(packed.const_data_ptr<int8_t>(), n, k, weight.mutable_data_ptr<int8_t>());
   return weight;
 }
 
-const float* checked_vector(const at::Tensor& vector, int64_t n, const char* name) {
-  TORCH_CHECK_VALUE(vector.scalar_type() == at::kFloat && vector.dim() == 1 && vector.size(0) == n &&
-                        vector.is_contiguous(),
-                    name, " must be a contiguous float32 vector of ", n, " values, not ", vector.scalar_type(), " ",
-                    vector.sizes(), ".");
-  return vector.const_data_ptr<float>();
-}
-
-Linear linear_of(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
-                 const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(x.dim() >= 1, "a quantized linear layer takes x of shape (..., inputs), not a scalar.");
-  const int64_t n = weight_scale.numel(), k = x.size(-1);
-  check_packed(packed, n, k);
-  return {packed.const_data_ptr<int8_t>(), n, k, checked_vector(weight_scale, n, "weight_scale"),
-          bias ? checked_vector(*bias, n, "bias") : nullptr};
-}
-
-void check_zero_point(int64_t zero_point) {
-  TORCH_CHECK_VALUE(zero_point >= 0 && zero_point <= 255, "a uint8 zero point lies in 0..255, not at ", zero_point, ".");
+Linear linear_of(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias) {
+  return {packed.const_data_ptr<int8_t>(), weight_scale.numel(), x.size(-1), weight_scale.const_data_ptr<float>(),
+          data_or_null(bias)};
 }
 
 // x as (rows, inputs) with adjacent inputs; a view wherever the strides allow one.
-at::Tensor as_rows(const at::Tensor& x, int64_t k) {
-  const at::Tensor rows = x.dim() == 2 ? x : x.reshape({x.numel() / k, k});
-  return rows.stride(1) == 1 || k == 1 ? rows : rows.contiguous();
+Tensor as_rows(const Tensor& x) {
+  const int64_t k = x.size(-1);
+  return dense_rows(x.dim() == 2 ? x : x.reshape({x.numel() / k, k}));
 }
 
-at::Tensor empty_output(const at::Tensor& x, int64_t n, at::ScalarType dtype) {
+Tensor empty_output(const Tensor& x, int64_t n, at::ScalarType dtype) {
   at::DimVector sizes(x.sizes());
   sizes.back() = n;
   return at::empty(sizes, x.options().dtype(dtype));
@@ -88,23 +72,24 @@ void multiply(const Activations& x, const Linear& w, const Output& out, int64_t 
   });
 }
 
-// Rows a thread should at least have where a row is only copied or quantized.
+// Rows that a thread should at least have where they are only copied or quantized.
 int64_t row_grain(int64_t k) { return std::max<int64_t>(1, 16384 / k); }
 
-at::Tensor qlinear(const at::Tensor& x, double x_scale, int64_t x_zero_point, const at::Tensor& packed,
-                   const at::Tensor& weight_scale, const std::optional<at::Tensor>& bias,
-                   std::optional<double> out_scale, int64_t out_zero_point) {
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kByte, "qlinear takes uint8 activations, not ", x.scalar_type(), ".");
+Tensor qlinear(const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& packed, const Tensor& weight_scale,
+               const OptionalTensor& bias, std::optional<double> out_scale, int64_t out_zero_point) {
+  const bool good_output = !out_scale || (*out_scale > 0 && is_zero_point(out_zero_point));
+  if (x.scalar_type() != at::kByte || !is_linear(x, packed, weight_scale, bias) || !is_zero_point(x_zero_point) ||
+      !good_output) {
+    return call_reference<decltype(qlinear)>("qlinear", x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale,
+                                             out_zero_point);
+  }
   const Linear w = linear_of(x, packed, weight_scale, bias);
-  check_zero_point(x_zero_point);
-  at::Tensor y = empty_output(x, w.n, out_scale ? at::kByte : at::kFloat);
+  Tensor y = empty_output(x, w.n, out_scale ? at::kByte : at::kFloat);
   Output out{y.mutable_data_ptr()};
   if (out_scale) {
-    TORCH_CHECK_VALUE(*out_scale > 0, "out_scale must be positive, not ", *out_scale, ".");
-    check_zero_point(out_zero_point);
     out = {y.mutable_data_ptr(), true, static_cast<float>(1.0 / *out_scale), static_cast<int32_t>(out_zero_point)};
   }
-  const at::Tensor rows = as_rows(x, w.k);
+  const Tensor rows = as_rows(x);
   const int64_t m = rows.size(0), depth = qgemm::padded_inputs(w.k);
   const float scale = static_cast<float>(x_scale);
   Activations a{rows.const_data_ptr<uint8_t>(), rows.stride(0), &scale, 0, static_cast<int32_t>(x_zero_point)};
@@ -130,23 +115,22 @@ void quantize_rows(const Value* x, int64_t stride, int64_t m, int64_t k, uint8_t
   });
 }
 
-at::Tensor qlinear_dynamic(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight_scale,
-                           const std::optional<at::Tensor>& bias) {
-  const bool is_float = x.scalar_type() == at::kFloat;
-  TORCH_CHECK_VALUE(is_float || x.scalar_type() == at::kBFloat16,
-                    "qlinear_dynamic takes float32 or bfloat16 activations, not ", x.scalar_type(), ".");
+Tensor qlinear_dynamic(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias) {
+  if (!is_native_dtype(x) || !is_linear(x, packed, weight_scale, bias)) {
+    return call_reference<decltype(qlinear_dynamic)>("qlinear_dynamic", x, packed, weight_scale, bias);
+  }
   const Linear w = linear_of(x, packed, weight_scale, bias);
-  at::Tensor y = empty_output(x, w.n, at::kFloat);
-  const at::Tensor rows = as_rows(x, w.k);
+  Tensor y = empty_output(x, w.n, at::kFloat);
+  const Tensor rows = as_rows(x);
   const int64_t m = rows.size(0), depth = qgemm::padded_inputs(w.k);
   const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(m * (depth + sizeof(float)));
   auto* scale = static_cast<float*>(scratch.get());
   auto* q = reinterpret_cast<uint8_t*>(scale + m);
-  if (is_float) {
+  if (x.scalar_type() == at::kFloat) {
     quantize_rows(rows.const_data_ptr<float>(), rows.stride(0), m, w.k, q, scale);
   } else {
-    const auto* bits = reinterpret_cast<const uint16_t*>(rows.const_data_ptr<at::BFloat16>());
-    quantize_rows(bits, rows.stride(0), m, w.k, q, scale);
+    const auto* values = reinterpret_cast<const BFloat16*>(rows.const_data_ptr<at::BFloat16>());
+    quantize_rows(values, rows.stride(0), m, w.k, q, scale);
   }
   multiply({q, depth, scale, 1, qgemm::kTokenZeroPoint}, w, {y.mutable_data_ptr()}, m);
   return y;
@@ -155,8 +139,10 @@ at::Tensor qlinear_dynamic(const at::Tensor& x, const at::Tensor& packed, const 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mq_ao, CPU, m) {
-  m.impl("qlinear_prepack", prepack);
-  m.impl("qlinear_unpack", unpack);
+  m.impl("qlinear_prepack", qlinear_prepack);
+  m.impl("qlinear_unpack", qlinear_unpack);
   m.impl("qlinear", qlinear);
   m.impl("qlinear_dynamic", qlinear_dynamic);
 }
+
+}  // namespace mq_ao

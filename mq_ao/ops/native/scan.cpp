@@ -58,14 +58,11 @@ template <typename T>
 void run_scan(const ScanInputs<T>& in, Rows<T> y, float* last_state) {
   const ScanShape& s = in.shape;
   if (s.length == 1 && s.d_state % kLanes == 0) {
-    const int64_t blocks = ceil_div(s.channels, kLanes);
+    const ScanTasks tasks{s, kLanes};
     // A thread is woken for 16384 states, some microseconds of work.
     const int64_t grain = std::max<int64_t>(1, 16384 / (kLanes * s.d_state));
-    at::parallel_for(0, s.batch * blocks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % blocks * kLanes;
-        scan_step(in, i / blocks, first, std::min<int64_t>(kLanes, s.channels - first), y, last_state);
-      }
+    at::parallel_for(0, tasks.count(), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) scan_step(in, tasks.task(i), y, last_state);
     });
     return;
   }

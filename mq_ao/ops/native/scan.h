@@ -140,13 +140,48 @@ inline void scan_group(
   for (int n = 0; n < Group; ++n) state[n] = h[n];
 }
 
+// Calls f with the number of lanes in use, as a constant when all are: loads and stores then have no tail.
+template <typename F>
+inline void with_lanes(int64_t lanes, F&& f) {
+  if (lanes >= kLanes)
+    f(std::integral_constant<int, kLanes>{});
+  else
+    f(int(lanes));
+}
+
+// Steps [start, start + steps) of one vector block, whose first channel is c.
+template <typename T, typename Lanes>
+inline void scan_block(
+    const ScanInputs<T>& in, const ScanTask& task, int64_t c, Lanes lanes, int64_t start, int steps, Block block,
+    FloatRows B, FloatRows C, Rows<T> y) {
+  Vec dt[kChunk], dtu[kChunk], out[kChunk];
+  const Vec bias = in.delta_bias ? load(in.delta_bias + c, lanes) : Vec{};
+  const Vec skip = in.D ? load(in.D + c, lanes) : Vec{};
+  for (int t = 0; t < steps; ++t) {
+    // The rows of a range are short and far apart, which hardware prefetchers do not follow.
+    const int64_t row = start + t, ahead = std::min(row + kChunk, in.shape.length - 1);
+    __builtin_prefetch(in.u.at(task.b, ahead) + c);
+    __builtin_prefetch(in.delta.at(task.b, ahead) + c);
+    __builtin_prefetch(y.at(task.b, ahead) + c, 1);
+    const Vec raw = load(in.delta.at(task.b, row) + c, lanes) + bias;
+    const Vec u = load(in.u.at(task.b, row) + c, lanes);
+    dt[t] = in.delta_softplus ? softplus(raw) : raw;
+    dtu[t] = dt[t] * u;
+    out[t] = in.D ? skip * u : Vec{};
+  }
+  for_groups<kMaxGroup>(in.shape.d_state, [&](auto group, int64_t n) {
+    scan_group<decltype(group)::value, true>(
+        steps, dt, dtu, out, block.decay + n, block.state + n, {B.data + n, B.stride}, {C.data + n, C.stride});
+  });
+  for (int t = 0; t < steps; ++t) store(out[t], y.at(task.b, start + t) + c, lanes);
+}
+
 template <typename T>
 void scan_task(const ScanInputs<T>& in, const ScanTask& task, Rows<T> y, float* last_state) {
   const int64_t N = in.shape.d_state;
   const int64_t blocks = ceil_div(task.count, kLanes);
   const Scratch<Vec> block_memory(blocks * 2 * N);
   const Scratch<float> row_memory(sizeof(T) == sizeof(float) ? 1 : 2 * kChunk * N);
-  Vec dt[kChunk], dtu[kChunk], out[kChunk];
   const auto block_at = [&](int64_t i) {
     return Block{block_memory.get() + 2 * i * N, block_memory.get() + (2 * i + 1) * N};
   };
@@ -157,25 +192,10 @@ void scan_task(const ScanInputs<T>& in, const ScanTask& task, Rows<T> y, float* 
     const int steps = int(std::min<int64_t>(kChunk, in.shape.length - start));
     const FloatRows B = float_rows(in.B.at(task.b, start, task.g), in.B.time, steps, N, row_memory.get());
     const FloatRows C = float_rows(in.C.at(task.b, start, task.g), in.C.time, steps, N, row_memory.get() + kChunk * N);
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int lanes = lanes_of(i);
-      const int64_t c = task.first + i * kLanes;
-      const Vec bias = in.delta_bias ? load(in.delta_bias + c, lanes) : Vec{};
-      const Vec skip = in.D ? load(in.D + c, lanes) : Vec{};
-      for (int t = 0; t < steps; ++t) {
-        const Vec u = load(in.u.at(task.b, start + t) + c, lanes);
-        const Vec raw = raw_step(in, bias, task.b, start + t, c, lanes);
-        dt[t] = in.delta_softplus ? softplus(raw) : raw;
-        dtu[t] = dt[t] * u;
-        out[t] = in.D ? skip * u : Vec{};
-      }
-      const Block block = block_at(i);
-      for_groups<kMaxGroup>(N, [&](auto group, int64_t n) {
-        scan_group<decltype(group)::value, true>(
-            steps, dt, dtu, out, block.decay + n, block.state + n, {B.data + n, B.stride}, {C.data + n, C.stride});
+    for (int64_t i = 0; i < blocks; ++i)
+      with_lanes(lanes_of(i), [&](auto lanes) {
+        scan_block(in, task, task.first + i * kLanes, lanes, start, steps, block_at(i), B, C, y);
       });
-      for (int t = 0; t < steps; ++t) store(out[t], y.at(task.b, start + t) + c, lanes);
-    }
   }
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t c = task.first + i * kLanes;
@@ -184,31 +204,34 @@ void scan_task(const ScanInputs<T>& in, const ScanTask& task, Rows<T> y, float* 
   }
 }
 
-// One step of channels [first, first + count) of batch element b: states lie in the vector lanes as they do in memory,
-// so nothing is transposed. d_state must be a multiple of kLanes.
+// A task of a sequence of length 1: states lie in the vector lanes as they do in memory, so nothing is transposed.
+// d_state must be a multiple of kLanes.
 template <typename T>
-void scan_step(const ScanInputs<T>& in, int64_t b, int64_t first, int64_t count, Rows<T> y, float* last_state) {
-  const int64_t N = in.shape.d_state, group_channels = in.shape.channels / in.shape.groups;
-  for (int64_t c = first; c < first + count; c += kLanes) {
-    const int lanes = int(std::min<int64_t>(kLanes, first + count - c));
+void scan_step(const ScanInputs<T>& in, const ScanTask& task, Rows<T> y, float* last_state) {
+  const int64_t N = in.shape.d_state, b = task.b, end = task.first + task.count;
+  const T *B = in.B.at(b, 0, task.g), *C = in.C.at(b, 0, task.g);
+  for (int64_t c = task.first; c < end; c += kLanes) {
+    const int lanes = int(std::min<int64_t>(kLanes, end - c));
     const Vec bias = in.delta_bias ? load(in.delta_bias + c, lanes) : Vec{};
     const Vec raw = raw_step(in, bias, b, 0, c, lanes);
     const Vec dt = in.delta_softplus ? softplus(raw) : raw;
     const Vec u = load(in.u.at(b, 0) + c, lanes);
-    const Vec dtu = dt * u, exponent = dt * kLog2E;
-    Vec out = in.D ? load(in.D + c, lanes) * u : Vec{};
+    float exponent[kLanes], dtu[kLanes], sums[kLanes] = {};
+    store(dt * kLog2E, exponent);
+    store(dt * u, dtu);
     for (int lane = 0; lane < lanes; ++lane) {
-      const int64_t g = (c + lane) / group_channels, row = (b * in.shape.channels + c + lane) * N;
+      const int64_t row = (b * in.shape.channels + c + lane) * N;
       Vec total{};
       for (int64_t n = 0; n < N; n += kLanes) {
-        Vec h = dtu[lane] * load(in.B.at(b, 0, g) + n);
+        Vec h = dtu[lane] * load(B + n);
         if (in.initial_state)
           h += exp2(exponent[lane] * load(in.A + (c + lane) * N + n)) * load(in.initial_state + row + n);
         store(h, last_state + row + n);
-        total += h * load(in.C.at(b, 0, g) + n);
+        total += h * load(C + n);
       }
-      out[lane] += sum(total);
+      sums[lane] = sum(total);
     }
+    const Vec out = load(sums) + (in.D ? load(in.D + c, lanes) * u : Vec{});
     store(out, y.at(b, 0) + c, lanes);
   }
 }

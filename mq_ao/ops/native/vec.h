@@ -8,13 +8,14 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define MQ_AO_AVX512
 #include <immintrin.h>
 #endif
 
 namespace mq_ao {
 
-#if defined(__AVX512F__)
+#if defined(MQ_AO_AVX512)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -23,7 +24,7 @@ constexpr int kLanes = 4;
 #endif
 
 // States of the recurrence that fit into registers next to the constants of exp2.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(MQ_AO_AVX512) || defined(__aarch64__)
 constexpr int kMaxGroup = 16;
 #else
 constexpr int kMaxGroup = 8;
@@ -100,13 +101,22 @@ inline void scatter(Vec v, float* p, int64_t stride, int count) {
   for (int i = 0; i < count; ++i) p[i * stride] = v[i];
 }
 
-// NaN in `x` passes through both.
+// NaN in `x` passes through both: x86's min and max return their second operand then.
+#if defined(MQ_AO_AVX512)
+inline Vec at_least(Vec x, float low) {
+  return bit_cast<Vec>(_mm512_max_ps(_mm512_set1_ps(low), bit_cast<__m512>(x)));
+}
+inline Vec at_most(Vec x, float high) {
+  return bit_cast<Vec>(_mm512_min_ps(_mm512_set1_ps(high), bit_cast<__m512>(x)));
+}
+#else
 inline Vec at_least(Vec x, float low) { return x < low ? broadcast(low) : x; }
 inline Vec at_most(Vec x, float high) { return x > high ? broadcast(high) : x; }
+#endif
 inline Vec absolute(Vec x) { return bit_cast<Vec>(bit_cast<UintVec>(x) & 0x7fffffffu); }
 
 inline float sum(Vec v) {
-#if defined(__AVX512F__)
+#if defined(MQ_AO_AVX512)
   return _mm512_reduce_add_ps(bit_cast<__m512>(v));
 #else
   float parts[kLanes];
@@ -121,14 +131,14 @@ inline float sum(Vec v) {
 constexpr float kRoundMagic = 12582912.0f;
 inline Vec round_small(Vec x) { return (x + kRoundMagic) - kRoundMagic; }
 
-// 2^n for integral n in [-127, 127]; 2^-127 gives 0 and n = 128 infinity.
+// 2^n for integral n in [-126, 127]; n = -127 gives 0 and n = 128 infinity.
 inline Vec power_of_two(Vec n) {
   return bit_cast<Vec>((bit_cast<IntVec>(n + kRoundMagic) << 23) + (127 << 23));
 }
 
 // p * 2^n for integral n in [-252, 254], rounding into denormals and to infinity as ldexp does.
 inline Vec scale(Vec p, Vec n) {
-#if defined(__AVX512F__)
+#if defined(MQ_AO_AVX512)
   return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
 #else
   const Vec half = round_small(n * 0.5f);
@@ -136,27 +146,28 @@ inline Vec scale(Vec p, Vec n) {
 #endif
 }
 
-// 2^x with a relative error below 2 ulp for x in [-126, 127.5]; 0 below (denormal results on AVX-512), infinity above.
-// Degree 6 minimax polynomial of relative error 2.6e-9 on [-1/2, 1/2], exactly 1 at 0.
-inline Vec exp2(Vec x) {
-  x = at_least(at_most(x, 128.0f), -160.0f);
-#if defined(__AVX512F__)
-  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
-#else
-  const Vec n = round_small(x);
-#endif
-  const Vec r = x - n;
+// 2^r for r in [-1/2, 1/2]: degree 6 minimax polynomial, relative error 2.6e-9, exactly 1 at 0. Reduced to nearest and
+// not downwards: decays close to 1, which remember longest, then come from r close to 0, where only rounding errs.
+inline Vec exp2_reduced(Vec r) {
   Vec p = 1.55946781613e-4f * r + 1.34066439024e-3f;
   p = p * r + 9.61769297299e-3f;
   p = p * r + 5.55031055101e-2f;
   p = p * r + 2.40226527829e-1f;
   p = p * r + 6.93147214968e-1f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return scale(p, n);
+  return p * r + 1.0f;
+}
+
+// 2^x to less than 2 ulp for x in [-126, 127.5]. Above it is infinity (from 128 at the latest), below it is 0, or on
+// AVX-512 the denormal number.
+inline Vec exp2(Vec x) {
+#if defined(MQ_AO_AVX512)
+  const __m512 v = bit_cast<__m512>(x);
+  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT));
+  return scale(exp2_reduced(bit_cast<Vec>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEAREST_INT))), n);
 #else
-  const Vec result = p * power_of_two(n);
-  return x < -126.0f ? Vec{} : result;
+  const Vec bounded = at_least(at_most(x, 128.0f), -160.0f), n = round_small(bounded);
+  const Vec result = exp2_reduced(bounded - n) * power_of_two(n);
+  return bounded < -126.0f ? Vec{} : result;
 #endif
 }
 
@@ -180,18 +191,16 @@ inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
-// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), where log1p(z) = 2 atanh(s), s = z / (2 + z) <= 1/3 (Taylor, s^2 <= 1/9).
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), where log1p(z) = 2 atanh(s) with s = z / (2 + z) <= 1/3. The polynomial in
+// s^2 is minimax of relative error 4e-9.
 inline Vec softplus(Vec x) {
   const Vec z = exp(-absolute(x));
   const Vec s = z / (z + 2.0f);
   const Vec q = s * s;
-  Vec p = 2.0f / 15.0f * q + 2.0f / 13.0f;
-  p = p * q + 2.0f / 11.0f;
-  p = p * q + 2.0f / 9.0f;
-  p = p * q + 2.0f / 7.0f;
-  p = p * q + 2.0f / 5.0f;
-  p = p * q + 2.0f / 3.0f;
-  p = p * q + 2.0f;
+  Vec p = 0.281783351048f * q + 0.279606027088f;
+  p = p * q + 0.400249102855f;
+  p = p * q + 0.666663146819f;
+  p = p * q + 2.00000000792f;
   return at_least(x, 0.0f) + p * s;
 }
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported, UserError
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.errors import MqAoError
@@ -42,15 +44,18 @@ def export(
     kwargs = dict(kwargs or {})
     for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor) and tensor.numel() == 0:
-            raise MqAoError(f"an example input is empty, of shape {tuple(tensor.shape)}: give a batch and a length of 2.")
+            raise MqAoError(
+                f"an example input is empty, of shape {tuple(tensor.shape)}: give a batch and a length of 2."
+            )
     if dynamic_shapes is None:
         dynamic_shapes = torch.utils._pytree.tree_map(_all_dynamic, (args, kwargs))
         dynamic_shapes = dynamic_shapes[0] if not kwargs else _by_name(module, args, dynamic_shapes)
     try:
         with torch.no_grad():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
-    except (torch._dynamo.exc.UserError, torch._dynamo.exc.Unsupported) as error:
-        raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {error}") from error
+    except (UserError, Unsupported, GuardOnDataDependentSymNode) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {reason}") from error
 
 
 def _all_dynamic(value: Any) -> Any:

@@ -1,0 +1,15 @@
+"""What libraries say to their developers is kept from the users of our commands."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Silences import messages and deprecation warnings; to be called before torch is imported."""
+    # They tell of CUDA binaries that are not loaded, and of deprecations inside torchao.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
