@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import subprocess
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -53,23 +54,34 @@ def write(path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str
         info: JSON-able description.
     """
     weights: dict[str, Tensor] = {}
-    files: dict[str, Any] = {}
-    for name, program in programs.items():
-        files[name] = aot_compile(program.module(check_guards=False), *program.example_inputs, options=_OPTIONS)
-        for key, tensor in [*program.state_dict.items(), *program.constants.items()]:
-            if isinstance(tensor, Tensor):
-                weights[key] = tensor.detach().contiguous()
-    versions = {"format": FORMAT, "torch": torch.__version__}
-    handle, temporary = tempfile.mkstemp(suffix=".pt2", prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        package_pt2(temporary, aoti_files=files, extra_files={_INFO: json.dumps({**info, **versions})})
-        with zipfile.ZipFile(temporary, "a") as archive:
+    described = json.dumps({**info, "format": FORMAT, "torch": torch.__version__})
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        files: dict[str, Any] = {}
+        for name, program in programs.items():
+            files[name] = _compile(program, Path(folder) / name)
+            for key, tensor in [*program.state_dict.items(), *program.constants.items()]:
+                if isinstance(tensor, Tensor):
+                    weights[key] = tensor.detach().contiguous()
+        archive_path = Path(folder) / path.name
+        package_pt2(archive_path, aoti_files=files, extra_files={_INFO: described})
+        with zipfile.ZipFile(archive_path, "a") as archive:
             archive.writestr(f"{_root(archive)}/{_WEIGHTS}", save_tensors(_untied(weights)))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        archive_path.replace(path)
+
+
+def _compile(program: ExportedProgram, folder: Path) -> list[str]:
+    """Compiles one program; returns what has to be shipped of it, in `folder`: no sources, and no symbols."""
+    folder.mkdir()
+    built = aot_compile(program.module(check_guards=False), *program.example_inputs, options=_OPTIONS)
+    assert isinstance(built, list)
+    files = []
+    for file in built:
+        if isinstance(file, str) and file.endswith((".so", ".json")):
+            files.append(shutil.copy(file, folder))
+    strip = shutil.which("strip")
+    if strip is not None:
+        subprocess.run([strip, "--strip-unneeded", *(file for file in files if file.endswith(".so"))], check=True)
+    return files
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401  (registers the q/dq operators)
 from torch import Tensor
 from torch.fx import GraphModule, Node
 

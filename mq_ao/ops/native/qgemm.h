@@ -164,7 +164,7 @@ inline void finish_tile(const int32_t* sums, int rows, int lanes, const Activati
 // A tile of ROWS rows from `row` and LANES groups of 16 columns from `column`, all of one panel.
 template <int ROWS, int LANES>
 inline void tile(const Activations& x, const Linear& w, const Output& out, int64_t row, int64_t column) {
-  // One row is bound by memory; hardware prefetchers stop at every page, so look one page ahead.
+  // Few rows are bound by memory; hardware prefetchers stop at every page, so look one page ahead.
   constexpr int64_t kAhead = 4096;
   const int64_t depth = padded_inputs(w.k), first = column / kPanel * kPanel;
   const int64_t step = 4 * std::min(kPanel, padded_outputs(w.n) - first);
@@ -181,7 +181,7 @@ inline void tile(const Activations& x, const Linear& w, const Output& out, int64
     typename Dot::Weights b[LANES];
 #pragma GCC unroll 4
     for (int v = 0; v < LANES; ++v) {
-      if (ROWS == 1) __builtin_prefetch(weights + 64 * v + kAhead);
+      if (ROWS <= 4) __builtin_prefetch(weights + 64 * v + kAhead);
       b[v] = Dot::load_weights(weights + 64 * v);
     }
 #pragma GCC unroll 8

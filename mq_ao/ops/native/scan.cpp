@@ -59,8 +59,8 @@ void run_scan(const ScanInputs<T>& in, Rows<T> y, float* last_state) {
   const ScanShape& s = in.shape;
   if (s.length == 1 && s.d_state % kLanes == 0) {
     const ScanTasks tasks{s, kLanes};
-    // A thread is woken for 16384 states, some microseconds of work.
-    const int64_t grain = std::max<int64_t>(1, 16384 / (kLanes * s.d_state));
+    // A thread is woken for 32768 states, some microseconds of work.
+    const int64_t grain = std::max<int64_t>(1, 32768 / (kLanes * s.d_state));
     at::parallel_for(0, tasks.count(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) scan_step(in, tasks.task(i), y, last_state);
     });

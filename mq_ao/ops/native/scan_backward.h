@@ -154,11 +154,15 @@ class GradientTask {
     *scratch_.d_skip(i) = *scratch_.d_bias(i) = Vec{};
   }
 
-  void load_steps(int64_t chunk, int64_t i) {
+  // `next` is the chunk after this one, whose rows are fetched ahead; for the prefetch see scan_block.
+  void load_steps(int64_t chunk, int64_t next, int64_t i) {
     const int64_t c = channel(i);
     const Vec bias = in_.delta_bias ? load(in_.delta_bias + c, lanes(i)) : Vec{};
     for (int t = 0; t < steps(chunk); ++t) {
       const int64_t row = chunk * kChunk + t;
+      const int64_t ahead = std::clamp<int64_t>(next * kChunk + t, 0, in_.shape.length - 1);
+      __builtin_prefetch(in_.u.at(task_.b, ahead) + c);
+      __builtin_prefetch(in_.delta.at(task_.b, ahead) + c);
       rows_.u[t] = load(in_.u.at(task_.b, row) + c, lanes(i));
       rows_.raw[t] = raw_step(in_, bias, task_.b, row, c, lanes(i));
       rows_.dt[t] = in_.delta_softplus ? softplus(rows_.raw[t]) : rows_.raw[t];
@@ -169,7 +173,7 @@ class GradientTask {
   void forward(int64_t chunk) {
     const FloatRows B = b_rows(chunk);
     for (int64_t i = 0; i < blocks_; ++i) {
-      load_steps(chunk, i);
+      load_steps(chunk, chunk + 1, i);
       std::copy_n(scratch_.state(i), N_, scratch_.boundary(chunk, i));
       for_groups<kMaxGroup>(N_, [&](auto group, int64_t n) {
         scan_group<decltype(group)::value, false>(steps(chunk), rows_.dt, rows_.dtu, nullptr, scratch_.decay(i) + n,
@@ -182,8 +186,12 @@ class GradientTask {
     const FloatRows B = b_rows(chunk), C = c_rows(chunk);
     std::fill_n(scratch_.dB(), 2 * kChunk * N_, Vec{});
     for (int64_t i = 0; i < blocks_; ++i) {
-      load_steps(chunk, i);
+      load_steps(chunk, chunk - 1, i);
       for (int t = 0; t < steps(chunk); ++t) {
+        const int64_t ahead = std::max<int64_t>((chunk - 1) * kChunk + t, 0);
+        __builtin_prefetch(out_.dy.at(task_.b, ahead) + channel(i));
+        __builtin_prefetch(out_.du.at(task_.b, ahead) + channel(i), 1);
+        __builtin_prefetch(out_.ddelta.at(task_.b, ahead) + channel(i), 1);
         rows_.dy[t] = load(out_.dy.at(task_.b, chunk * kChunk + t) + channel(i), lanes(i));
         rows_.through_input[t] = rows_.through_decay[t] = Vec{};
       }

@@ -146,30 +146,38 @@ inline Vec scale(Vec p, Vec n) {
 #endif
 }
 
-// 2^r for r in [-1/2, 1/2]: degree 6 minimax polynomial, relative error 2.6e-9, exactly 1 at 0. Reduced to nearest and
-// not downwards: decays close to 1, which remember longest, then come from r close to 0, where only rounding errs.
-inline Vec exp2_reduced(Vec r) {
-  Vec p = 1.55946781613e-4f * r + 1.34066439024e-3f;
-  p = p * r + 9.61769297299e-3f;
-  p = p * r + 5.55031055101e-2f;
-  p = p * r + 2.40226527829e-1f;
-  p = p * r + 6.93147214968e-1f;
-  return p * r + 1.0f;
-}
-
 // 2^x to less than 2 ulp for x in [-126, 127.5]. Above it is infinity (from 128 at the latest), below it is 0, or on
-// AVX-512 the denormal number.
-inline Vec exp2(Vec x) {
+// AVX-512 the denormal number. Arguments are reduced to the nearest multiple and not downwards: decays close to 1, which
+// remember longest, then come from an r close to 0, where nothing but the last rounding errs.
 #if defined(MQ_AO_AVX512)
-  const __m512 v = bit_cast<__m512>(x);
-  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT));
-  return scale(exp2_reduced(bit_cast<Vec>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEAREST_INT))), n);
-#else
-  const Vec bounded = at_least(at_most(x, 128.0f), -160.0f), n = round_small(bounded);
-  const Vec result = exp2_reduced(bounded - n) * power_of_two(n);
-  return bounded < -126.0f ? Vec{} : result;
-#endif
+// x = n + r with n a multiple of 1/16; 2^(n mod 1) from a table in a register, 2^r by a degree 3 minimax polynomial of
+// relative error 1.6e-9.
+inline Vec exp2(Vec x) {
+  constexpr Vec kPowers = {1.0f,         1.044273734f, 1.090507746f, 1.138788581f, 1.189207077f, 1.241857767f,
+                           1.296839595f, 1.354255557f, 1.414213538f, 1.476826191f, 1.542210817f, 1.610490322f,
+                           1.681792855f, 1.756252170f, 1.834008098f, 1.915206552f};
+  constexpr float kMagic = 786432.0f;             // 1.5 * 2^19: a sum's last bit is worth 1/16
+  constexpr int kFourFractionBits = 4 << 4;       // of vreduceps, rounding to nearest
+  const Vec sum = x + kMagic;
+  const Vec power = bit_cast<Vec>(_mm512_permutexvar_ps(bit_cast<__m512i>(sum), bit_cast<__m512>(kPowers)));
+  const Vec r = bit_cast<Vec>(_mm512_reduce_ps(bit_cast<__m512>(x), kFourFractionBits));  // 0 for infinity
+  const Vec p = (5.55021364859e-2f * r + 2.40234288014e-1f) * r + 6.93147182667e-1f;
+  return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(power * r * p + power), bit_cast<__m512>(sum - kMagic)));
 }
+#else
+// Degree 6 minimax polynomial on [-1/2, 1/2], relative error 2.0e-9, exactly 1 at 0.
+inline Vec exp2(Vec x) {
+  const Vec bounded = at_least(at_most(x, 128.0f), -160.0f), n = round_small(bounded), r = bounded - n;
+  Vec p = 1.53533620278e-4f * r + 1.33988743967e-3f;
+  p = p * r + 9.61843735710e-3f;
+  p = p * r + 5.55033247118e-2f;
+  p = p * r + 2.40226479136e-1f;
+  p = p * r + 6.93147202855e-1f;
+  p = p * r + 1.0f;
+  const Vec result = p * power_of_two(n);
+  return bounded < -126.0f ? Vec{} : result;
+}
+#endif
 
 // e^x with a relative error below 2 ulp, into the denormals and up to infinity.
 // Cody and Waite's reduction by ln 2 in two parts, then a degree 6 minimax polynomial.
@@ -178,11 +186,11 @@ inline Vec exp(Vec x) {
   const Vec n = round_small(x * 1.44269504f);
   Vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  Vec p = 1.40612409434e-3f * r + 8.37901116061e-3f;
-  p = p * r + 4.16647772892e-2f;
-  p = p * r + 1.66663654413e-1f;
-  p = p * r + 0.5000000434380f;
-  p = p * r + 1.00000004964f;
+  Vec p = 1.38436442504e-3f * r + 8.37416336120e-3f;
+  p = p * r + 4.16680025711e-2f;
+  p = p * r + 1.66664311704e-1f;
+  p = p * r + 4.99999942056e-1f;
+  p = p * r + 1.00000003218f;
   p = p * r + 1.0f;
   return scale(p, n);
 }

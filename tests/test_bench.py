@@ -1,0 +1,275 @@
+"""Contenders compute the same thing, rounds interleave, failures stay in their row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from mq_ao.bench import prepare, runner
+from mq_ao.bench.contender import Contender, Eager, Program
+from mq_ao.bench.prepare import FP32, FP32_EAGER, INT8, Peer, parse_peers, random_ids
+from mq_ao.bench.results import Measured, Results
+from mq_ao.bench.runner import Bench, Plan
+from mq_ao.bench.table import render
+from mq_ao.bench.worker import Kind, Memory, Spec, Worker
+from mq_ao.errors import MqAoError
+from mq_ao.lowering.inductor import InductorProgram
+from mq_ao.models import MambaConfig, MambaLM
+from mq_ao.models.saving import save_pretrained
+
+from .conftest import VOCAB, tokens
+
+
+def check(contender: Contender, model: MambaLM, tolerance: float) -> None:
+    """The contender's logits are those of the model, in a prefill, in steps after it, and in a second sequence."""
+    ids = tokens(1, 20)
+    with torch.no_grad():
+        expected = model(ids)[0][0]
+        for _ in range(2):
+            assert_close(contender.prefill(ids[:, :12]), expected[11], tolerance)
+            assert_close(contender.decode(ids[:, 12:]), expected[-1], tolerance)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() / expected.norm() < tolerance
+
+
+def random_model(**changes: Any) -> MambaLM:
+    torch.manual_seed(1)
+    return MambaLM(MambaConfig(vocab_size=VOCAB, d_model=64, n_layer=2, **changes)).eval()
+
+
+def test_eager(tiny: MambaLM) -> None:
+    contender = Eager(tiny)
+    check(contender, tiny, 1e-5)  # float32, summed in another order
+    assert contender.weight_bytes == 4 * sum(p.numel() for p in tiny.parameters())
+
+
+def test_program(tiny: MambaLM, program: InductorProgram) -> None:
+    contender = Program(program)
+    check(contender, tiny, 0.2)  # int8 on random weights: the order of magnitude shows that it runs the same tokens
+    assert contender.weight_bytes == program.weight_bytes
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "conv_bias": False, "d_state": 8}])
+def test_transformers(changes: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    from mq_ao.bench.peer_transformers import Transformers
+
+    model = random_model(**changes)
+    contender = Transformers(model)
+    check(contender, model, 1e-5)
+    assert contender.weight_bytes == sum(p.nbytes for p in model.parameters())
+
+
+# llama.cpp fixes the scan's d_state to that of its kernels' unrolling only for quantized files: any is fine in F32.
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "conv_bias": False}])
+def test_gguf(tmp_path: Path, changes: dict[str, Any]) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    from mq_ao.bench.gguf_writer import write_f32
+    from mq_ao.bench.peer_llama import Llama, quantize_q8_0
+
+    model = random_model(**changes)
+    write_f32(model, tmp_path / "f32.gguf")
+    quantize_q8_0(tmp_path / "f32.gguf", tmp_path / "q8_0.gguf", threads=2)
+    full = Llama(tmp_path / "f32.gguf", threads=2, longest=64)
+    small = Llama(tmp_path / "q8_0.gguf", threads=2, longest=64)
+    check(full, model, 1e-5)
+    check(small, model, 0.1)  # 8-bit weights and activations
+    assert full.weight_bytes > 2 * small.weight_bytes
+
+
+def test_gguf_refuses_what_llama_cannot_compute(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from mq_ao.bench.gguf_writer import write_f32
+
+    with pytest.raises(MqAoError, match="no bias in in_proj"):
+        write_f32(random_model(bias=True), tmp_path / "f32.gguf")
+    assert not (tmp_path / "f32.gguf").exists()
+
+
+def test_llama_refuses_a_broken_file(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from mq_ao.bench.peer_llama import Llama, quantize_q8_0
+
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and no more")
+    with pytest.raises(MqAoError, match=r"could not load broken\.gguf"):
+        Llama(tmp_path / "broken.gguf", threads=1, longest=8)
+    with pytest.raises(MqAoError, match="could not quantize"):
+        quantize_q8_0(tmp_path / "broken.gguf", tmp_path / "q8_0.gguf", threads=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: MambaLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "model"
+    save_pretrained(tiny, folder)
+    return folder
+
+
+def test_a_worker_runs_the_model(tiny: MambaLM, folder: Path) -> None:
+    ids = tokens(1, 12)
+    with Worker(Spec("ours", Kind.EAGER, folder, threads=1, longest=12)) as worker:
+        logits = torch.tensor(worker.logits(ids[0, :8].tolist(), ids[0, 8:].tolist()))
+        assert worker.prefill(ids[0].tolist()) > 0
+        assert worker.decode([1, 2], [3, 4]) > 0
+        memory = worker.memory()
+    with torch.no_grad():
+        assert_close(logits, tiny(ids)[0][0, -1], 1e-5)
+    assert memory.peak >= memory.libraries > memory.weight_bytes > 0
+
+
+def test_a_workers_failures_name_it(folder: Path) -> None:
+    spec = Spec("ours", Kind.EAGER, folder, threads=1, longest=12)
+    with Worker(spec) as worker:
+        with pytest.raises(MqAoError, match="ours: "):
+            worker.prefill([VOCAB + 1])
+        assert worker.prefill([1, 2]) > 0  # and it goes on
+        worker._process.kill()
+        with pytest.raises(MqAoError, match="ours: its process ended with code -9"):
+            worker.prefill([1, 2])
+
+
+class FakeWorker:
+    """Answers at once, and notes who was asked for what."""
+
+    log: list[tuple[str, str, int]] = []  # noqa: RUF012  (cleared by the test)
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __enter__(self) -> FakeWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.log.append((self.spec.name, "close", 0))
+
+    def prefill(self, ids: list[int]) -> float:
+        if self.spec.name == "weak" and len(ids) > 8:
+            raise MqAoError("weak: out of breath")
+        self.log.append((self.spec.name, "prefill", len(ids)))
+        return 40.0 if self.spec.name == "slow" else 2.0
+
+    def decode(self, prompt: list[int], ids: list[int]) -> float:
+        self.log.append((self.spec.name, "decode", len(ids)))
+        return 0.5
+
+    def logits(self, prompt: list[int], ids: list[int]) -> list[float]:
+        return [3.0, 4.0 if self.spec.name != "slow" else 4.5]
+
+    def memory(self) -> Memory:
+        return Memory(100, 1000, 2000)
+
+
+@contextmanager
+def no_bar(what: str, total: int) -> Iterator[Any]:
+    yield lambda *_: None
+
+
+def test_rounds_interleave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "Worker", FakeWorker)
+    FakeWorker.log.clear()
+    specs = [Spec(name, Kind.EAGER, Path(), 1, 64) for name in ("first", "weak", "slow")]
+    plan = Plan(lengths=(8, 16), repeats=3, decode_tokens=5, patience=60)
+    results = Bench("model", specs, VOCAB, plan).run(nullcontext, no_bar)
+
+    prefill = [name for name, what, size in FakeWorker.log if (what, size) == ("prefill", 8)]
+    # The slow one has spent its patience after two rounds.
+    assert prefill == ["first", "weak", "slow", "first", "weak", "slow", "first", "weak"]
+    weak = results.contenders["weak"]
+    assert weak.failure == "weak: out of breath"
+    assert weak.prefill == {8: [2.0, 2.0, 2.0]}
+    assert weak.decode == []
+    assert results.contenders["first"].prefill == {8: [2.0] * 3, 16: [2.0] * 3}
+    assert results.contenders["first"].logits_error == 0.0
+    assert results.contenders["slow"].logits_error == pytest.approx(0.1)
+    closed = [name for name, what, _ in FakeWorker.log if what == "close"]
+    assert set(closed) == {"first", "weak", "slow"}
+
+
+def test_a_contender_that_does_not_open_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def worker(spec: Spec) -> FakeWorker:
+        if spec.name == "absent":
+            raise MqAoError("absent: no such file")
+        return FakeWorker(spec)
+
+    monkeypatch.setattr(runner, "Worker", worker)
+    specs = [Spec(name, Kind.EAGER, Path(), 1, 64) for name in ("absent", "second")]
+    results = Bench("model", specs, VOCAB, Plan((4,), repeats=1, decode_tokens=2)).run(nullcontext, no_bar)
+    assert results.contenders["absent"].failure == "absent: no such file"
+    assert results.contenders["second"].decode == [0.5]
+
+
+@pytest.fixture
+def results() -> Results:
+    memory = Memory(400, 10_000_000, 90_000_000)
+    contenders = {
+        FP32_EAGER: Measured(FP32_EAGER, {100: [4.0], 400: [20.0]}, [0.4], memory, 0.0),
+        FP32: Measured(FP32, {100: [3.0, 9.0, 2.0], 400: [12.0]}, [0.3], memory, 1e-6),
+        INT8: Measured(INT8, {100: [1.0, 1.0, 5.0], 400: [4.0]}, [0.1], Memory(120, 1, 2), 0.02),
+        "llama.cpp Q8_0": Measured("llama.cpp Q8_0", {100: [6.0]}, failure="llama.cpp Q8_0: it crashed"),
+    }
+    return Results("model", (100, 400), 64, contenders)
+
+
+def test_figures(results: Results) -> None:
+    figures = {figure.name: figure.value for figure in results.figures()}
+    assert figures[f"{INT8} against {FP32}, prefill of 100 tokens"] == 3.0
+    assert figures[f"{INT8} against {FP32}, decode"] == pytest.approx(3.0)
+    assert figures[f"{INT8} against llama.cpp Q8_0, prefill of 100 tokens"] == 6.0
+    assert f"{INT8} against llama.cpp Q8_0, decode" not in figures
+    assert figures[f"{FP32} against llama.cpp Q8_0, prefill of 100 tokens"] == 2.0
+    assert figures[f"{INT8}: prefill time of 400 against 100 tokens"] == 4.0
+    assert figures[f"resident weights of {INT8} against {FP32}"] == pytest.approx(0.3)
+
+
+def test_results_as_json_and_as_text(results: Results) -> None:
+    content = json.loads(json.dumps(results.to_dict()))
+    fp32 = content["contenders"][1]
+    assert fp32["prefill"][0] == {
+        "tokens": 100,
+        "ms": 3000.0,
+        "tokens_per_second": pytest.approx(100 / 3),
+        "samples_ms": [3000.0, 9000.0, 2000.0],
+    }
+    assert fp32["memory_bytes"] == {"weight_bytes": 400, "libraries": 10_000_000, "peak": 90_000_000}
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for part in render(results):
+        console.print(part)
+    text = console.export_text()
+    for wanted in (FP32, "3000 (3.00x)", "100 (1.00x)", "it crashed", "fewer rounds (1 at 100 tokens"):
+        assert wanted in text, wanted
+
+
+def test_peers() -> None:
+    with pytest.raises(MqAoError, match=r"unknown peer 'onnx': the peers are transformers, llama\.cpp"):
+        parse_peers(["onnx"])
+    assert parse_peers([]) == []
+
+
+def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prepare._MODULES, Peer.LLAMA, ("no_such_module",))
+    with pytest.raises(MqAoError, match="peer llama.cpp needs no_such_module"):
+        parse_peers(["llama.cpp"])
+    assert Peer.LLAMA not in prepare.installed_peers()
+
+
+def test_random_models_and_tokens_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prepare.RANDOM_MODELS, "small", MambaConfig(VOCAB, 16, 1))
+    torch.manual_seed(5)
+    first = prepare.open_model("small").state_dict()
+    torch.manual_seed(6)
+    second = prepare.open_model("small").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert random_ids(VOCAB, 5) == random_ids(VOCAB, 9)[:5]
