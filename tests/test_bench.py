@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mq_ao.lowering.inductor import InductorProgram
 from rich.console import Console
 
 from mq_ao.bench import prepare, runner
@@ -20,7 +22,6 @@ from mq_ao.bench.runner import Bench, Plan
 from mq_ao.bench.table import render
 from mq_ao.bench.worker import Kind, Memory, Spec, Worker
 from mq_ao.errors import MqAoError
-from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.models.saving import save_pretrained
 
@@ -70,7 +71,6 @@ def test_transformers(changes: dict[str, Any]) -> None:
     assert contender.weight_bytes == sum(p.nbytes for p in model.parameters())
 
 
-# llama.cpp fixes the scan's d_state to that of its kernels' unrolling only for quantized files: any is fine in F32.
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "conv_bias": False}])
 def test_gguf(tmp_path: Path, changes: dict[str, Any]) -> None:
     pytest.importorskip("gguf")
@@ -244,7 +244,7 @@ def test_results_as_json_and_as_text(results: Results) -> None:
         "samples_ms": [3000.0, 9000.0, 2000.0],
     }
     assert fp32["memory_bytes"] == {"weight_bytes": 400, "libraries": 10_000_000, "peak": 90_000_000}
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=160, record=True, file=io.StringIO())
     for part in render(results):
         console.print(part)
     text = console.export_text()

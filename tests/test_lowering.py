@@ -31,7 +31,9 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_every_linear_and_convolution_is_an_integer_kernel(quantized: QuantizedProgram) -> None:
-    graph, counts = inductor.rewrite(quantized.converted)
+    integer = inductor.rewrite(quantized.converted)
+    graph, counts = integer.module, integer.kernels
+    assert integer.simulated == []
     # Four linears and in_proj's second half in each of two blocks, and the head; one convolution a block.
     assert sum(count for name, count in counts.items() if "qlinear" in name) == 5 * 2 + 1
     assert counts["mq_ao.qcausal_conv1d.default"] == 2
@@ -41,14 +43,14 @@ def test_every_linear_and_convolution_is_an_integer_kernel(quantized: QuantizedP
 
 
 def test_static_in_proj_writes_the_convolutions_integers_itself(tiny: MambaLM, calibration: list[torch.Tensor]) -> None:
-    graph, _ = inductor.rewrite(mq_ao.quantize(tiny, calibration, "rtn-w8a8").converted)
+    graph = inductor.rewrite(mq_ao.quantize(tiny, calibration, "rtn-w8a8").converted).module
     for conv in graph.graph.find_nodes(op="call_function", target=torch.ops.mq_ao.qcausal_conv1d.default):
         assert conv.args[0].target is torch.ops.mq_ao.qlinear.default
         assert conv.args[0].args[6] == conv.args[1]  # out_scale is the convolution's input scale
 
 
 def test_integer_graph_equals_the_simulation(quantized: QuantizedProgram, tiny: MambaLM) -> None:
-    graph, _ = inductor.rewrite(quantized.converted)
+    graph = inductor.rewrite(quantized.converted).module
     ids, states = tokens(2, 19), tiny.initial_states(2)
     with torch.no_grad():
         for got, expected in zip(graph(ids, *states), quantized.converted(ids, *states), strict=True):
@@ -141,11 +143,23 @@ def test_a_graph_in_which_nothing_is_quantized_is_refused(tiny: MambaLM) -> None
 def test_partly_quantized_graphs_run_the_rest_in_float(tiny: MambaLM, calibration: list[torch.Tensor]) -> None:
     roles = {role: spec for role, spec in w8a8().roles.items() if role.value in ("in_proj", "out_proj")}
     q = mq_ao.quantize(tiny, calibration, Recipe("two-roles", QuantizationConfig(roles)))
-    graph, counts = inductor.rewrite(q.converted)
-    assert sum(counts.values()) == 6  # in_proj in two halves, and out_proj, in two blocks
+    integer = inductor.rewrite(q.converted)
+    assert sum(integer.kernels.values()) == 6  # in_proj in two halves, and out_proj, in two blocks
     ids, states = tokens(1, 11), tiny.initial_states(1)
     with torch.no_grad():
-        assert relative(graph(ids, *states)[0], q.converted(ids, *states)[0]) < FLIPPED_STEP
+        assert relative(integer.module(ids, *states)[0], q.converted(ids, *states)[0]) < FLIPPED_STEP
+
+
+def test_what_has_no_integer_kernel_is_named(
+    tiny: MambaLM, calibration: list[torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    q = mq_ao.quantize(tiny, calibration)
+    head = q.converted.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[-1]
+    dequantize = head.args[0]
+    dequantize.args = (*dequantize.args[:3], 0, 127, torch.uint8)
+    integer = inductor.rewrite(q.converted)
+    assert integer.simulated == [head.name]
+    assert f"no integer kernel for the quantization of {head.name}" in caplog.text
 
 
 def test_bad_token_ids_are_refused(program: InductorProgram) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
 from mq_ao.lowering.inductor.program import InductorProgram
-from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors
+from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors, simulated_nodes
 from torch import Tensor
 from torch._inductor.constant_folding import constant_fold
 from torch.fx import GraphModule
@@ -22,23 +24,42 @@ from torch.fx import GraphModule
 import mq_ao.ops
 from mq_ao.graph import walk
 
+logger = logging.getLogger(__name__)
 
-def rewrite(converted: GraphModule) -> tuple[GraphModule, dict[str, int]]:
+
+@dataclass(frozen=True)
+class IntegerGraph:
+    """A converted graph after its q/dq patterns became integer operators.
+
+    Attributes:
+        module: the graph.
+        kernels: number of calls of each integer kernel.
+        simulated: nodes whose quantization no integer kernel takes: they compute in float on dequantized values.
+    """
+
+    module: GraphModule
+    kernels: dict[str, int]
+    simulated: list[str]
+
+
+def rewrite(converted: GraphModule) -> IntegerGraph:
     """Replaces q/dq patterns by integer operators and folds what depends on weights alone.
+
+    What has no integer kernel is warned about and listed.
 
     Args:
         converted: result of `convert_pt2e`; it is not changed.
-
-    Returns:
-        The integer graph, and the number of integer kernels by operator name.
 
     Raises:
         MqAoError: there is nothing quantized in the graph.
     """
     module = copy.deepcopy(converted)
-    counts = Rewriter(module).run()
+    kernels = dict(Rewriter(module).run())
+    simulated = simulated_nodes(module)
+    if simulated:
+        logger.warning("no integer kernel for the quantization of %s: simulated in float", ", ".join(simulated))
     _fold_constants(module)
-    return module, dict(counts)
+    return IntegerGraph(module, kernels, simulated)
 
 
 def lower(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
@@ -54,8 +75,7 @@ def lower(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
     Raises:
         MqAoError: there is nothing quantized in the graph.
     """
-    module, _ = rewrite(converted)
-    compiled = torch.compile(module, options={"freezing": True})
+    compiled = torch.compile(rewrite(converted).module, options={"freezing": True})
     with torch.no_grad():
         compiled(*example_args)
     return compiled
@@ -71,8 +91,9 @@ def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> Ind
     Raises:
         MqAoError: there is nothing quantized in the graph, or it is not a language model's.
     """
-    module, counts = rewrite(converted)
-    return _compile(module, StateShapes.of(converted), {**info, "integer_kernels": counts})
+    graph = rewrite(converted)
+    described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
+    return _compile(graph.module, StateShapes.of(converted), described)
 
 
 def compile_float_language_model(module: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
@@ -80,7 +101,7 @@ def compile_float_language_model(module: GraphModule, info: Mapping[str, Any]) -
     shapes = StateShapes.of(module)
     module = copy.deepcopy(module)
     _fold_constants(module)
-    return _compile(module, shapes, {**info, "integer_kernels": {}})
+    return _compile(module, shapes, {**info, "integer_kernels": {}, "simulated": []})
 
 
 def _fold_constants(module: GraphModule) -> None:

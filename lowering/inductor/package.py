@@ -77,7 +77,7 @@ def _compile(program: ExportedProgram, folder: Path) -> list[str]:
     files = []
     for file in built:
         if isinstance(file, str) and file.endswith((".so", ".json")):
-            files.append(shutil.copy(file, folder))
+            files.append(str(shutil.copy(file, folder)))
     strip = shutil.which("strip")
     if strip is not None:
         subprocess.run([strip, "--strip-unneeded", *(file for file in files if file.endswith(".so"))], check=True)

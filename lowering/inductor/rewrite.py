@@ -28,6 +28,7 @@ INTEGER_KERNELS = frozenset({mq.qlinear.default, mq.qlinear_dynamic.default, mq.
 # Narrower pieces than one panel of the kernel are cheaper as columns of a shared product.
 _PANEL = 64
 _UINT8 = (0, 255, torch.uint8)
+_DEQUANTIZE = frozenset({DQ_WEIGHT, DQ_STATIC, DQ_TOKEN})
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,12 @@ def _is_per_token(node: Node) -> bool:
     choose = scale.args[0] if isinstance(scale, Node) else None
     symmetric = isinstance(choose, Node) and choose.args[1] == "SYMMETRIC"
     return symmetric and set(block[:-1]) <= {1} and limits == [torch.int8, -127, 127]
+
+
+def simulated_nodes(module: GraphModule) -> list[str]:
+    """Names of the nodes of a lowered graph that still read dequantized values: they run in float."""
+    readers = (user for node in walk.calls(module, _DEQUANTIZE) for user in node.users)
+    return sorted({reader.name for reader in readers})
 
 
 def _arguments(node: Node, count: int) -> list[Any]:

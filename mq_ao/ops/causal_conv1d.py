@@ -31,7 +31,7 @@ def _check(
     require(weight.dim() == 2, f"causal_conv1d: weight must be (channels, d_conv), it has {weight.dim()} dimensions.")
     d_conv = weight.shape[1]
     require(d_conv > 0, "causal_conv1d: weight has no taps (d_conv 0).")
-    shapes = [("weight", weight, (channels, d_conv))]
+    shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("weight", weight, (channels, d_conv))]
     if bias is not None:
         shapes.append(("bias", bias, (channels,)))
     if initial_state is not None:

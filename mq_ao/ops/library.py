@@ -81,26 +81,27 @@ def native_available() -> bool:
 
 def load_native() -> bool:
     """Loads the native kernels, building them if needed; on failure warns once and returns False."""
-    if NativeState.loaded or NativeState.failure is not None:
-        return NativeState.loaded
-    try:
-        path = build.build()
-    except MqAoError as error:
-        NativeState.failure = str(error)
-        warnings.warn(
-            f"mq_ao runs its slow reference operators: {error} Run `mq-ao build-kernels` after mending that.",
-            stacklevel=2,
-        )
-        return False
-    _load(path)
-    return True
+    if not NativeState.loaded and NativeState.failure is None:
+        try:
+            _load(build.build())
+        except (MqAoError, OSError) as error:
+            NativeState.failure = str(error)
+            warnings.warn(
+                f"mq_ao runs its slow reference operators: {error} Run `mq-ao build-kernels` after mending that.",
+                stacklevel=2,
+            )
+    return NativeState.loaded
 
 
 def load_cached() -> None:
     """Loads the native kernels if an up-to-date build lies in the cache; never builds."""
     path = build.cached()
-    if path is not None:
+    if path is None:
+        return
+    try:
         _load(path)
+    except OSError as error:
+        logger.warning("cached native kernels cannot be loaded: %s", error)
 
 
 def _load(path: str) -> None:

@@ -55,7 +55,7 @@ def _check(
                 f"selective_scan: {channels} channels cannot be divided into the {value.shape[2]} groups of {name}.",
             )
     require(
-        B.dim() == C.dim() and B.shape[2] == C.shape[2],
+        B.dim() == C.dim() and (B.dim() == 3 or B.shape[2] == C.shape[2]),
         f"selective_scan: B and C must have the same groups, their shapes are {tuple(B.shape)} and {tuple(C.shape)}.",
     )
     shapes += [(n, v, (channels,)) for n, v in (("D", D), ("delta_bias", delta_bias)) if v is not None]

@@ -7,8 +7,10 @@ extensions and the torch version. `MQ_AO_CACHE` moves the cache; `CXX` chooses t
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from pathlib import Path
 import torch
 
 from mq_ao.errors import MqAoError
+
+logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 # No -ffast-math: NaN must reach the output, results must not depend on what the compiler reorders, and some compilers
@@ -40,13 +44,14 @@ def compiler() -> str:
     Raises:
         MqAoError: there is none.
     """
-    wanted = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     for name in wanted:
         found = shutil.which(name)
         if found:
             return found
     raise MqAoError(
-        f"no C++ compiler found (looked for {', '.join(wanted)}): install g++ (Debian: apt install g++) or set CXX."
+        f"no C++ compiler found (looked for {', '.join(wanted)}): install g++ (Debian: apt install g++) "
+        "or set CXX to one."
     )
 
 
@@ -58,7 +63,7 @@ def _key(cxx: str) -> str:
     digest = hashlib.sha256()
     for path in [*_sources(), *sorted(_HERE.glob("*.h"))]:
         digest.update(path.name.encode() + path.read_bytes())
-    # The target line of -march=native tells apart machines that share a home folder.
+    # The macros of -march=native tell apart compiler versions, and machines that share a home folder.
     target = subprocess.run(
         [cxx, ARCH_FLAG, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
     )
@@ -129,8 +134,8 @@ def _compile(cxx: str, work: Path, path: Path) -> None:
     libs = [f"-L{p}" for p in library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
     rpath = [f"-Wl,-rpath,{p}" for p in library_paths()]
     built = work / path.name
-    # No -fopenmp here: it would bring a second OpenMP runtime, which knows nothing of torch.set_num_threads. The symbols
-    # come from torch's own, which libtorch_cpu brings along.
+    # No -fopenmp here: it would bring a second OpenMP runtime, which knows nothing of torch.set_num_threads. The
+    # symbols come from torch's own, which libtorch_cpu brings along.
     link = [cxx, "-shared", *objects, *libs, *rpath, "-o", str(built)]
     done = subprocess.run(link, capture_output=True, text=True, check=False)
     _check(link, done.returncode, done.stderr)
@@ -141,4 +146,7 @@ def _check(command: list[str], returncode: int, stderr: str) -> None:
     if returncode == 0:
         return
     tail = "\n".join(stderr.splitlines()[-30:])
-    raise MqAoError(f"building the native kernels failed: {' '.join(command)}\n{tail}")
+    raise MqAoError(
+        f"building the native kernels failed with exit code {returncode}; choose another compiler with CXX, or mend "
+        f"what this says:\n{shlex.join(command)}\n{tail}\n"
+    )
