@@ -215,6 +215,15 @@ def test_bench_of_ours_and_installed_peers(mq_ao: CommandLine, files: Files) -> 
     assert content["machine"]["threads"] == 1
 
 
+@pytest.mark.usefixtures("threads")
+def test_bench_of_kernels(mq_ao: CommandLine, tmp_path: Path) -> None:
+    target = tmp_path / "kernels.json"
+    run = mq_ao("bench", "--kernels", "--threads", "1", "--json", target)
+    assert run.code == 0, run.err
+    assert "selective_scan" in run.out
+    assert json.loads(target.read_text())["kernels"]["scan"]["ratio"] > 0
+
+
 def test_build_kernels(mq_ao: CommandLine) -> None:
     run = mq_ao("build-kernels")
     assert run.code == 0, run.err

@@ -207,6 +207,8 @@ def test_files_that_are_not_programs_of_this_version_are_refused(program: Induct
     program.save(good)
     with pytest.raises(MqAoError, match="was saved for torch 1.0.0"):
         mq_ao.load(_edited(good, tmp_path / "old.pt2", torch="1.0.0"))
+    with pytest.raises(MqAoError, match="was saved for cpu SVE, but this is"):
+        mq_ao.load(_edited(good, tmp_path / "arm.pt2", cpu="SVE"))
     cut = tmp_path / "cut.pt2"
     cut.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     with pytest.raises(MqAoError, match="is not a program saved by mq_ao"):

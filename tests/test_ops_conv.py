@@ -57,7 +57,7 @@ class Case:
         ]
 
 
-# Around the vector widths (4, 8, 16), a task's channels (128), the chunks (32 steps), and sequences shorter than d_conv.
+# Around the vector widths (4, 8, 16), a task's channels (128), the chunks (32 steps); and shorter than d_conv.
 cases = st.builds(
     Case,
     batch=st.integers(1, 3),

@@ -20,6 +20,7 @@ from torch._inductor import aot_compile
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import AOTICompiledModel, load_pt2, package_pt2
 
+import mq_ao.ops
 from mq_ao.errors import MqAoError
 
 FORMAT = 1
@@ -54,7 +55,7 @@ def write(path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str
         info: JSON-able description.
     """
     weights: dict[str, Tensor] = {}
-    described = json.dumps({**info, "format": FORMAT, "torch": torch.__version__})
+    described = json.dumps({**info, **_platform()})
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         files: dict[str, Any] = {}
         for name, program in programs.items():
@@ -101,12 +102,17 @@ def read_info(path: Path) -> dict[str, Any]:
         raise MqAoError(f"{path} is not a program saved by mq_ao: make one with `mq-ao quantize`.") from None
     if damaged is not None:
         raise MqAoError(f"{path} is damaged at {damaged}: copy or make it again.")
-    if info["format"] != FORMAT or info["torch"] != torch.__version__:
-        raise MqAoError(
-            f"{path} was saved for torch {info['torch']} (format {info['format']}), but this is torch "
-            f"{torch.__version__} (format {FORMAT}): quantize the model again with this version."
-        )
+    for key, here in _platform().items():
+        if info.get(key) != here:
+            raise MqAoError(
+                f"{path} was saved for {key} {info.get(key)}, but this is {here}: quantize the model again here."
+            )
     return info
+
+
+def _platform() -> dict[str, Any]:
+    """What compiled code depends on."""
+    return {"format": FORMAT, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def read(path: Path) -> Package:
@@ -116,6 +122,7 @@ def read(path: Path) -> Package:
         MqAoError: see `read_info`.
     """
     info = read_info(path)
+    mq_ao.ops.load_native()
     with zipfile.ZipFile(path) as archive:
         weights = load_tensors(archive.read(f"{_root(archive)}/{_WEIGHTS}"))
     programs = load_pt2(str(path)).aoti_runners

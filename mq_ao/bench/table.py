@@ -18,13 +18,13 @@ def _times(results: Results) -> Table:
     table.add_column("")
     for tokens in results.lengths:
         table.add_column(f"{tokens} tokens\nms", justify="right")
-    for name in ("decode\nms a token", "weights\nMB", "peak memory\nMB", "logits off by"):
+    for name in ("decode\nms a token", "weights\nMB", "peak memory\nMB (before opening)", "logits off by"):
         table.add_column(name, justify="right")
     base = results.contenders[INT8]
     for row in results.contenders.values():
         prefill = [_against(row.prefill_median(n), base.prefill_median(n)) for n in results.lengths]
         weights = "-" if row.memory is None else f"{row.memory.weight_bytes / 1e6:.1f}"
-        peak = "-" if row.memory is None else f"{row.memory.peak / 1e6:.0f}"
+        peak = "-" if row.memory is None else f"{row.memory.peak / 1e6:.0f} ({row.memory.libraries / 1e6:.0f})"
         error = "-" if row.logits_error is None else f"{row.logits_error:.1e}"
         table.add_row(row.name, *prefill, _against(row.decode_median, base.decode_median), weights, peak, error)
     return table
@@ -41,7 +41,7 @@ def _notes(results: Results) -> list[str]:
     notes = [f"{figure.name}: {figure.value:.3g}x" for figure in results.own_figures()]
     notes += [
         "Prefill computes the last token's logits only. Peak memory is that of the contender's process: "
-        "interpreter, libraries, opening and running. Logits: relative L2 distance to the first row's."
+        "interpreter and libraries (in brackets), opening and running. Logits: relative L2 distance to the first row's."
     ]
     most = max((len(samples) for row in results.contenders.values() for samples in row.prefill.values()), default=0)
     for row in results.contenders.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -101,7 +102,7 @@ class Worker:
         """Ends the process."""
         with contextlib.suppress(OSError):
             self._pipe.send(None)
-        self._process.join(timeout=10)
+        self._process.join(timeout=3)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -176,24 +177,24 @@ class _Server:
 
 
 def _serve(spec: Spec, pipe: Connection) -> None:
-    server: _Server | None = None
-    request: tuple[Any, ...] | None = ()
-    while request is not None:
-        try:
-            value = None
-            if server is None:
-                server = _Server(spec)
-            else:
-                assert request
-                value = getattr(server, request[0])(*request[1:])
-            pipe.send((None, value))
-        except Exception as error:  # whatever a peer raises belongs to its row of the table
-            reason = str(error) if isinstance(error, MqAoError) else f"{type(error).__name__}: {error}"
-            pipe.send((reason, None))
-        try:
-            request = pipe.recv()
-        except EOFError:  # the bench has ended without a word
-            return
+    """Opens the contender and answers requests until None or the end of the bench."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted bench closes its workers
+    failure, server = _attempt(_Server, spec)
+    pipe.send((failure, None))
+    with contextlib.suppress(EOFError, OSError):
+        while server is not None and (request := pipe.recv()) is not None:
+            method, *arguments = request
+            pipe.send(_attempt(getattr(server, method), *arguments))
+
+
+def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[str | None, Any]:
+    """Why the action failed, or None, and its result."""
+    try:
+        return None, action(*arguments)
+    except MqAoError as error:
+        return str(error), None
+    except Exception as error:  # whatever a peer raises belongs to its row of the table
+        return f"{type(error).__name__}: {error}", None
 
 
 def _opener(spec: Spec) -> Callable[[], Any]:

@@ -68,8 +68,8 @@ def bench(
     torch.set_num_threads(threads)
     content: dict[str, Any] = {"machine": _machine(threads)}
     if kernels:
-        content["kernels"] = _kernels()
-        _write(content, json)
+        ready_kernels()
+        _kernels(content, json)
         return
     get_recipe(recipe)
     names = [name for name in (peers or "").split(",") if name]
@@ -131,13 +131,20 @@ def _run(source: str, plan: Plan, peers: list[Peer], recipe: str, threads: int) 
         return Bench(source, specs, vocab_size, plan).run(step, bar)
 
 
-def _kernels() -> dict[str, Any]:
+def _kernels(content: dict[str, Any], json: str | None) -> None:
     from dataclasses import asdict
 
     from mq_ao.bench.kernels import measure_scan
 
     with step("timing the scan kernel"):
-        return {"scan": asdict(measure_scan())}
+        times = measure_scan()
+    _write({**content, "kernels": {"scan": asdict(times)}}, json)
+    if json != "-":
+        out().print(
+            f"selective_scan, 1 x 1024 x 1536, d_state 16, fp32: {times.scan_ms:.2f} ms; "
+            f"torch._int_mm, 1024 x 768 x 3072: {times.int_mm_ms:.2f} ms; ratio {times.ratio:.2f}",
+            soft_wrap=True,
+        )
 
 
 def _write(content: dict[str, Any], json: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mq_ao.cli.console import bar, check_json, megabytes, out, write_json
+from mq_ao.cli.console import bar, check_json, megabytes, out, step, write_json
 from mq_ao.cli.opened import ANY_HELP, TOKENIZER_HELP, Opened, open_any
 
 if TYPE_CHECKING:
@@ -51,14 +51,12 @@ def evaluate(
     check_json(json)
     opened = open_any(model, tokenizer)
     reference = None if against is None else open_any(against, tokenizer)
-    with bar("starting", 1) as advance:
+    with step("starting"):
         from mq_ao.errors import MqAoError
         from mq_ao.evaluate import compare
         from mq_ao.evaluate import evaluate as run
         from mq_ao.models import demo
         from mq_ao.text import BYTE_VOCABULARY, TOKEN_FILES, read_tokens
-
-        advance()
     if text is None:
         if opened.vocab_size != BYTE_VOCABULARY:
             raise MqAoError("there is nothing to evaluate on: give text or token ids with --text FILE.")

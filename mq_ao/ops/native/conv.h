@@ -4,6 +4,8 @@
 // stood before it: "padded" row p is state row p for p < d_conv - 1, then input row p - (d_conv - 1).
 #pragma once
 
+#include <optional>
+
 #include "scan.h"
 
 namespace mq_ao {
@@ -66,8 +68,9 @@ void conv_task(const ConvInputs<T>& in, int64_t b, int64_t first, int64_t count,
   const int64_t taps = in.shape.d_conv, length = in.shape.length, channels = in.shape.channels;
   constexpr int kFewTaps = 8;
   Vec few[kFewTaps];
-  const Scratch<Vec> many(taps > kFewTaps ? taps : 1);
-  Vec* weight = taps > kFewTaps ? many.get() : few;
+  std::optional<Scratch<Vec>> many;
+  if (taps > kFewTaps) many.emplace(taps);
+  Vec* weight = many ? many->get() : few;
   // Time is cut into chunks, so that the blocks of a range read neighbouring memory in turn.
   for (int64_t start = 0; start < length; start += kChunk) {
     for (int64_t c = first; c < first + count; c += kLanes) {

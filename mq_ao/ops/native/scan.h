@@ -6,9 +6,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <new>
+#include <type_traits>
 
 #include "vec.h"
 
