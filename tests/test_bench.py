@@ -234,6 +234,12 @@ def test_figures(results: Results) -> None:
     assert figures[f"resident weights of {INT8} against {FP32}"] == pytest.approx(0.3)
 
 
+def test_only_our_own_failures_are_failures_of_the_bench(results: Results) -> None:
+    assert results.own_failure is None
+    results.contenders[INT8].failure = "int8: it crashed"
+    assert results.own_failure == "int8: it crashed"
+
+
 def test_results_as_json_and_as_text(results: Results) -> None:
     content = json.loads(json.dumps(results.to_dict()))
     fp32 = content["contenders"][1]

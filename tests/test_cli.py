@@ -317,3 +317,18 @@ def test_a_failure_of_the_system_ends_with_1(mq_ao: CommandLine, files: Files, m
     assert run.code == 1
     assert "No space left on device" in run.err
     assert "Traceback" not in run.err
+
+
+def test_a_bench_whose_own_program_fails_fails(
+    mq_ao: CommandLine, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mq_ao.bench import prepare, runner, worker
+
+    def only_a_missing_program(model: MambaLM, folder: Path, **_: object) -> list[worker.Spec]:
+        return [worker.Spec(prepare.INT8, worker.Kind.PROGRAM, folder / "none.pt2", 1, 16)]
+
+    monkeypatch.setattr(prepare, "prepare", only_a_missing_program)
+    monkeypatch.setattr(runner, "PROMPT_TOKENS", 4)
+    run = mq_ao("bench", "--model", files.model, "--peers", "none", "--tokens", "4", "--repeats", "1")
+    assert run.code == 2
+    assert "int8: there is no file" in run.err

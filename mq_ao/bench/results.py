@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mq_ao.bench.prepare import FP32, INT8
+from mq_ao.bench.prepare import FP32, FP32_EAGER, INT8
 from mq_ao.bench.worker import Memory
 
 
@@ -96,6 +96,12 @@ class Results:
     lengths: tuple[int, ...]
     decode_tokens: int
     contenders: Mapping[str, Measured]
+
+    @property
+    def own_failure(self) -> str | None:
+        """Why one of our own contenders failed, or None."""
+        ours = (self.contenders[name].failure for name in (FP32_EAGER, FP32, INT8) if name in self.contenders)
+        return next((failure for failure in ours if failure is not None), None)
 
     def figures(self) -> list[Figure]:
         """Speed of int8 and of compiled fp32 against every other contender, then `own_figures`."""

@@ -6,6 +6,7 @@ Nothing here imports torch before a command runs, so that `--help` answers at on
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Annotated
 
@@ -58,6 +59,8 @@ app.command("demo")(demo.demo)
 
 def main() -> None:
     """Entry point: bad input ends with one line on stderr and exit code 2, a failure of the system with 1."""
+    # A terminated command still removes its temporary files; a bench has gigabytes of them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except MqAoError as error:

@@ -78,11 +78,13 @@ def bench(
     plan = Plan(tuple(lengths), repeats, decode_tokens, patience)
     runs = []
     for source in model or ["demo", "mamba-130m"]:
-        results = _run(source, plan, chosen, recipe, threads)
-        runs.append(results.to_dict())
+        runs.append(_run(source, plan, chosen, recipe, threads))
         if json != "-":
-            _print(results)
-    _write({**content, "recipe": recipe, "repeats": repeats, "models": runs}, json)
+            _print(runs[-1])
+    _write({**content, "recipe": recipe, "repeats": repeats, "models": [run.to_dict() for run in runs]}, json)
+    for run in runs:
+        if (failure := run.own_failure) is not None:
+            raise MqAoError(failure)
 
 
 def _lengths(text: str) -> list[int]:
