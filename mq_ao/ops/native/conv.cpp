@@ -45,14 +45,8 @@ std::tuple<Tensor, Tensor> causal_conv1d(
     using T = decltype(type);
     const ConvInputs<T> in = inputs<T>(x_, weight_, bias_, state, activation.has_value());
     const Rows<T> out = rows<T>(y);
-    const int64_t range = kRangeBlocks * kLanes, ranges = ceil_div(channels, range);
-    // A thread is woken for 32768 outputs, some microseconds of work.
-    const int64_t grain = std::max<int64_t>(1, 32768 / (range * length));
-    at::parallel_for(0, batch * ranges, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % ranges * range;
-        conv_task(in, i / ranges, first, std::min(range, channels - first), out, last_state.data_ptr<float>());
-      }
+    for_channel_ranges(batch, length, channels, [&](int64_t b, int64_t first, int64_t count) {
+      conv_task(in, b, first, count, out, last_state.data_ptr<float>());
     });
   };
   x.scalar_type() == at::kFloat ? run(float{}) : run(BFloat16{});

@@ -42,14 +42,8 @@ std::tuple<Tensor, Tensor> qcausal_conv1d(
                        activation.has_value()};
   const Rows<float> out = rows<float>(y);
   float* last = last_state.data_ptr<float>();
-  const int64_t range = kRangeBlocks * kLanes, ranges = ceil_div(channels, range);
-  // A thread is woken for 32768 outputs, some microseconds of work.
-  const int64_t grain = std::max<int64_t>(1, 32768 / (range * length));
-  at::parallel_for(0, batch * ranges, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % ranges * range;
-      qconv_task(in, i / ranges, first, std::min(range, channels - first), out, last);
-    }
+  for_channel_ranges(batch, length, channels, [&](int64_t b, int64_t first, int64_t count) {
+    qconv_task(in, b, first, count, out, last);
   });
   return {y, last_state};
 }
