@@ -324,11 +324,12 @@ def test_a_bench_whose_own_program_fails_fails(
 ) -> None:
     from mq_ao.bench import prepare, runner, worker
 
-    def only_a_missing_program(model: MambaLM, folder: Path, **_: object) -> list[worker.Spec]:
-        return [worker.Spec(prepare.INT8, worker.Kind.PROGRAM, folder / "none.pt2", 1, 16)]
+    def missing_programs(model: MambaLM, folder: Path, **_: object) -> list[worker.Spec]:
+        names = (prepare.FP32, prepare.INT8)
+        return [worker.Spec(name, worker.Kind.PROGRAM, folder / "none.pt2", 1, 16) for name in names]
 
-    monkeypatch.setattr(prepare, "prepare", only_a_missing_program)
+    monkeypatch.setattr(prepare, "prepare", missing_programs)
     monkeypatch.setattr(runner, "PROMPT_TOKENS", 4)
     run = mq_ao("bench", "--model", files.model, "--peers", "none", "--tokens", "4", "--repeats", "1")
     assert run.code == 2
-    assert "int8: there is no file" in run.err
+    assert "fp32 compiled: there is no file" in run.err

@@ -26,7 +26,11 @@ typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
 inline Vec load(const uint8_t* p, int count) {
   ByteVec bytes{};
-  std::memcpy(&bytes, p, size_t(count));
+  // A copy of constant size is one instruction; one of any size is a call.
+  if (count == kLanes)
+    std::memcpy(&bytes, p, sizeof bytes);
+  else
+    std::memcpy(&bytes, p, size_t(count));
   return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
 }
 

@@ -82,7 +82,7 @@ struct Output {
 };
 
 // A value the optimiser knows nothing of. Keeps a product from being fused with the addition that uses it, and a
-// division from becoming a product, so that results equal the PyTorch reference bit for bit under -ffast-math too.
+// division from becoming a product, so that results equal the PyTorch reference bit for bit whatever the flags.
 template <typename T>
 inline T pinned(T value) {
 #if defined(__AVX512F__)
@@ -102,62 +102,64 @@ inline T pinned(T value) {
 inline constexpr int kWidth = mq_ao::kLanes;
 typedef uint8_t ByteVec __attribute__((vector_size(kWidth)));
 
-template <typename Vector, typename Value>
-inline Vector load_vector(const Value* p, int64_t count) {
-  Vector v{};
-  if (count >= kWidth) {
-    std::memcpy(&v, p, sizeof v);
-  } else {
-    std::memcpy(&v, p, count * sizeof(Value));
+// What `Output` says, as vectors.
+struct Requantizer {
+  Vec inverse_scale, low, high;
+  IntVec zero_point;
+
+  explicit Requantizer(const Output& out)
+      : inverse_scale(broadcast(out.inverse_scale)),
+        low(broadcast(static_cast<float>(-out.zero_point))),
+        high(broadcast(static_cast<float>(255 - out.zero_point))),
+        zero_point(IntVec{} + out.zero_point) {}
+
+  ByteVec operator()(Vec y) const {
+    y = pinned(y * inverse_scale);
+    // The bounds are integers, so that clamping may come before rounding; NaN becomes `low`.
+    y = y > low ? y : low;
+    y = y < high ? y : high;
+    // Rounds half to even: a float of 1.5 * 2^23 has no bits for a fraction.
+    const Vec rounded = pinned(y + 12582912.0f) - 12582912.0f;
+    return __builtin_convertvector(__builtin_convertvector(rounded, IntVec) + zero_point, ByteVec);
   }
-  return v;
-}
+};
 
-template <typename Vector, typename Value>
-inline void store_vector(const Vector& v, Value* p, int64_t count) {
-  if (count >= kWidth) {
-    std::memcpy(p, &v, sizeof v);
-  } else {
-    std::memcpy(p, &v, count * sizeof(Value));
-  }
-}
-
-inline ByteVec requantized(Vec y, const Output& out) {
-  const float low = static_cast<float>(-out.zero_point), high = static_cast<float>(255 - out.zero_point);
-  y = pinned(y * out.inverse_scale);
-  // The bounds are integers, so that clamping may come before rounding; NaN becomes `low`.
-  y = y > low ? y : broadcast(low);
-  y = y < high ? y : broadcast(high);
-  // Rounds half to even: a float of 1.5 * 2^23 has no bits for a fraction.
-  const Vec rounded = pinned(y + 12582912.0f) - 12582912.0f;
-  return __builtin_convertvector(__builtin_convertvector(rounded, IntVec) + out.zero_point, ByteVec);
-}
-
-// Writes a tile of outputs from its exact sums, which lie kPanel apart from row to row.
-inline void finish_tile(const int32_t* sums, int rows, int lanes, const Activations& x, const Linear& w,
-                        const Output& out, int64_t row, int64_t column) {
+// Writes ROWS rows of LANES groups of outputs from their exact sums, which lie kPanel apart from row to row.
+// `quantize` makes of a Vec what is stored.
+template <int ROWS, int LANES, typename Value, typename Quantize>
+inline void finish_tile(const int32_t* sums, const Activations& x, const Linear& w, Value* out, int64_t row,
+                        int64_t column, Quantize quantize) {
+  constexpr int kVectors = LANES * kLane / kWidth;
   const int8_t* weight_sums = w.packed + padded_outputs(w.n) * padded_inputs(w.k);
-  const int64_t end = std::min<int64_t>(w.n, column + lanes * kLane);
-  for (int64_t n = column; n < end; n += kWidth) {
-    const int64_t count = end - n;
-    IntVec correction;
-    std::memcpy(&correction, weight_sums + 4 * n, sizeof correction);
-    correction *= x.zero_point - Dot::kOffset;
-    const Vec scale = load_vector<Vec>(w.scale + n, count);
-    const Vec bias = w.bias ? load_vector<Vec>(w.bias + n, count) : Vec{};
-    for (int m = 0; m < rows; ++m) {
+  IntVec correction[kVectors];
+  Vec scale[kVectors], bias[kVectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t n = column + v * kWidth;
+    const int count = static_cast<int>(std::clamp<int64_t>(w.n - n, 0, kWidth));
+    std::memcpy(&correction[v], weight_sums + 4 * n, sizeof correction[v]);
+    correction[v] *= x.zero_point - Dot::kOffset;
+    scale[v] = load(w.scale + n, count);
+    bias[v] = w.bias ? load(w.bias + n, count) : Vec{};
+  }
+  float row_scale[ROWS];
+  for (int m = 0; m < ROWS; ++m) row_scale[m] = x.scale[(row + m) * x.scale_step];
+  // The last columns may not all exist: those rows are made here and copied.
+  Value spare[LANES * kLane];
+  const int64_t stride = w.n, count = std::min<int64_t>(LANES * kLane, w.n - column);
+  const bool whole = count == LANES * kLane;
+  out += row * stride + column;
+  for (int m = 0; m < ROWS; ++m, out += stride) {
+    Value* to = whole ? out : spare;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
       IntVec sum;
-      std::memcpy(&sum, sums + m * kPanel + (n - column), sizeof sum);
-      const float row_scale = x.scale[(row + m) * x.scale_step];
-      const Vec product = __builtin_convertvector(sum - correction, Vec) * pinned(scale * row_scale);
-      const Vec y = pinned(product) + bias;
-      const int64_t at = (row + m) * w.n + n;
-      if (out.requantize) {
-        store_vector(requantized(y, out), static_cast<uint8_t*>(out.data) + at, count);
-      } else {
-        store_vector(y, static_cast<float*>(out.data) + at, count);
-      }
+      std::memcpy(&sum, sums + m * kPanel + v * kWidth, sizeof sum);
+      const Vec product = __builtin_convertvector(sum - correction[v], Vec) * pinned(scale[v] * row_scale[m]);
+      const auto y = quantize(pinned(product) + bias[v]);
+      std::memcpy(to + v * kWidth, &y, sizeof y);
     }
+    if (!whole) std::memcpy(out, spare, count * sizeof(Value));
   }
 }
 
@@ -198,7 +200,11 @@ inline void tile(const Activations& x, const Linear& w, const Output& out, int64
 #pragma GCC unroll 4
     for (int v = 0; v < LANES; ++v) Dot::store(sum[m][v], sums + m * kPanel + v * kLane);
   }
-  finish_tile(sums, ROWS, LANES, x, w, out, row, column);
+  if (out.requantize) {
+    finish_tile<ROWS, LANES>(sums, x, w, static_cast<uint8_t*>(out.data), row, column, Requantizer(out));
+  } else {
+    finish_tile<ROWS, LANES>(sums, x, w, static_cast<float*>(out.data), row, column, [](Vec y) { return y; });
+  }
 }
 
 template <int ROWS>
