@@ -13,6 +13,7 @@ from mq_ao.lowering.inductor.graphs import StateShapes
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
+from mq_ao.files import check_output, replacing
 from mq_ao.models.generate import Sampling, generate, stream
 
 States = tuple[Tensor, Tensor, Tensor]
@@ -86,14 +87,8 @@ class InductorProgram:
         Raises:
             MqAoError: the path cannot be written.
         """
-        path = check_output(path)
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
+        with replacing(check_output(path, ".pt2")) as temporary:
             shutil.copyfile(self._package.path, temporary)
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise MqAoError(f"cannot write {path}: {error}.") from error
 
     def _length(self, input_ids: Tensor) -> int:
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
@@ -120,24 +115,3 @@ class InductorProgram:
         # Compiled code reads memory as if it were contiguous, whatever the strides say.
         logits, conv, ssm = self._package.programs[name](*(tensor.contiguous() for tensor in inputs))
         return logits, conv, ssm
-
-
-def check_output(path: str | Path, suffix: str = ".pt2") -> Path:
-    """Returns `path` if a file can be written there; to be called before long work.
-
-    Raises:
-        MqAoError: wrong suffix, no such folder, or no permission.
-    """
-    path = Path(path)
-    if path.suffix != suffix:
-        raise MqAoError(f"{path} must end in {suffix}.")
-    if path.is_dir():
-        raise MqAoError(f"{path} is a folder: give a file name.")
-    parent = path.parent
-    if not parent.is_dir():
-        raise MqAoError(f"the folder {parent} does not exist: create it first.")
-    import os
-
-    if not os.access(parent, os.W_OK):
-        raise MqAoError(f"the folder {parent} is not writable: choose another output path.")
-    return path

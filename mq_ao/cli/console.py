@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,7 @@ from rich.progress import (
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
-from mq_ao.errors import MqAoError
+from mq_ao.files import check_output, write_atomically
 
 _WIDTH = 120
 """Columns where the output is no terminal."""
@@ -96,26 +95,6 @@ def bar(what: str, total: int) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def check_output(path: Path, suffix: str | None = None) -> Path:
-    """Returns `path` if a file can be written there; called before long work.
-
-    Raises:
-        MqAoError: wrong suffix, a folder, no such folder, or no permission.
-    """
-    if suffix is not None and path.suffix != suffix:
-        raise MqAoError(f"{path} must end in {suffix}.")
-    if path.is_dir():
-        raise MqAoError(f"{path} is a folder: give a file name.")
-    if not path.parent.is_dir():
-        raise MqAoError(f"the folder {path.parent} does not exist: create it first.")
-    try:
-        # Permission bits say nothing to root or on a read-only disk, so try.
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise MqAoError(f"{path} cannot be written ({error.strerror}): choose another output path.") from error
-
-
 def check_json(target: str | None) -> str | None:
     """Checks the value of `--json` before long work; "-" is stdout.
 
@@ -133,8 +112,6 @@ def write_json(target: str, content: Any) -> None:
     if target == "-":
         print(text, end="")
         return
-    from mq_ao.models.saving import write_atomically
-
     write_atomically(Path(target), text.encode())
 
 

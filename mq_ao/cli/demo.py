@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mq_ao.cli.console import bar, check_output, err, kernel_counts, megabytes, out, ready_kernels, step
+from mq_ao.cli.console import bar, err, kernel_counts, megabytes, out, ready_kernels, step
+from mq_ao.files import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor

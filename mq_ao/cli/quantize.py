@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mq_ao.cli.console import check_output, err, kernel_counts, megabytes, out, step
+from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
 from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_float
+from mq_ao.files import check_output
 
 
 def quantize(
