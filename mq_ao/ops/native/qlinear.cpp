@@ -25,7 +25,8 @@ bool is_vector(const Tensor& t, int64_t n) {
 
 bool is_linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias) {
   const int64_t n = weight_scale.numel();
-  return x.dim() >= 1 && is_packed(packed, n, x.size(-1)) && is_vector(weight_scale, n) && (!bias || is_vector(*bias, n));
+  return x.dim() >= 1 && is_packed(packed, n, x.size(-1)) && is_vector(weight_scale, n) &&
+         (!bias || is_vector(*bias, n));
 }
 
 bool is_zero_point(int64_t value) { return value >= 0 && value <= 255; }
