@@ -140,6 +140,14 @@ def test_a_graph_in_which_nothing_is_quantized_is_refused(tiny: MambaLM) -> None
         inductor.rewrite(capture(tiny, ()))
 
 
+def test_lowering_without_a_compiler_says_so_at_once(
+    quantized: QuantizedProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MqAoError, match="no C.. compiler found .looked for no-such-compiler.: install g"):
+        quantized.lower()
+
+
 def test_partly_quantized_graphs_run_the_rest_in_float(tiny: MambaLM, calibration: list[torch.Tensor]) -> None:
     roles = {role: spec for role, spec in w8a8().roles.items() if role.value in ("in_proj", "out_proj")}
     q = mq_ao.quantize(tiny, calibration, Recipe("two-roles", QuantizationConfig(roles)))

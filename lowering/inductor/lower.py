@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 import mq_ao.ops
 from mq_ao.graph import walk
+from mq_ao.ops.native.build import compiler
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def lower(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
     Raises:
         MqAoError: there is nothing quantized in the graph.
     """
+    compiler()
     compiled = torch.compile(rewrite(converted).module, options={"freezing": True})
     with torch.no_grad():
         compiled(*example_args)
@@ -89,7 +91,7 @@ def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> Ind
         info: what the program is to say of itself; needs `vocab_size`.
 
     Raises:
-        MqAoError: there is nothing quantized in the graph, or it is not a language model's.
+        MqAoError: there is nothing quantized in the graph, it is not a language model's, or there is no C++ compiler.
     """
     graph = rewrite(converted)
     described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
@@ -113,6 +115,7 @@ def _fold_constants(module: GraphModule) -> None:
 
 
 def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) -> InductorProgram:
+    compiler()  # Inductor's own complaint would come late, and say less
     mq_ao.ops.load_native()
     programs = {
         "prefill": export_prefill(with_positions(module), shapes),
