@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from mq_ao.evaluate import bits_per_byte, xz_bits_per_byte
 from mq_ao.files import write_atomically
 from mq_ao.models import MambaConfig, MambaLM, Sampling, generate
-from mq_ao.models.evaluate import bits_per_byte, xz_bits_per_byte
 from mq_ao.models.saving import save_pretrained
 
 REPORT_SECONDS = 30

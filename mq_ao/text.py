@@ -15,10 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.models.evaluate import SEPARATOR, split_documents
 
 BYTE_VOCABULARY = 256
+SEPARATOR = 0
+"""Byte between documents, and the context of a document's first byte."""
 TOKEN_FILES = frozenset({".npy", ".safetensors"})
+
+
+def split_documents(text: bytes) -> list[bytes]:
+    """Splits after every separator, which stays with its document; joined again they are `text`."""
+    parts = text.split(bytes([SEPARATOR]))
+    documents = [part + bytes([SEPARATOR]) for part in parts[:-1]] + [parts[-1]]
+    return [document for document in documents if document]
 
 
 class Codec(Protocol):
@@ -130,6 +138,17 @@ class TokenText:
     def predicted(self) -> int:
         """Number of tokens that are predicted."""
         return sum(len(document) - 1 for document in self.documents)
+
+
+def byte_text(content: bytes) -> TokenText:
+    """The tokens of a byte-level model for `content`, every byte of it predicted.
+
+    Raises:
+        MqAoError: there is nothing to predict.
+    """
+    if not content:
+        raise MqAoError("the text is empty: give at least one byte.")
+    return TokenText(tuple(map(torch.tensor, ByteCodec().documents(content))), len(content))
 
 
 def read_tokens(path: Path, vocab_size: int, codec: Codec | None) -> TokenText:

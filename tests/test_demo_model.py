@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mq_ao.errors import MqAoError
+from mq_ao.evaluate import bits_per_byte, xz_bits_per_byte
 from mq_ao.models import MambaLM, Sampling, demo
-from mq_ao.models.evaluate import bits_per_byte, split_documents, xz_bits_per_byte
+from mq_ao.text import split_documents
 
 
 @cache

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mq_ao.errors import MqAoError
-from mq_ao.evaluate import compare, evaluate
+from mq_ao.evaluate import bits_per_byte, compare, evaluate
 from mq_ao.models import MambaConfig, MambaLM
-from mq_ao.models.evaluate import bits_per_byte
 from mq_ao.text import (
     BYTE_VOCABULARY,
     ByteCodec,
@@ -60,11 +59,18 @@ def ids(*documents: list[int], size: int | None = None) -> TokenText:
     return TokenText(tuple(torch.tensor(document) for document in documents), size)
 
 
-def test_bytes_cost_what_the_training_script_says(small: MambaLM, text: TokenText) -> None:
+def test_bytes_cost_their_cross_entropy_document_by_document(small: MambaLM, text: TokenText) -> None:
     result = evaluate(small, text)
     assert result.tokens == result.text_bytes == len(TEXT)
-    # Both sum float32 costs of the same logits, chunked alike.
-    assert result.bits_per_byte == pytest.approx(bits_per_byte(small, TEXT), rel=1e-6)
+    nats = 0.0
+    for document in (b"def f(x):\n    return x + 1\n\0", b"import os\n\0", bytes(range(1, 200))):
+        context = torch.tensor([[0, *document]])
+        logits = small(context[:, :-1])[0][0]
+        nats += torch.nn.functional.cross_entropy(logits, context[0, 1:], reduction="sum").item()
+    # Sums of the same float32 costs.
+    assert result.nats == pytest.approx(nats, rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / len(TEXT), rel=1e-6)
+    assert bits_per_byte(small, TEXT) == pytest.approx(result.bits_per_byte)
 
 
 @UNTIMED

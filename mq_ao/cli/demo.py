@@ -120,8 +120,8 @@ def _print_table(
 ) -> None:
     from rich.table import Table
 
+    from mq_ao.evaluate import xz_bits_per_byte
     from mq_ao.models import demo as bundled
-    from mq_ao.models.evaluate import xz_bits_per_byte
 
     compiled, program = programs
     with tempfile.TemporaryDirectory() as folder:
