@@ -15,11 +15,11 @@ def render(results: Results) -> list[Table | str]:
 
 def _times(results: Results) -> Table:
     table = Table(title=f"{results.model}: medians (times that of {INT8})", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for tokens in results.lengths:
-        table.add_column(f"{tokens} tokens\nms", justify="right")
-    for name in ("decode\nms a token", "weights\nMB", "peak memory\nMB (before opening)", "logits off by"):
-        table.add_column(name, justify="right")
+        table.add_column(f"{tokens} tokens\nms", justify="right", no_wrap=True)
+    for name in ("decode\nms a token", "weights\nMB", "peak MB\n(libraries)", "logits\noff by"):
+        table.add_column(name, justify="right", no_wrap=True)
     base = results.contenders[INT8]
     for row in results.contenders.values():
         prefill = [_against(row.prefill_median(n), base.prefill_median(n)) for n in results.lengths]
@@ -33,7 +33,8 @@ def _times(results: Results) -> Table:
 def _against(seconds: float | None, base: float | None) -> str:
     if seconds is None:
         return "-"
-    text = f"{1e3 * seconds:.4g}"
+    ms = 1e3 * seconds
+    text = f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
     return text if base is None else f"{text} ({seconds / base:.2f}x)"
 
 
