@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from mq_ao.lowering.inductor import InductorProgram
 
 import mq_ao
+from mq_ao import MqAoError
 from mq_ao.api import QuantizedProgram
 from mq_ao.models import MambaConfig, MambaLM
+from mq_ao.ops import library
+from mq_ao.ops.native import build
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 VOCAB = 256
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids of the tiny model."""
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def native_kernels() -> None:
+    """The native kernels are what is tested: a machine without a compiler skips, a build that fails fails."""
+    if not library.load_native():
+        try:
+            build.compiler()
+        except MqAoError as error:
+            pytest.skip(str(error))
+        pytest.fail(f"the native kernels do not build: {library.NativeState.failure}")
+
+
+def assert_same_for_any_threads(operator: Callable[..., Any], operands: Sequence[Any]) -> None:
+    """Checks that both results and all gradients of an operator have the same bits on 1, 2 and 3 threads."""
+    tensors = [x.requires_grad_() for x in operands if isinstance(x, torch.Tensor)]
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, state = operator(*operands)
+            results.append([y, state, *torch.autograd.grad([y.sum() + state.sum()], tensors)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.fixture(scope="session")

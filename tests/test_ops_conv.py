@@ -13,17 +13,13 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 from mq_ao.ops import library
+from tests.conftest import assert_same_for_any_threads
 
+pytestmark = pytest.mark.usefixtures("native_kernels")
 conv = torch.ops.mq_ao.causal_conv1d
 reference = library.reference("causal_conv1d")
 
 Operands = list[Tensor | str | None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _native() -> None:
-    if not library.load_native():
-        pytest.skip("no C++ compiler")
 
 
 @dataclass(frozen=True)
@@ -169,19 +165,7 @@ def test_parts_carry_the_state(cut: int) -> None:
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    operands = Case(3, 70, 150, 4, True, True, "silu", "dense", 1).operands()
-    inputs = tensors(operands)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y, state = conv(*operands)
-            results.append([y, state, *torch.autograd.grad([y.sum() + state.sum()], inputs)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_for_any_threads(conv, Case(3, 70, 150, 4, True, True, "silu", "dense", 1).operands())
 
 
 def test_nan_reaches_the_steps_that_read_it() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mq_ao import MqAoError
 from mq_ao.ops import reference
 
+pytestmark = pytest.mark.usefixtures("native_kernels")
 op = torch.ops.mq_ao.qcausal_conv1d
 
 

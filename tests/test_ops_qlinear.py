@@ -21,6 +21,7 @@ from mq_ao.ops import library
 from mq_ao.ops import qlinear as ql
 from mq_ao.ops.native import build
 
+pytestmark = pytest.mark.usefixtures("native_kernels")
 ops = torch.ops.mq_ao
 
 # Sums of 512 products of 8-bit numbers stay below 2^24, so that float32 holds them exactly.
@@ -30,12 +31,6 @@ inputs = st.one_of(st.integers(1, 60), st.sampled_from([4, 5, 48, 256, 333, MOST
 leading = st.sampled_from([(), (0,), (1,), (2,), (5,), (6,), (7,), (13,), (100,), (2, 3), (1, 0), (2, 1, 4)])
 seeds = st.integers(0, 2**31)
 drawn = settings(max_examples=60, deadline=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _native() -> None:
-    if not library.load_native():
-        pytest.skip("no C++ compiler")
 
 
 def layer(n: int, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

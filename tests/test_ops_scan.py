@@ -13,15 +13,11 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 from mq_ao.ops import library
+from tests.conftest import assert_same_for_any_threads
 
+pytestmark = pytest.mark.usefixtures("native_kernels")
 scan = torch.ops.mq_ao.selective_scan
 reference = library.reference("selective_scan")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _native() -> None:
-    if not library.load_native():
-        pytest.skip("no C++ compiler")
 
 
 @dataclass(frozen=True)
@@ -183,19 +179,7 @@ def test_parts_carry_the_state(cut: int) -> None:
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    operands = Case(3, 70, 2, 150, 16, (True, True, True, True), "dense", 1).operands()
-    tensors = [x.requires_grad_() for x in operands if isinstance(x, Tensor)]
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y, state = scan(*operands)
-            results.append([y, state, *torch.autograd.grad([y.sum() + state.sum()], tensors)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_for_any_threads(scan, Case(3, 70, 2, 150, 16, (True, True, True, True), "dense", 1).operands())
 
 
 def test_nan_and_infinity_reach_the_output_and_nothing_else() -> None:
