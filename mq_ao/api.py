@@ -21,6 +21,7 @@ from mq_ao.graph import Match, match
 from mq_ao.lowering import inductor
 from mq_ao.models import MambaLM
 from mq_ao.quantizer import MambaQuantizer, QuantizationReport
+from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe, get_recipe
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,7 @@ class QuantizedProgram:
             MqAoError: unknown backend, nothing quantized, or not a language model (for those use
                 `mq_ao.lowering.inductor.lower` on `.converted`).
         """
-        if backend != "inductor":
-            raise MqAoError(f"unknown backend {backend!r}: the backends are inductor.")
+        check_backend(backend)
         if self._vocab_size is None:
             raise MqAoError(
                 "only language models become saved programs: call mq_ao.lowering.inductor.lower(q.converted, inputs)."

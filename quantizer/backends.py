@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mq_ao.quantizer.specs import LINEAR_ROLES, Activation, RoleSpec
-
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
+from mq_ao.quantizer.specs import LINEAR_ROLES, Activation, RoleSpec
 
 _INDUCTOR = {
     **dict.fromkeys(LINEAR_ROLES, frozenset({Activation.STATIC, Activation.PER_TOKEN})),

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from mq_ao.quantizer.backends import check_backend, check_executable
-from mq_ao.quantizer.observers import activation_spec, weight_spec
-from mq_ao.quantizer.report import Decision, QuantizationReport
-from mq_ao.quantizer.specs import QuantizationConfig, RoleSpec
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
@@ -13,6 +9,10 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Role, match
 from mq_ao.graph.walk import module_path
+from mq_ao.quantizer.backends import check_backend, check_executable
+from mq_ao.quantizer.observers import activation_spec, weight_spec
+from mq_ao.quantizer.report import Decision, QuantizationReport
+from mq_ao.quantizer.specs import QuantizationConfig, RoleSpec
 
 
 class MambaQuantizer(Quantizer):

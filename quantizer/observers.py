@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 from torchao.quantization import PerToken
 from torchao.quantization.pt2e import (
     HistogramObserver,
@@ -14,6 +13,8 @@ from torchao.quantization.pt2e import (
 from torchao.quantization.pt2e._affine_quantization import AffineQuantizedPlaceholderObserver
 from torchao.quantization.pt2e.observer import MappingType
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
+
+from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 
 _RANGES = {
     Range.HISTOGRAM: HistogramObserver,

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from mq_ao.lowering.inductor import InductorProgram
 
 import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import QuantizedProgram
+from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.ops import library
 from mq_ao.ops.native import build

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from mq_ao.lowering.inductor import InductorProgram
 from rich.console import Console
 
 from mq_ao.bench import prepare, runner
@@ -22,6 +21,7 @@ from mq_ao.bench.runner import Bench, Plan
 from mq_ao.bench.table import render
 from mq_ao.bench.worker import Kind, Memory, Spec, Worker
 from mq_ao.errors import MqAoError
+from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.models.saving import save_pretrained
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mq_ao.lowering import inductor
-from mq_ao.lowering.inductor import InductorProgram
-from mq_ao.quantizer import QuantizationConfig, w8a8
 
 import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import QuantizedProgram, capture
+from mq_ao.lowering import inductor
+from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaLM, Sampling
+from mq_ao.quantizer import QuantizationConfig, w8a8
 from mq_ao.recipes import Recipe
 from tests.conftest import VOCAB, tokens
 

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from mq_ao.quantizer import Activation, MambaQuantizer, QuantizationConfig, Range, RoleSpec, w8a8
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -14,6 +13,7 @@ from mq_ao import MqAoError
 from mq_ao.api import capture
 from mq_ao.graph import Role
 from mq_ao.models import MambaLM
+from mq_ao.quantizer import Activation, MambaQuantizer, QuantizationConfig, Range, RoleSpec, w8a8
 from tests.conftest import tokens
 
 qd = torch.ops.quantized_decomposed

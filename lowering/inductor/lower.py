@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mq_ao.lowering.inductor import package
-from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
-from mq_ao.lowering.inductor.program import InductorProgram
-from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors, simulated_nodes
 from torch import Tensor
 from torch._inductor.constant_folding import constant_fold
 from torch.fx import GraphModule
 
 import mq_ao.ops
 from mq_ao.graph import walk
+from mq_ao.lowering.inductor import package
+from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
+from mq_ao.lowering.inductor.program import InductorProgram
+from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors, simulated_nodes
 from mq_ao.ops.native.build import compiler
 
 logger = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ def quantize(
         from mq_ao.models import demo
         from mq_ao.quantizer.backends import check_backend
         from mq_ao.recipes import get_recipe
-        from mq_ao.text import calibration_batches, read_tokens
+        from mq_ao.text import TOKEN_FILES, calibration_batches, read_tokens
     chosen = get_recipe(recipe)
     check_backend(backend)
     if calibration is None:
@@ -56,7 +56,7 @@ def quantize(
         calibration = demo.CALIBRATION
     loaded = open_float(model)
     opened = Opened(model, loaded, loaded.config.vocab_size, tokenizer)
-    codec = None if calibration.suffix in (".npy", ".safetensors") else opened.codec
+    codec = None if calibration.suffix in TOKEN_FILES else opened.codec
     batches = calibration_batches(read_tokens(calibration, opened.vocab_size, codec), tokens)
     quantized = api.quantize(loaded, batches, chosen, progress=True)
     err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
