@@ -17,7 +17,7 @@ from mq_ao import passes
 from mq_ao.calibrate import calibrate, check_weights
 from mq_ao.capture import export
 from mq_ao.errors import MqAoError
-from mq_ao.graph import Match, match
+from mq_ao.graph import match
 from mq_ao.lowering import inductor
 from mq_ao.models import MambaLM
 from mq_ao.quantizer import MambaQuantizer, QuantizationReport
@@ -34,17 +34,23 @@ class Report:
     Attributes:
         recipe: the recipe that was applied.
         match: blocks, head and embeddings of the float graph, as text.
+        transforms: what the rewrites did, and where they were left out.
         quantization: the quantizer's decisions.
         batches: number of calibration batches.
     """
 
     recipe: Recipe
     match: str
+    transforms: tuple[passes.Transform, ...]
     quantization: QuantizationReport
     batches: int
 
     def __str__(self) -> str:
-        return f"{self.recipe}\ncalibrated on {self.batches} batches\n{self.quantization}"
+        left_out = [str(item) for item in self.transforms if item.status is passes.Status.LEFT_OUT]
+        lines = [str(self.recipe), f"calibrated on {self.batches} batches"]
+        if self.transforms:
+            lines.append(f"{len(self.transforms) - len(left_out)} rewrites applied, {len(left_out)} left out")
+        return "\n".join([*lines, *left_out, str(self.quantization)])
 
 
 class QuantizedProgram:
@@ -120,15 +126,20 @@ def quantize(
     first = next(batches, None)
     if first is None:
         raise MqAoError("calibration is empty: give at least one batch of inputs.")
-    graph = passes.apply(capture(model, first), chosen.passes)
-    matched: Match = match(graph)
-    description = matched.describe()
+    # Statistics and ranges are two runs over the same data.
+    given = [first, *batches] if chosen.needs_statistics else _chain(first, batches)
+    rewrite = passes.apply(capture(model, first), chosen.passes, given, progress=progress)
+    graph = rewrite.module
+    description = match(graph).describe()
     quantizer = MambaQuantizer().set_global(chosen.scheme)
+    if requests := quantizer.requests(graph):
+        quantizer.set_statistics(passes.collect(graph, requests, given, progress=progress))
     prepared = prepare_pt2e(graph, quantizer)
-    count = calibrate(prepared, _chain(first, batches), progress=progress)
+    count = calibrate(prepared, given, progress=progress)
     converted = convert_pt2e(prepared)
     vocab_size = model.config.vocab_size if isinstance(model, MambaLM) else None
-    return QuantizedProgram(converted, Report(chosen, description, quantizer.report, count), vocab_size)
+    report = Report(chosen, description, tuple(rewrite.transforms), quantizer.report, count)
+    return QuantizedProgram(converted, report, vocab_size)
 
 
 def compile_float(model: MambaLM) -> inductor.InductorProgram:

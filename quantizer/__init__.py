@@ -5,7 +5,7 @@ from __future__ import annotations
 from mq_ao.quantizer.backends import BACKENDS
 from mq_ao.quantizer.mamba_quantizer import MambaQuantizer
 from mq_ao.quantizer.report import Decision, QuantizationReport
-from mq_ao.quantizer.specs import Activation, QuantizationConfig, Range, RoleSpec, w8a8
+from mq_ao.quantizer.specs import Activation, QuantizationConfig, Range, RoleSpec, Rounding, w8a8
 
 __all__ = [
     "BACKENDS",
@@ -16,5 +16,6 @@ __all__ = [
     "QuantizationReport",
     "Range",
     "RoleSpec",
+    "Rounding",
     "w8a8",
 ]

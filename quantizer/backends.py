@@ -6,12 +6,16 @@ from collections.abc import Mapping
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
-from mq_ao.quantizer.specs import LINEAR_ROLES, Activation, RoleSpec
+from mq_ao.quantizer.specs import LINEAR_ROLES, Activation, RoleSpec, Rounding
 
 _INDUCTOR = {
-    **dict.fromkeys(LINEAR_ROLES, frozenset({Activation.STATIC, Activation.PER_TOKEN})),
+    **dict.fromkeys(LINEAR_ROLES, frozenset(Activation)),
     Role.CONV1D: frozenset({Activation.STATIC}),
     Role.EMBEDDING: frozenset({Activation.NONE}),
+    Role.SCAN: frozenset({Activation.STATIC}),
+    Role.GATE: frozenset({Activation.STATIC}),
+    # In reference arithmetic: the lowering names what it simulates.
+    Role.STATE: frozenset({Activation.STATIC}),
 }
 
 BACKENDS: Mapping[str, Mapping[Role, frozenset[Activation]]] = {"inductor": _INDUCTOR}
@@ -42,3 +46,7 @@ def check_executable(backend: str, role: Role, spec: RoleSpec) -> None:
             f"backend {backend!r} has no integer kernel for {role} with activation {spec.activation}: "
             f"choose {known}, or leave the role out."
         )
+    if role not in LINEAR_ROLES and (spec.bits != 8 or spec.group_size is not None):
+        raise MqAoError(f"backend {backend!r} has no kernel for {role} with {spec.weight}: it takes int8, per channel.")
+    if role not in LINEAR_ROLES and spec.rounding is Rounding.GPTQ:
+        raise MqAoError(f"GPTQ is for linears; {role} is none: choose nearest or search.")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
+from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Role, match
-from mq_ao.graph.walk import module_path
+from mq_ao.graph.walk import argument, module_path
+from mq_ao.passes.statistics import ChannelStatistics, Request
+from mq_ao.quantizer.annotator import Annotator, carries
 from mq_ao.quantizer.backends import check_backend, check_executable
-from mq_ao.quantizer.observers import activation_spec, weight_spec
+from mq_ao.quantizer.planning import needs_plan, plan_weight
 from mq_ao.quantizer.report import Decision, QuantizationReport
-from mq_ao.quantizer.specs import QuantizationConfig, RoleSpec
+from mq_ao.quantizer.specs import QuantizationConfig, RoleSpec, Rounding
+from mq_ao.quantizer.weights import QuantizedWeight
 
 
 class MambaQuantizer(Quantizer):
@@ -37,6 +42,8 @@ class MambaQuantizer(Quantizer):
         self._modules: dict[str, QuantizationConfig | None] = {}
         self._match: Match | None = None
         self._report: QuantizationReport | None = None
+        self._statistics: Mapping[str, ChannelStatistics] = {}
+        self._planned: dict[Node, QuantizedWeight] = {}
 
     def set_global(self, config: QuantizationConfig) -> MambaQuantizer:
         """Sets the spec of every role that nothing more specific is said of."""
@@ -71,6 +78,29 @@ class MambaQuantizer(Quantizer):
             raise MqAoError("nothing was annotated yet: pass this quantizer to prepare_pt2e first.")
         return self._report
 
+    def set_statistics(self, statistics: Mapping[str, ChannelStatistics]) -> MambaQuantizer:
+        """Gives what GPTQ needs: second moments of the linears' inputs; see `requests`."""
+        self._statistics = statistics
+        return self
+
+    def requests(self, model: GraphModule) -> list[Request]:
+        """The statistics that `set_statistics` has to be given for this graph: inputs of what GPTQ rounds."""
+        found = match(model)
+        wanted = [node for role, node in found.by_role() if _rounding(self._spec(role, node)) is Rounding.GPTQ]
+        return [Request(argument(node, 0).name, covariance=True) for node in wanted]
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Rounds the weights that need more than a scale from their largest value; the graph then holds grid values.
+
+        Raises:
+            MqAoError: GPTQ was asked for and no statistics were given.
+        """
+        for role, node in match(model).by_role():
+            spec = self._spec(role, node)
+            if spec is not None and node not in self._planned and needs_plan(spec):
+                self._planned[node] = plan_weight(model, node, spec, self._statistics)
+        return model
+
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotates every node that a spec was set for.
 
@@ -82,7 +112,11 @@ class MambaQuantizer(Quantizer):
         self._match = match(model)
         pairs = self._match.by_role()
         self._check_module_names([node for _, node in pairs])
-        decisions = [self._decide(role, node) for role, node in pairs]
+        annotator = Annotator(self._planned)
+        decisions = [self._decide(annotator, role, node) for role, node in pairs]
+        for block in self._match.blocks:
+            for role, node, operands in block.operands():
+                decisions.append(self._decide(annotator, role, node, operands))
         decisions += [Decision(item.node, "", None, False, item.reason) for item in self._match.rejected]
         self._report = QuantizationReport(tuple(decisions))
         return model
@@ -103,8 +137,7 @@ class MambaQuantizer(Quantizer):
                 raise MqAoError(f"set_role({role.value!r}) was called, but no node has that role ({reasons}).")
         for role, node in pairs:
             spec = self._spec(role, node)
-            annotation = node.meta.get(Q_ANNOTATION_KEY)
-            if spec is not None and not _carries(annotation, node, spec):
+            if spec is not None and not carries(role, node, spec):
                 raise MqAoError(f"{node.name} ({role}) was to be quantized ({spec}), but its annotation was lost.")
 
     def _check_module_names(self, nodes: list[Node]) -> None:
@@ -126,41 +159,25 @@ class MambaQuantizer(Quantizer):
             return self._roles[role]
         return None if self._global is None else self._global.roles.get(role)
 
-    def _decide(self, role: Role, node: Node) -> Decision:
-        path = module_path(node)
-        spec = self._spec(role, node)
+    def _decide(
+        self, annotator: Annotator, role: Role, node: Node, operands: tuple[Node, ...] | None = None
+    ) -> Decision:
+        path, spec = module_path(node), self._spec(role, node)
         if spec is None:
             return Decision(node.name, path, role, False, "switched off by the configuration")
         existing = node.meta.get(Q_ANNOTATION_KEY)
         if existing is not None and existing._annotated:
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
-        node.meta[Q_ANNOTATION_KEY] = _annotation(role, node, spec)
-        return Decision(node.name, path, role, True, str(spec))
+        if operands is not None:
+            annotator.inputs(node, operands, spec)
+            return Decision(node.name, path, role, True, f"{spec.input}: {', '.join(item.name for item in operands)}")
+        annotator.layer(role, node, spec)
+        return Decision(node.name, path, role, True, annotator.describe(node, spec))
 
 
 def _inside(path: str, name: str) -> bool:
     return path == name or path.startswith(name + ".")
 
 
-def _operands(role: Role, node: Node) -> tuple[Node, Node]:
-    """(input, weight) of a quantizable node."""
-    order = (1, 0) if role is Role.EMBEDDING else (0, 1)
-    x, weight = (node.args[index] for index in order)
-    assert isinstance(x, Node) and isinstance(weight, Node)
-    return x, weight
-
-
-def _annotation(role: Role, node: Node, spec: RoleSpec) -> QuantizationAnnotation:
-    x, weight = _operands(role, node)
-    qspecs = {weight: weight_spec()}
-    if (activation := activation_spec(spec)) is not None:
-        qspecs[x] = activation
-    return QuantizationAnnotation(input_qspec_map=qspecs, _annotated=True)
-
-
-def _carries(annotation: QuantizationAnnotation | None, node: Node, spec: RoleSpec) -> bool:
-    if annotation is None or not annotation._annotated:
-        return False
-    inputs = set(annotation.input_qspec_map)
-    wanted = 1 if activation_spec(spec) is None else 2
-    return len(inputs & set(node.all_input_nodes)) == wanted
+def _rounding(spec: RoleSpec | None) -> Rounding | None:
+    return None if spec is None else spec.rounding

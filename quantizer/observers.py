@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torchao.quantization import PerToken
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torchao.quantization import PerAxis, PerToken
 from torchao.quantization.pt2e import (
     HistogramObserver,
     MinMaxObserver,
@@ -11,10 +15,12 @@ from torchao.quantization.pt2e import (
     PerChannelMinMaxObserver,
 )
 from torchao.quantization.pt2e._affine_quantization import AffineQuantizedPlaceholderObserver
-from torchao.quantization.pt2e.observer import MappingType
+from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, MappingType
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
+from torchao.quantization.pt2e.utils import create_getattr_from_value
 
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
+from mq_ao.quantizer.weights import LIMITS, QuantizedWeight
 
 _RANGES = {
     Range.HISTOGRAM: HistogramObserver,
@@ -49,8 +55,15 @@ def activation_spec(spec: RoleSpec) -> QuantizationSpec | None:
     )
 
 
-def weight_spec() -> QuantizationSpec:
-    """int8, symmetric, one scale for every row (output channel)."""
+def weight_spec(planned: QuantizedWeight | None = None) -> QuantizationSpec:
+    """int8, symmetric, one scale for every row (output channel); or the integers that were planned.
+
+    Args:
+        planned: weights that are quantized already, for 4 bits, groups, or another rounding than to the nearest.
+    """
+    if planned is not None:
+        observer = PlannedWeight.with_args(weight=planned)
+        return QuantizationSpec(torch.int8, observer, qscheme=torch.per_channel_symmetric, ch_axis=0)
     return QuantizationSpec(
         dtype=torch.int8,
         observer_or_fake_quant_ctr=PerChannelMinMaxObserver,
@@ -58,4 +71,50 @@ def weight_spec() -> QuantizationSpec:
         quant_max=127,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
+    )
+
+
+class PlannedWeight(AffineQuantizedObserverBase):
+    """Stands for a weight whose integers and scales are known before calibration; writes its own dequantize node."""
+
+    def __init__(self, weight: QuantizedWeight, **_: Any) -> None:
+        super().__init__(MappingType.SYMMETRIC, torch.int8, PerAxis(0))
+        self.weight = weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the float weight, which lies on the grid."""
+        return input
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scales, and zero points of 0."""
+        return self.weight.scale, torch.zeros_like(self.weight.scale, dtype=torch.int64)
+
+    def convert(self, model: GraphModule, observer_node: Node) -> None:
+        """Puts the integers and their dequantize node in the place of the float weight."""
+        weight = self.weight
+        scale, zero_point = self.calculate_qparams()
+        with model.graph.inserting_before(observer_node):
+            values, scales, zeros = (
+                create_getattr_from_value(model, model.graph, f"_planned_{kind}_", value)
+                for kind, value in (("values", weight.values), ("scales", scale), ("zeros", zero_point))
+            )
+            operator, args = _dequantize(weight, values, scales, zeros)
+            node = model.graph.call_function(operator, args)
+        observer_node.replace_all_uses_with(node)
+        model.graph.erase_node(observer_node)
+
+
+def _dequantize(weight: QuantizedWeight, *constants: Node) -> tuple[Any, tuple[Any, ...]]:
+    limits = LIMITS[weight.bits]
+    if weight.group_size is None:
+        operator = torch.ops.quantized_decomposed.dequantize_per_channel.default
+        return operator, (*constants, 0, *limits, torch.int8)
+    values, scales, zeros = constants
+    return torch.ops.torchao.dequantize_affine, (
+        values,
+        [1, weight.group_size],
+        scales,
+        zeros,
+        torch.int8,
+        *limits,
     )

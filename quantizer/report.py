@@ -43,12 +43,17 @@ class QuantizationReport:
         return tuple(decision for decision in self.decisions if not decision.accepted)
 
     def __str__(self) -> str:
-        """Accepted nodes counted by role and spec, then every rejected node with its reason."""
+        """Accepted nodes counted by role and spec, then what was rejected and why."""
         counts: dict[tuple[str, str], int] = {}
         for decision in self.accepted:
             key = (str(decision.role), decision.detail)
             counts[key] = counts.get(key, 0) + 1
         lines = [f"{len(self.accepted)} nodes quantized, {len(self.rejected)} left in float"]
         lines += [f"  {role:<10} x {count:<3} {detail}" for (role, detail), count in counts.items()]
-        lines += [f"  left out   {item.node} ({item.role or 'no role'}): {item.detail}" for item in self.rejected]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for item in self.rejected:
+            reasons.setdefault((str(item.role or "no role"), item.detail), []).append(item.node)
+        for (role, reason), nodes in reasons.items():
+            what = nodes[0] if len(nodes) == 1 else f"x {len(nodes)}"
+            lines.append(f"  left out   {role} {what}: {reason}")
         return "\n".join(lines)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
 
 
@@ -29,26 +30,73 @@ class Range(StrEnum):
     MOVING_AVERAGE = "moving_average"
 
 
+class Rounding(StrEnum):
+    """How weights become integers."""
+
+    NEAREST = "nearest"
+    """To the nearest, the largest weight of a channel (or group) at the end of the range."""
+    SEARCH = "search"
+    """To the nearest, with the scale that gives the least squared error."""
+    GPTQ = "gptq"
+    """One input at a time, later ones making up for earlier errors (Frantar et al., ICLR 2023)."""
+
+
 @dataclass(frozen=True)
 class RoleSpec:
-    """How one role is quantized. Weights are int8, symmetric, one scale an output channel.
+    """How one role is quantized. Weights are symmetric; scan, gate and state have none.
 
     Attributes:
-        activation: how the role's input is quantized.
+        activation: how the role's inputs are quantized.
         range: observer of a static activation.
+        bits: of the weights, 8 or 4.
+        group_size: consecutive inputs that share a weight scale, or None for one scale an output channel. A layer whose
+            inputs are no multiple of it has one scale a channel.
+        rounding: how weights become integers.
+
+    Raises:
+        MqAoError: bits or group_size is not as above.
     """
 
     activation: Activation = Activation.STATIC
     range: Range = Range.HISTOGRAM
+    bits: int = 8
+    group_size: int | None = None
+    rounding: Rounding = Rounding.NEAREST
+
+    def __post_init__(self) -> None:
+        for name, kind in (("activation", Activation), ("range", Range), ("rounding", Rounding)):
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except ValueError:
+                known = ", ".join(item.value for item in kind)
+                raise MqAoError(f"unknown {name} {getattr(self, name)!r}: it is one of {known}.") from None
+        if self.bits not in (4, 8):
+            raise MqAoError(f"weights have 8 or 4 bits, not {self.bits!r}.")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 4):
+            raise MqAoError(f"a group of weights has at least 4 inputs, not {self.group_size!r}.")
+        if self.group_size is not None and self.group_size % 4:
+            raise MqAoError(f"a group of weights has a multiple of 4 inputs, not {self.group_size}.")
 
     def __str__(self) -> str:
+        return f"{self.weight}, {self.input}"
+
+    @property
+    def weight(self) -> str:
+        """The weights in words."""
+        group = "" if self.group_size is None else f" in groups of {self.group_size}"
+        rounding = "" if self.rounding is Rounding.NEAREST else f" ({self.rounding})"
+        return f"int{self.bits} weight{group}{rounding}"
+
+    @property
+    def input(self) -> str:
+        """The inputs in words."""
         if self.activation is Activation.NONE:
-            return "int8 weight, float input"
-        how = f"static uint8 ({self.range})" if self.activation is Activation.STATIC else "int8 per token"
-        return f"int8 weight, {how} input"
+            return "float input"
+        return f"static uint8 ({self.range}) input" if self.activation is Activation.STATIC else "int8 per token input"
 
 
 LINEAR_ROLES = (Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ, Role.HEAD)
+WEIGHTLESS_ROLES = (Role.SCAN, Role.GATE, Role.STATE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +114,14 @@ class QuantizationConfig:
         object.__setattr__(self, "roles", MappingProxyType(parsed))
 
     def __str__(self) -> str:
-        return "\n".join(f"{role:<10} {spec}" for role, spec in self.roles.items())
+        return "\n".join(
+            f"{role:<10} {spec.input if role in WEIGHTLESS_ROLES else spec}" for role, spec in self.roles.items()
+        )
+
+    def replaced(self, **roles: RoleSpec | None) -> QuantizationConfig:
+        """The configuration with other specs for the named roles; None leaves a role in float."""
+        changed = {**self.roles, **{Role.parse(name): spec for name, spec in roles.items()}}
+        return QuantizationConfig({role: spec for role, spec in changed.items() if spec is not None})
 
 
 def w8a8(activation: Activation = Activation.STATIC, range: Range = Range.HISTOGRAM) -> QuantizationConfig:

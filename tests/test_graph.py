@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,8 +43,7 @@ def test_finds_every_role_of_the_language_model(tiny: MambaLM) -> None:
     assert len(found.heads) == 1
     assert len(found.embeddings) == 1
     assert found.rejected == ()
-    counts = {role: sum(role is other for other, _ in found.by_role()) for role in Role}
-    assert counts == {
+    assert Counter(role for role, _ in found.by_role()) == {
         Role.IN_PROJ: 2,
         Role.CONV1D: 2,
         Role.X_PROJ: 2,
@@ -91,5 +92,5 @@ def test_describe_names_every_node(tiny: MambaLM) -> None:
     text = found.describe()
     for _, node in found.by_role():
         assert node.name in text
-    for role in Role:
+    for role in {role for role, _ in found.by_role()}:
         assert role.value in text

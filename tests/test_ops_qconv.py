@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from mq_ao import MqAoError
 from mq_ao.ops import reference
@@ -71,6 +72,30 @@ def test_agrees_with_the_dequantized_float_convolution(
     torch.testing.assert_close(last.double(), exact_last, rtol=1e-6, atol=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.sampled_from([1, 3]),
+    length=st.sampled_from([1, 2, 33, 65]),
+    channels=st.sampled_from([1, 5, 16, 130]),
+    taps=st.sampled_from([1, 2, 4, 9]),
+    zero_point=st.integers(0, 255),
+    activation=st.sampled_from([None, "silu"]),
+)
+def test_rounded_output(
+    batch: int, length: int, channels: int, taps: int, zero_point: int, activation: str | None
+) -> None:
+    w = operands(batch, length, channels, taps)
+    state = torch.randn(batch, taps - 1, channels, generator=torch.Generator().manual_seed(1))
+    args = (w["x"], 0.037, 117, w["weight"], w["weight_scale"], w["bias"], state, activation)
+    y, last = op(*args)
+    q, q_last = op(*args, 0.06, zero_point)
+    assert q.dtype == torch.uint8 and torch.equal(q_last, last)
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor
+    assert torch.equal(q, quantize(y, 0.06, zero_point, 0, 255, torch.uint8))
+    # The reference may round scale, bias and SiLU to a neighbouring float, and then to a neighbouring integer.
+    assert (q.int() - reference("qcausal_conv1d")(*args, 0.06, zero_point)[0].int()).abs().max() <= 1
+
+
 def test_a_sequence_in_two_parts_gives_the_same_bits_as_in_one() -> None:
     w = operands(2, 50, 48, 4)
     args = (0.021, 90, w["weight"], w["weight_scale"], w["bias"])
@@ -101,6 +126,20 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         op, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], w["bias"], torch.zeros(2, 3, 20), "silu")
     )
+    torch.library.opcheck(op, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], None, None, "silu", 0.1, 9))
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    w = operands(3, 70, 300, 4)
+    args = (w["x"], 0.1, 7, w["weight"], w["weight_scale"], w["bias"], None, "silu", 0.05, 9)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = op(*args)
+        torch.set_num_threads(3)
+        assert all(torch.equal(a, b) for a, b in zip(op(*args), alone, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +156,19 @@ def test_bad_operands_are_named(change: dict[str, Tensor], message: str) -> None
     w = operands(1, 5, 16, 4) | change
     with pytest.raises((MqAoError, RuntimeError), match=message):
         op(w["x"], 0.1, 7, w["weight"], w["weight_scale"], w["bias"])
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ((0.0, 7, None, 0), "x_scale must be positive"),
+        ((0.1, 256, None, 0), "x_zero_point must lie in 0..255"),
+        ((0.1, 7, 0.0, 0), "out_scale must be positive"),
+        ((0.1, 7, 1.0, 256), "out_zero_point must lie in 0..255"),
+    ],
+)
+def test_bad_grids_are_named(grid: tuple[float, int, float | None, int], message: str) -> None:
+    w = operands(1, 5, 16, 4)
+    scale, zero_point, *out = grid
+    with pytest.raises(MqAoError, match=message):
+        op(w["x"], scale, zero_point, w["weight"], w["weight_scale"], None, None, None, *out)

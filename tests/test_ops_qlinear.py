@@ -1,4 +1,4 @@
-"""`mq_ao::qlinear` and `mq_ao::qlinear_dynamic`: exact integers, defined rounding, every instruction set."""
+"""`mq_ao::qlinear` and `mq_ao::qlinear_per_token`: exact integers, defined rounding, every instruction set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
+from mq_ao.ops import library, packing
 from mq_ao.ops import qlinear as ql
 from mq_ao.ops.native import build
 
@@ -50,7 +50,7 @@ def activations(shape: tuple[int, ...], seed: int) -> Tensor:
 @given(outputs, inputs, seeds)
 def test_packing_is_the_documented_one_and_comes_back(n: int, k: int, seed: int) -> None:
     weight, packed, _, _ = layer(n, k, seed)
-    assert packed.shape == (ql.packed_bytes(n, k),)
+    assert packed.shape == (packing.packed_bytes(n, k),)
     assert torch.equal(packed, library.reference("qlinear_prepack")(weight))
     assert torch.equal(ops.qlinear_unpack(packed, n, k), weight)
     assert torch.equal(library.reference("qlinear_unpack")(packed, n, k), weight)
@@ -138,35 +138,32 @@ def test_strided_and_expanded_activations(k: int) -> None:
             assert torch.equal(ops.qlinear_dynamic(f, packed, scale, bias), want)
 
 
-def seen_integers(x: Tensor) -> Tensor:
-    """The integers the native operator makes of `x` (M, K), seen by multiplying with the identity matrix."""
-    k = x.shape[1]
-    packed = ops.qlinear_prepack(torch.eye(k, dtype=torch.int8))
-    y = ops.qlinear_dynamic(x, packed, torch.ones(k))
-    # y = q * scale, rounded once: the quotient is within 2^-22 of the integer q.
-    return torch.round(y / ql.quantize_per_token(x)[1]).to(torch.int8)
-
-
 @drawn
 @given(
-    st.integers(1, 9),
+    leading,
     inputs,
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.sampled_from([1e-37, 1e-6, 1.0, 1e4, 1e36]),
     seeds,
 )
-def test_token_quantizer_matches_its_reference(m: int, k: int, dtype: torch.dtype, size: float, seed: int) -> None:
-    x = (torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
-    assert torch.equal(seen_integers(x), ql.quantize_per_token(x)[0])
+def test_token_quantizer_matches_its_reference(
+    lead: tuple[int, ...], k: int, dtype: torch.dtype, size: float, seed: int
+) -> None:
+    x = (torch.randn(*lead, k, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    q, scale = ops.quantize_per_token(x)
+    want, want_scale = library.reference("quantize_per_token")(x)
+    assert torch.equal(q, want) and torch.equal(scale, want_scale)
+    assert q.dtype == torch.uint8 and q.shape == x.shape and scale.shape == (*lead, 1)
+    # Half a step, and the roundings of the reciprocal and of its product with up to 127 steps.
+    assert ((q.double() - 128) * scale - x.double()).abs().le(scale.double() * (0.5 + 127 * 2**-22)).all()
 
 
 def test_token_quantizer_rounds_ties_to_even_and_uses_the_whole_range() -> None:
     x = torch.arange(-127, 127.5, 0.5)[None]  # the scale is exactly 1
-    q, scale = ql.quantize_per_token(x)
+    q, scale = ql.per_token_bytes(x)
     assert scale.item() == 1.0
-    assert torch.equal(q.float(), torch.round(x))
-    assert torch.equal(seen_integers(x), q)
-    assert (q.min(), q.max()) == (-127, 127)
+    assert torch.equal(q.float() - ql.TOKEN_ZERO_POINT, torch.round(x))
+    assert (q.min(), q.max()) == (1, 255)
 
 
 @drawn
@@ -180,8 +177,9 @@ def test_dynamic_matches_its_reference(
     y = ops.qlinear_dynamic(*args)
     assert y.dtype == torch.float32 and y.shape == (*lead, n)
     assert torch.equal(y, library.reference("qlinear_dynamic")(*args))
-    q, row_scale = ql.quantize_per_token(x)
-    product = (q.double() @ weight.double().t()) * (scale.double() * row_scale.double())
+    q, row_scale = ql.per_token_bytes(x)
+    assert torch.equal(y, ops.qlinear_per_token(q, row_scale, *args[1:]))
+    product = ((q.double() - 128) @ weight.double().t()) * (scale.double() * row_scale.double())
     exact = product + (bias.double() if with_bias else 0)
     # Roundings as in test_float_epilogue.
     bound = 2**-24 * (4 * product.abs() + exact.abs()) * 1.01 + 1e-30
@@ -207,6 +205,10 @@ def test_special_rows_do_not_touch_their_neighbours(dtype: torch.dtype) -> None:
     assert torch.equal(y[rest], want[rest])
     reference = library.reference("qlinear_dynamic")(x, packed, scale, bias)
     assert torch.allclose(y, reference, rtol=0, atol=0, equal_nan=True)
+    args = (*ops.quantize_per_token(x), packed, scale, bias, 0.1, 77)
+    requantized = ops.qlinear_per_token(*args)
+    assert (requantized[2:5] == 0).all()
+    assert torch.equal(requantized, library.reference("qlinear_per_token")(*args))
 
 
 def test_number_of_threads_does_not_change_results() -> None:
@@ -231,6 +233,8 @@ def test_opcheck(k: int) -> None:
     torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, packed, scale))
     torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, packed, scale, bias, 0.5, 7))
     torch.library.opcheck(ops.qlinear_dynamic.default, (torch.randn(2, 3, k), packed, scale, bias))
+    torch.library.opcheck(ops.quantize_per_token.default, (torch.randn(2, 3, k),))
+    torch.library.opcheck(ops.qlinear_per_token.default, (x, torch.rand(2, 3, 1), packed, scale, bias, 0.5, 7))
 
 
 def test_exports_with_dynamic_rows() -> None:
@@ -248,7 +252,7 @@ def test_exports_with_dynamic_rows() -> None:
 
 GOOD_WEIGHT, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS = (
     torch.zeros(20, 8, dtype=torch.int8),
-    torch.zeros(ql.packed_bytes(20, 8), dtype=torch.int8),
+    torch.zeros(packing.packed_bytes(20, 8), dtype=torch.int8),
     torch.ones(20),
     torch.zeros(20),
 )
@@ -271,6 +275,16 @@ BAD_CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("qlinear", "bias must be", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[1:])),
     ("qlinear", "out_scale must be positive", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, None, 0.0)),
     ("qlinear", "0..255", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, None, 1.0, -1)),
+    ("qlinear", "value for each output", (X, 1.0, 0, GOOD_PACKED, torch.tensor(1.0))),
+    ("quantize_per_token", "float32 or bfloat16", (X,)),
+    ("quantize_per_token", "at least 1 input", (XF[0, 0],)),
+    ("quantize_per_token", "at least 1 input", (XF[:, :0],)),
+    ("qlinear_per_token", "uint8 activations", (XF, XF[:, :1], GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear_per_token", "not a scalar", (X[0, 0], XF[0, 0], GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear_per_token", "value for each token", (X, XF[:2, :1], GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear_per_token", "value for each token", (X, XF[:, 0], GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear_per_token", "value for each token", (X, XF[:, :1].double(), GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear_per_token", "out_scale must be positive", (X, XF[:, :1], GOOD_PACKED, GOOD_SCALE, None, -1.0)),
     ("qlinear_dynamic", "float32 or bfloat16", (XF.double(), GOOD_PACKED, GOOD_SCALE)),
     ("qlinear_dynamic", "make them with qlinear_prepack", (XF[:, :4], GOOD_PACKED, GOOD_SCALE)),
     ("qlinear_dynamic", "bias must be", (XF, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[None])),
@@ -291,18 +305,23 @@ def test_bad_calls_say_what_is_wrong(name: str, message: str, args: tuple[Any, .
 CORE_SHIM = """
 #include "qgemm.h"
 using namespace mq_ao::qgemm;
-extern "C" void linear(const float* x, long m, const int8_t* packed, long n, long k, const float* scale,
-                       const float* bias, long threads, uint8_t* q, float* row_scale, float* y,
-                       uint8_t* requantized) {
-  const long depth = padded_inputs(k);
-  for (long i = 0; i < m; ++i) row_scale[i] = quantize_token(x + i * k, k, q + i * depth);
-  const Activations a{q, depth, row_scale, 1, kTokenZeroPoint};
-  const Linear w{packed, n, k, scale, bias};
-  const Plan parts = plan(m, n, k, threads);
+// sizes: rows, outputs, inputs, bits, group size, threads
+extern "C" void linear(const long* sizes, const float* x, const int8_t* packed, const float* scale, const float* bias,
+                       uint8_t* q, float* row_scale, float* y, uint8_t* requantized, float* weight_only) {
+  const long m = sizes[0], threads = sizes[5];
+  const Layout l{sizes[1], sizes[2], sizes[3], sizes[4]};
+  const Linear w{l, packed, scale, bias};
+  for (long i = 0; i < m; ++i) row_scale[i] = quantize_token(x + i * l.k, l.k, q + i * l.depth());
+  const Activations bytes{q, l.depth(), row_scale, 1, kTokenZeroPoint};
+  const Plan parts = plan(m, l, threads);
   for (long i = 0; i < parts.parts(); ++i) {
-    run_part(a, w, {y}, m, parts, i);
-    run_part(a, w, {requantized, true, 1.0f / 0.5f, 100}, m, parts, i);
+    run_part(bytes, w, {y}, m, parts, i);
+    run_part(bytes, w, {requantized, true, 1.0f / 0.5f, 100}, m, parts, i);
   }
+  for (long i = 0; i < m; ++i) row_scale[i] = quantize_planes(x + i * l.k, l.k, q + 3 * i * l.depth(), l.depth());
+  const Activations planes{q, l.depth(), row_scale, 1, 128, 3};
+  const Plan wide = plan(m, l, threads, 3);
+  for (long i = 0; i < wide.parts(); ++i) run_part(planes, w, {weight_only}, m, wide, i);
 }
 """
 
@@ -316,20 +335,31 @@ def test_every_instruction_set_gives_the_same(flags: tuple[str, ...], tmp_path: 
     command = [build.compiler(), *build.FLAGS, *flags, "-Werror", "-Wall", "-fPIC", "-shared", include]
     subprocess.run([*command, str(tmp_path / "shim.cpp"), "-o", str(shared)], check=True)
     call = ctypes.CDLL(str(shared)).linear
-    for m, n, k, threads in [
-        (1, 300, 70, 1),
-        (1, 3000, 130, 5),
-        (7, 81, 5, 2),
-        (64, 200, 401, 7),
-        (3, 1, 1, 3),
+    for m, n, k, threads, group_size in [
+        (1, 300, 70, 1, 0),
+        (1, 3000, 130, 5, 128),
+        (7, 81, 5, 2, 4),
+        (64, 200, 401, 7, 0),
+        (31, 95, 100, 3, 48),
+        (3, 1, 1, 3, 0),
     ]:
-        _, packed, scale, bias = layer(n, k, m)
-        x = torch.randn(m, k)
-        q = torch.empty(m * ((k + 3) // 4 * 4), dtype=torch.uint8)
-        y, requantized = torch.empty(m, n), torch.empty(m, n, dtype=torch.uint8)
-        tensors = [x, packed, scale, bias, q, torch.empty(m), y, requantized]
-        p = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        n_, k_, t_ = ctypes.c_long(n), ctypes.c_long(k), ctypes.c_long(threads)
-        call(p[0], ctypes.c_long(m), p[1], n_, k_, p[2], p[3], t_, *p[4:])
-        assert torch.equal(y, library.reference("qlinear_dynamic")(x, packed, scale, bias))
-        assert torch.equal(requantized, (torch.round(y * 2.0) + 100).clamp(0, 255).to(torch.uint8))
+        for bits in (8, 4):
+            gen = torch.Generator().manual_seed(m)
+            top = 2 ** (bits - 1)
+            packed = ops.qlinear_prepack(
+                torch.randint(-top, top, (n, k), dtype=torch.int8, generator=gen), bits, group_size
+            )
+            groups = packing.group_count(k, group_size)
+            scale, bias, x = torch.rand(groups, n, generator=gen), torch.randn(n), torch.randn(m, k)
+            q = torch.empty(3 * m * ((k + 3) // 4 * 4), dtype=torch.uint8)
+            y, requantized, weight_only = torch.empty(m, n), torch.empty(m, n, dtype=torch.uint8), torch.empty(m, n)
+            tensors = [x, packed, scale, bias, q, torch.empty(m), y, requantized, weight_only]
+            sizes = (ctypes.c_long * 6)(m, n, k, bits, group_size, threads)
+            call(sizes, *(ctypes.c_void_p(t.data_ptr()) for t in tensors))
+            shared_args = (packed, scale.t() if group_size else scale[0], bias)
+            per_token = library.reference("qlinear_per_token")
+            tokens = library.reference("quantize_per_token")(x)
+            assert torch.equal(y, per_token(*tokens, *shared_args, bits=bits, group_size=group_size))
+            assert torch.equal(requantized, (torch.round(y * 2.0) + 100).clamp(0, 255).to(torch.uint8))
+            # Also exact sums and the same roundings everywhere; tests/test_ops_wlinear.py has the accuracy.
+            assert torch.equal(weight_only, ops.wlinear(x, *shared_args, bits, group_size))

@@ -25,9 +25,14 @@ _QUANTIZE = frozenset(
         torch.ops.torchao.choose_qparams_affine,
         torch.ops.torchao.quantize_affine,
         torch.ops.torchao.dequantize_affine,
+        torch.ops.mq_ao.quantize_per_token.default,
     }
 )
-_HEADS = walk.LINEAR | {torch.ops.mq_ao.qlinear.default, torch.ops.mq_ao.qlinear_dynamic.default}
+_HEADS = walk.LINEAR | {
+    torch.ops.mq_ao.qlinear.default,
+    torch.ops.mq_ao.qlinear_per_token.default,
+    torch.ops.mq_ao.wlinear.default,
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def with_positions(module: GraphModule) -> GraphModule:
     head = walk.upstream(results[0])
     if head.target not in _HEADS:
         raise MqAoError(f"the logits come from {head.name}, not from a linear head: this is not a language model.")
-    hidden = walk.upstream(next(walk.inputs(head)), through=_QUANTIZE)
+    hidden = walk.upstream(next(walk.inputs(head)), through=_QUANTIZE | {walk.getitem})
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         positions = graph.placeholder("positions")
     readers = _up_to(hidden, head)

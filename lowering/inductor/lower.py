@@ -21,8 +21,9 @@ import mq_ao.ops
 from mq_ao.graph import walk
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
+from mq_ao.lowering.inductor.patterns import simulated_nodes
 from mq_ao.lowering.inductor.program import InductorProgram
-from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors, simulated_nodes
+from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors
 from mq_ao.ops.native.build import compiler
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,8 @@ def _fold_constants(module: GraphModule) -> None:
     """Computes what depends on weights alone, such as A = -exp(A_log), once and for all."""
     for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
         module.graph.erase_node(node)
-    constant_fold(module)
+    # Folding a transposed view would make it contiguous in the saved program, and every call would copy it.
+    constant_fold(module, lambda node: node.target != torch.ops.aten.t.default)
     drop_unused_tensors(module)
 
 

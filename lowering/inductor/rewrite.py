@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401  (registers the q/dq operators)
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.graph.gate import gate_of
+from mq_ao.graph.rows import piece_bounds
+from mq_ao.lowering.inductor.patterns import (
+    Q_STATIC,
+    UINT8,
+    Operand,
+    Weight,
+    arguments,
+    is_dequantized,
+    merge_dequantize,
+    only_user,
+    per_token_source,
+    requantize,
+)
 
 aten = torch.ops.aten
-qd = torch.ops.quantized_decomposed
 mq = torch.ops.mq_ao
 
-DQ_WEIGHT = qd.dequantize_per_channel.default
-DQ_STATIC = qd.dequantize_per_tensor.default
-DQ_TOKEN = torch.ops.torchao.dequantize_affine
-Q_STATIC = qd.quantize_per_tensor.default
-INTEGER_KERNELS = frozenset({mq.qlinear.default, mq.qlinear_dynamic.default, mq.qcausal_conv1d.default})
+INTEGER_KERNELS = frozenset(
+    {
+        mq.qlinear.default,
+        mq.qlinear_per_token.default,
+        mq.wlinear.default,
+        mq.qcausal_conv1d.default,
+        mq.qselective_scan.default,
+        mq.qgate.default,
+        mq.qgate_per_token.default,
+    }
+)
 # Narrower pieces than one panel of the kernel are cheaper as columns of a shared product.
 _PANEL = 64
-_UINT8 = (0, 255, torch.uint8)
-_DEQUANTIZE = frozenset({DQ_WEIGHT, DQ_STATIC, DQ_TOKEN})
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A folded int8 weight: values (out, ...) int8, scale (out,) float32, symmetric."""
-
-    values: Tensor
-    scale: Tensor
-
-    @classmethod
-    def of(cls, module: GraphModule, node: object) -> Weight | None:
-        """The weight behind a per-channel dequantize node, or None if `node` is not one."""
-        if not isinstance(node, Node) or node.target != DQ_WEIGHT:
-            return None
-        values, scale, zero_point, axis = node.args[:4]
-        if not all(isinstance(arg, Node) and arg.op == "get_attr" for arg in (values, scale, zero_point)) or axis != 0:
-            return None
-        tensors = [_attribute(module, arg) for arg in (values, scale, zero_point)]
-        if tensors[0].dtype != torch.int8 or tensors[2].any():
-            return None
-        return cls(tensors[0], tensors[1].float())
-
-    def rows(self, start: int, stop: int) -> Weight:
-        """Output channels start..stop."""
-        return Weight(self.values[start:stop], self.scale[start:stop])
 
 
 class Rewriter:
@@ -67,6 +55,7 @@ class Rewriter:
         self.module = module
         self.graph = module.graph
         self._names: Counter[str] = Counter()
+        self._tokens: dict[Node, tuple[Node, Node]] = {}
 
     def run(self) -> Counter[str]:
         """Rewrites everything; returns how many integer kernels of each kind the graph calls.
@@ -74,57 +63,119 @@ class Rewriter:
         Raises:
             MqAoError: the graph calls none.
         """
+        merge_dequantize(self.module)
         for node in walk.calls(self.module, {mq.causal_conv1d.default}):
             self._conv(node)
+        for node in walk.calls(self.module, walk.SCAN):
+            self._scan(node)
         for node in walk.calls(self.module, walk.LINEAR):
             self._linear(node)
         for node in walk.calls(self.module, {aten.embedding.default}):
             self._embedding(node)
+        self.graph.eliminate_dead_code()  # what else read the gates' outputs
+        for node in walk.calls(self.module, {Q_STATIC, mq.quantize_per_token.default}):
+            self._gate(node)
         self.graph.eliminate_dead_code()
         self.module.recompile()
         self.module.delete_all_unused_submodules()
         return count_integer_kernels(self.module)
 
     def _linear(self, node: Node) -> None:
-        x, weight_node, bias = _arguments(node, 3)
+        x, weight_node, bias = arguments(node, 3)
         weight = Weight.of(self.module, weight_node)
-        if weight is None or not isinstance(x, Node) or not (_is_static(x) or _is_per_token(x)):
+        known = not is_dequantized(x) or Operand.of(x).static or per_token_source(x) is not None
+        if weight is None or not known:
             return
-        pieces = _pieces(node, weight)
-        if pieces is None or bias is not None:
+        bounds = _wide_pieces(node)
+        if bounds is None or bias is not None:
             self._replace(node, self._product(node, x, weight, bias))
             return
         # Two products where the pieces are used apart: each then quantizes its own output, or not.
-        for getitem, start, stop in pieces:
+        for getitem, start, stop in bounds:
             self._replace(getitem, self._product(getitem, x, weight.rows(start, stop), None))
 
     def _product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Integer product before `at`; quantizes its own output where `at` only feeds one static quantize."""
-        graph = self.graph
+        graph, operand = self.graph, Operand.of(x)
+        source = per_token_source(x)
+        tokens = None if source is None else self._per_token(source, x)
         with graph.inserting_before(at):
-            packed = self._store("packed", mq.qlinear_prepack(weight.values))
-            scale = self._store("scale", weight.scale)
-            if x.target == DQ_TOKEN:
-                quantize = x.args[0]
-                assert isinstance(quantize, Node)
-                return graph.call_function(mq.qlinear_dynamic.default, (quantize.args[0], packed, scale, bias))
-            args = (x.args[0], x.args[1], x.args[2], packed, scale, bias)
-            following = _only_user(at)
-            if following is None or following.target != Q_STATIC or following.args[3:] != _UINT8:
-                return graph.call_function(mq.qlinear.default, args)
-            product = graph.call_function(mq.qlinear.default, (*args, following.args[1], following.args[2]))
-        following.replace_all_uses_with(product)
+            packed = self._store("packed", mq.qlinear_prepack(weight.values, weight.bits, weight.group_size))
+            scale = self._scale(weight)
+            layout = (weight.bits, weight.group_size)
+            if not operand.static and tokens is None:
+                return graph.call_function(mq.wlinear.default, (x, packed, scale, bias, *layout))
+            following = requantize(at)
+            out = (None, 0) if following is None else (following.args[1], following.args[2])
+            if tokens is not None:
+                kernel, inputs = mq.qlinear_per_token.default, tokens
+            else:
+                kernel, inputs = mq.qlinear.default, operand.arguments
+            product = graph.call_function(kernel, (*inputs, packed, scale, bias, *out, *layout))
+        if following is not None:
+            self._take_over(following, product)
         return product
 
+    def _per_token(self, source: Node, before: Node) -> tuple[Node, Node]:
+        """(integers, scales) of a value that is quantized token by token, once for all who read it."""
+        if source not in self._tokens:
+            with self.graph.inserting_before(before):
+                quantize = self.graph.call_function(mq.quantize_per_token.default, (source,))
+                self._tokens[source] = self._outputs(quantize)
+        return self._tokens[source]
+
     def _conv(self, node: Node) -> None:
-        x, weight_node, bias, state, activation = _arguments(node, 5)
-        weight = Weight.of(self.module, weight_node)
-        if weight is None or not isinstance(x, Node) or not _is_static(x):
+        x, weight_node, bias, state, activation = arguments(node, 5)
+        weight, operand = Weight.of(self.module, weight_node), Operand.of(x)
+        if weight is None or not operand.static:
             return
+        y = _output(node, 0)
+        following = None if y is None else requantize(y)
+        out = (None, 0) if following is None else (following.args[1], following.args[2])
         with self.graph.inserting_before(node):
             values, scale = self._store("taps", weight.values), self._store("scale", weight.scale)
-            args = (*x.args[:3], values, scale, bias, state, activation)
+            args = (*operand.arguments, values, scale, bias, state, activation, *out)
             self._replace(node, self.graph.call_function(mq.qcausal_conv1d.default, args))
+        if following is not None and y is not None:
+            self._take_over(following, y)
+
+    def _scan(self, node: Node) -> None:
+        u, delta, a, b, c, skip, bias, softplus, state = arguments(node, 9)
+        operands = [Operand.of(value) for value in (u, delta, b, c)]
+        y = _output(node, 0)
+        following = None if y is None else requantize(y)
+        if following is None and not any(operand.static for operand in operands):
+            return
+        out = (None, 0) if following is None else (following.args[1], following.args[2])
+        first, second, *rest = (operand.arguments for operand in operands)
+        with self.graph.inserting_before(node):
+            args = (*first, *second, a, *rest[0], *rest[1], skip, bias, bool(softplus), state, None, *out)
+            self._replace(node, self.graph.call_function(mq.qselective_scan.default, args))
+        if following is not None and y is not None:
+            self._take_over(following, y)
+
+    def _gate(self, quantize: Node) -> None:
+        """Gate, rotation and quantize step of out_proj's input as one operator."""
+        x: Any = quantize.args[0]
+        rotated = x.target in walk.HADAMARD
+        product = x.args[0] if rotated else x
+        if product.target not in walk.MUL or only_user(x) is not quantize or (rotated and only_user(product) is not x):
+            return
+        gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
+        if gate is None:
+            return
+        y, z = Operand.of(gate.y), Operand.of(gate.z)
+        if walk.upstream(y.node).target not in walk.SCAN | {mq.qselective_scan.default}:
+            return
+        with self.graph.inserting_before(quantize):
+            args = (*y.arguments, *z.arguments, gate.scale, rotated)
+            if quantize.target == Q_STATIC:
+                if quantize.args[3:] != UINT8:
+                    return
+                new = self.graph.call_function(mq.qgate.default, (*args, *quantize.args[1:3]))
+            else:
+                new = self.graph.call_function(mq.qgate_per_token.default, args)
+        self._replace(quantize, new)
 
     def _embedding(self, node: Node) -> None:
         weight = Weight.of(self.module, node.args[0])
@@ -140,6 +191,22 @@ class Rewriter:
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
+
+    def _take_over(self, quantize: Node, producer: Node) -> None:
+        """`producer` now gives the integers that `quantize` gave."""
+        quantize.replace_all_uses_with(producer)
+        self.graph.erase_node(quantize)
+
+    def _outputs(self, node: Node) -> tuple[Node, Node]:
+        first, second = (self.graph.call_function(walk.getitem, (node, index)) for index in (0, 1))
+        return first, second
+
+    def _scale(self, weight: Weight) -> Node:
+        """Scales as the linear kernels read them: those of one group next to each other."""
+        if not weight.group_size:
+            return self._store("scale", weight.scale)
+        stored = self._store("scale", weight.scale.t())
+        return self.graph.call_function(aten.t.default, (stored,))
 
     def _store(self, kind: str, value: Tensor) -> Node:
         """A get_attr node for a new buffer."""
@@ -164,62 +231,18 @@ def count_integer_kernels(module: GraphModule) -> Counter[str]:
     return counts
 
 
-def _is_static(node: Node) -> bool:
-    """Whether `node` dequantizes uint8 values with one constant scale and zero point."""
-    return node.target == DQ_STATIC and node.args[3:] == _UINT8
+def _output(node: Node, index: int) -> Node | None:
+    """The getitem of one result of a node."""
+    return next((user for user in node.users if user.args[1:] == (index,)), None)
 
 
-def _is_per_token(node: Node) -> bool:
-    """Whether `node` dequantizes what `mq_ao.ops.qlinear.quantize_per_token` gives."""
-    if node.target != DQ_TOKEN:
-        return False
-    args: tuple[Any, ...] = node.args
-    _, block, scale, _, *limits = args
-    choose = scale.args[0] if isinstance(scale, Node) else None
-    symmetric = isinstance(choose, Node) and choose.args[1] == "SYMMETRIC"
-    return symmetric and set(block[:-1]) <= {1} and limits == [torch.int8, -127, 127]
-
-
-def simulated_nodes(module: GraphModule) -> list[str]:
-    """Names of the nodes of a lowered graph that still read dequantized values: they run in float."""
-    readers = (user for node in walk.calls(module, _DEQUANTIZE) for user in node.users)
-    return sorted({reader.name for reader in readers})
-
-
-def _arguments(node: Node, count: int) -> list[Any]:
-    """Positional arguments, padded with None."""
-    assert not node.kwargs, f"{node.name} has keyword arguments"
-    return [*node.args, *[None] * (count - len(node.args))]
-
-
-def _attribute(module: GraphModule, node: object) -> Tensor:
-    assert isinstance(node, Node) and isinstance(node.target, str)
-    return operator.attrgetter(node.target)(module).detach()
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _pieces(node: Node, weight: Weight) -> list[tuple[Node, int, int]] | None:
+def _wide_pieces(node: Node) -> list[tuple[Node, int, int]] | None:
     """(getitem, start, stop) of a linear that is only read in wide pieces along its last axis, else None."""
-    split = _only_user(node)
-    width = weight.values.shape[0]
-    last = node.meta["val"].dim() - 1
-    if split is None or split.target not in (aten.chunk.default, aten.split_with_sizes.default):
+    split = only_user(node)
+    bounds = None if split is None else piece_bounds(split)
+    if split is None or bounds is None or any((stop - start) % _PANEL for start, stop in bounds):
         return None
-    _, how, axis = _arguments(split, 3)
-    if split.target == aten.split_with_sizes.default:
-        sizes = list(how)
-    elif width % how == 0:
-        sizes = [width // how] * how
-    else:
-        return None
-    if axis not in (-1, last) or any(size % _PANEL for size in sizes):
-        return None
-    stops = list(accumulate(sizes))
-    indices: list[tuple[Node, Any]] = [(user, user.args[1]) for user in split.users]
-    return [(user, stops[index] - sizes[index], stops[index]) for user, index in indices]
+    return [(user, *bounds[user.args[1]]) for user in split.users]
 
 
 def drop_unused_tensors(module: GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `mq-ao quantize | eval | generate | inspect | bench | build-kernels | demo`.
+"""The command line: `mq-ao quantize | eval | ablate | generate | inspect | bench | build-kernels | demo`.
 
 Nothing here imports torch before a command runs, so that `--help` answers at once.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mq_ao import __version__
-from mq_ao.cli import bench, demo, evaluate, generate, inspect, kernels, quantize
+from mq_ao.cli import ablate, bench, demo, evaluate, generate, inspect, kernels, quantize
 from mq_ao.cli.console import fail, show_warnings
 from mq_ao.errors import MqAoError
 from mq_ao.logs import quiet_libraries
@@ -50,6 +50,7 @@ def _options(
 
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
+app.command("ablate")(ablate.ablate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)

@@ -9,47 +9,10 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.graph.block import Block
+from mq_ao.graph.edit import is_constant
+from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
-
-
-@dataclass(frozen=True)
-class Block:
-    """The nodes of one Mamba-1 block.
-
-    Attributes:
-        name: qualified name of the submodule that holds the scan, or the scan node's name.
-        scan: `mq_ao::selective_scan` node.
-        in_proj: linear that feeds the convolution.
-        conv1d: depthwise causal convolution.
-        x_proj: linear that yields dt's low rank, B and C.
-        dt_proj: linear that raises dt to d_inner.
-        gate_proj: linear that feeds the gate; the same node as in_proj where they are one.
-        gate: multiplication of the scan's output by the activated gate, or None if the block has no gate.
-        out_proj: linear after the gate.
-    """
-
-    name: str
-    scan: Node
-    in_proj: Node
-    conv1d: Node
-    x_proj: Node
-    dt_proj: Node
-    gate_proj: Node | None
-    gate: Node | None
-    out_proj: Node
-
-    def by_role(self) -> list[tuple[Role, Node]]:
-        """(role, node) pairs in dataflow order; a separate gate projection is a second in_proj."""
-        pairs = [(Role.IN_PROJ, self.in_proj)]
-        if self.gate_proj is not None and self.gate_proj is not self.in_proj:
-            pairs.append((Role.IN_PROJ, self.gate_proj))
-        return [
-            *pairs,
-            (Role.CONV1D, self.conv1d),
-            (Role.X_PROJ, self.x_proj),
-            (Role.DT_PROJ, self.dt_proj),
-            (Role.OUT_PROJ, self.out_proj),
-        ]
 
 
 @dataclass(frozen=True)
@@ -96,7 +59,7 @@ class Match:
             gate = block.gate_proj if block.gate_proj is not block.in_proj else None
             rows: list[tuple[str, Node | None]] = [("scan", block.scan)]
             rows += [(str(role), node) for role, node in block.by_role() if node is not gate]
-            rows += [("gate_proj", gate), ("gate", block.gate)]
+            rows += [("gate_proj", gate), ("gate", None if block.gate is None else block.gate.node)]
             lines += [f"    {role:<9} {_label(node)}" for role, node in rows if node is not None]
         lines += [f"embedding   {_label(node)}" for node in self.embeddings]
         lines += [f"head        {_label(node)}" for node in self.heads]
@@ -117,7 +80,7 @@ def match(module: GraphModule) -> Match:
     Raises:
         MqAoError: the graph has no scan at all.
     """
-    scans = walk.calls(module, walk.SCAN)
+    scans = walk.calls(module, walk.SCAN | walk.SCAN_STATES)
     if not scans:
         raise MqAoError(
             "no mq_ao::selective_scan in the graph, so there is nothing to recognise as Mamba: capture the model with "
@@ -143,7 +106,9 @@ def match(module: GraphModule) -> Match:
 
 
 def _block(scan: Node) -> Block:
-    u, delta, _, b, c = (_node(scan, index) for index in range(5))
+    u, delta, b = (_node(scan, index) for index in (0, 1, 3))
+    product, y = _product(scan)
+    c = _node(scan, 4) if product is None else _other(product, scan)
     dt_proj = _expect(delta, walk.LINEAR, "delta", "dt_proj (a linear)")
     x_proj = _expect(_node(dt_proj, 0), walk.LINEAR, "dt_proj's input", "x_proj (a linear)")
     for name, node in (("B", b), ("C", c)):
@@ -153,10 +118,10 @@ def _block(scan: Node) -> Block:
     if _expect(_node(x_proj, 0), walk.CONV, "x_proj's input", "conv1d", also_through=walk.ACTIVATION) is not conv1d:
         raise _WalkEnded(f"x_proj's input does not come from {conv1d.name}, from which u comes")
     in_proj = _expect(_node(conv1d, 0), walk.LINEAR, "conv1d's input", "in_proj (a linear)")
-    gate, out_proj = _output_side(scan)
-    gate_proj = _gate_source(scan, gate) if gate is not None else None
+    gate, out_proj = _output_side(y)
+    gate_proj = None if gate is None else _expect(gate.z, walk.LINEAR, "the gate", "a linear")
     name = walk.module_path(scan) or scan.name
-    return Block(name, scan, in_proj, conv1d, x_proj, dt_proj, gate_proj, gate, out_proj)
+    return Block(name, scan, in_proj, conv1d, x_proj, dt_proj, gate_proj, gate, out_proj, c, y, product)
 
 
 def _node(node: Node, index: int) -> Node:
@@ -180,36 +145,48 @@ def _expect(
     raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected")
 
 
-_COMBINING = frozenset({walk.aten.mul.Tensor, walk.aten.add.Tensor})
-
-
-def _output_side(scan: Node) -> tuple[Node | None, Node]:
-    """Follows the scan's output y to out_proj; returns the gate's multiplication, if any, and out_proj."""
+def _product(scan: Node) -> tuple[Node | None, Node]:
+    """(multiplication h C, y) of a scan; the multiplication is None where it is inside the operator."""
     outputs = [user for user in scan.users if user.args[1:] == (0,)]
     if len(outputs) != 1:
-        raise _WalkEnded(f"the scan's output y is read by {len(outputs)} nodes, where one was expected")
-    gate, node = None, outputs[0]
+        raise _WalkEnded(f"the scan's output is read by {len(outputs)} nodes, where one was expected")
+    if scan.target in walk.SCAN:
+        return None, outputs[0]
+    product = _following(outputs[0], walk.MUL, through=walk.TRANSPARENT | walk.HADAMARD)
+    return product, _following(_following(product, walk.SUM), walk.ADD)
+
+
+def _following(node: Node, targets: frozenset[object], through: frozenset[object] = walk.TRANSPARENT) -> Node:
+    users = list(walk.downstream(node, through=through))
+    if len(users) != 1 or users[0].target not in targets:
+        names = ", ".join(user.name for user in users) or "nothing"
+        raise _WalkEnded(f"{node.name}, after the scan, feeds {names}, which is not y = (h C).sum(-1) + D u")
+    return users[0]
+
+
+def _other(product: Node, scan: Node) -> Node:
+    through = walk.TRANSPARENT | walk.HADAMARD
+    c = next(item for item in walk.inputs(product) if walk.upstream(item, through=through) is not scan)
+    return _node(c, 0) if c.target == walk.aten.unsqueeze.default else c
+
+
+def _output_side(y: Node) -> tuple[Gate | None, Node]:
+    """Follows the scan's output y to out_proj; returns the gate, if any, and out_proj."""
+    gate, node, previous = None, y, y
     while True:
-        users = list(dict.fromkeys(walk.downstream(node)))
+        users = list(dict.fromkeys(walk.downstream(node, through=walk.TRANSPARENT | walk.HADAMARD)))
         if len(users) != 1:
             names = ", ".join(user.name for user in users) or "nothing"
             raise _WalkEnded(f"{node.name}, after the scan, feeds {names}, where one node was expected")
-        node = users[0]
+        previous, node = node, users[0]
         if node.op == "call_function" and node.target in walk.LINEAR:
             return gate, node
-        if node.op != "call_function" or node.target not in _COMBINING:
+        if node.op != "call_function" or node.target not in walk.MUL | walk.ADD:
             raise _WalkEnded(f"the walk from the scan's output ended at {_label(node)}, where out_proj was expected")
-        if node.target == walk.aten.mul.Tensor:
-            gate = node
-
-
-def _gate_source(scan: Node, gate: Node) -> Node:
-    for operand in walk.inputs(gate):
-        if walk.upstream(operand) is not scan:
-            end = walk.upstream(operand)
-            if end.target in walk.ACTIVATION:
-                return _expect(_node(end, 0), walk.LINEAR, "the gate", "a linear")
-    raise _WalkEnded(f"no operand of {gate.name} is an activated gate")
+        if node.target in walk.MUL and not any(map(is_constant, walk.inputs(node))):
+            gate = gate_of(node, previous)
+            if gate is None:
+                raise _WalkEnded(f"no operand of {node.name} is an activated gate")
 
 
 def _label(node: Node) -> str:

@@ -8,7 +8,7 @@ from mq_ao.errors import MqAoError
 
 
 class Role(StrEnum):
-    """Name of a quantizable part of a Mamba model, as mamba_ssm calls it."""
+    """Name of a quantizable part of a Mamba model, as mamba_ssm calls it where it has a name."""
 
     IN_PROJ = "in_proj"
     CONV1D = "conv1d"
@@ -17,6 +17,12 @@ class Role(StrEnum):
     OUT_PROJ = "out_proj"
     HEAD = "head"
     EMBEDDING = "embedding"
+    SCAN = "scan"
+    """The scan's operands u, delta (before softplus), B and C."""
+    GATE = "gate"
+    """The gate's operands: the scan's output y, and z before its activation."""
+    STATE = "state"
+    """h and C where they are multiplied, if that is a node of its own (pass `expose_state`)."""
 
     @classmethod
     def parse(cls, name: str | Role) -> Role:

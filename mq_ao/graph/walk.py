@@ -11,11 +11,19 @@ from torch.fx import GraphModule, Node
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 
 aten = torch.ops.aten
+getitem = operator.getitem
 
 LINEAR = frozenset({aten.linear.default})
 CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, aten.conv1d.padding})
 SCAN = frozenset({torch.ops.mq_ao.selective_scan.default})
+SCAN_STATES = (
+    frozenset({torch.ops.mq_ao.scan_states.default}) if hasattr(torch.ops.mq_ao, "scan_states") else frozenset()
+)
 ACTIVATION = frozenset({aten.silu.default, aten.silu_.default})
+HADAMARD = frozenset({torch.ops.mq_ao.hadamard.default})
+MUL = frozenset({aten.mul.Tensor})
+ADD = frozenset({aten.add.Tensor})
+SUM = frozenset({aten.sum.dim_IntList})
 
 TRANSPARENT = frozenset(
     {
@@ -46,6 +54,13 @@ TRANSPARENT = frozenset(
     }
 )
 """Operators that move or cast values without mixing or changing them: a walk passes through their first input."""
+
+
+def argument(node: Node, index: int) -> Node:
+    """Positional argument of a node that is a value of the graph."""
+    value = node.args[index]
+    assert isinstance(value, Node), f"argument {index} of {node.name} is {value!r}"
+    return value
 
 
 def upstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Node:

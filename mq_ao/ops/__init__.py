@@ -3,18 +3,37 @@
 Native kernels are used at once if they were built before; otherwise the first call builds them (see `library`).
 """
 
-from mq_ao.ops import causal_conv1d, qcausal_conv1d, qlinear, selective_scan
+from mq_ao.ops import (
+    causal_conv1d,
+    hadamard,
+    hadamard_matrix,
+    packing,
+    qcausal_conv1d,
+    qgate,
+    qlinear,
+    qselective_scan,
+    scan_states,
+    selective_scan,
+    wlinear,
+)
 from mq_ao.ops.library import load_cached, load_native, native_available, reference
 
 load_cached()
 
 __all__ = [
     "causal_conv1d",
+    "hadamard",
+    "hadamard_matrix",
     "load_cached",
     "load_native",
     "native_available",
+    "packing",
     "qcausal_conv1d",
+    "qgate",
     "qlinear",
+    "qselective_scan",
     "reference",
+    "scan_states",
     "selective_scan",
+    "wlinear",
 ]

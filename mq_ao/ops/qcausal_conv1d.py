@@ -10,8 +10,31 @@ from mq_ao.ops.causal_conv1d import causal_conv1d
 from mq_ao.ops.library import require
 
 
+def check_output(name: str, out_scale: float | None, out_zero_point: int) -> None:
+    """Raises MqAoError where operator `name` cannot round its output as asked."""
+    if out_scale is not None:
+        require(out_scale > 0, f"{name}: out_scale must be positive, it is {out_scale}.")
+        require(0 <= out_zero_point <= 255, f"{name}: out_zero_point must lie in 0..255, it is {out_zero_point}.")
+
+
+def requantize(y: Tensor, out_scale: float | None, out_zero_point: int) -> Tensor:
+    """Rounds to uint8 as `quantized_decomposed.quantize_per_tensor`, NaN to 0; float32 as it is without a scale."""
+    if out_scale is None:
+        return y
+    # Times the reciprocal, which is rounded to float32.
+    q = torch.round(y * (1.0 / out_scale)) + out_zero_point
+    return q.clamp(0, 255).nan_to_num(0.0).to(torch.uint8)
+
+
 def _check(
-    x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scale: Tensor, activation: str | None
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation: str | None,
+    out_scale: float | None,
+    out_zero_point: int,
 ) -> None:
     """Raises MqAoError on what `causal_conv1d` does not check for itself."""
     require(x.dtype == torch.uint8, f"qcausal_conv1d: x must be uint8, it is {x.dtype}.")
@@ -27,6 +50,7 @@ def _check(
         f"qcausal_conv1d: weight_scale must be float32 ({weight.shape[0]},), it is {weight_scale.dtype} "
         f"{tuple(weight_scale.shape)}.",
     )
+    check_output("qcausal_conv1d", out_scale, out_zero_point)
 
 
 def qcausal_conv1d(
@@ -38,8 +62,10 @@ def qcausal_conv1d(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     activation: str | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: the float convolution of integers, then scale, bias and activation.
+    """Reference: the float convolution of integers, then scale, bias, activation and rounding.
 
     Integer sums are exact in float32 (below 2^24), here as in the native kernel.
 
@@ -53,14 +79,17 @@ def qcausal_conv1d(
         initial_state: (batch, d_conv - 1, channels) float32, the dequantized inputs before x, oldest first; they are
             rounded to x's grid and range. Zeros if None.
         activation: None or "silu".
+        out_scale: None for float32 output; else y is rounded as by `quantized_decomposed.quantize_per_tensor`.
+        out_zero_point: within 0..255.
 
     Returns:
-        y (batch, length, channels) float32; and the last d_conv - 1 dequantized inputs, float32, oldest first.
+        y (batch, length, channels), float32, or uint8 with `out_scale`; and the last d_conv - 1 dequantized inputs,
+        float32, oldest first.
 
     Raises:
         MqAoError: types or shapes do not fit together, the length is 0, or the activation is unknown.
     """
-    _check(x, x_scale, x_zero_point, weight, weight_scale, activation)
+    _check(x, x_scale, x_zero_point, weight, weight_scale, activation, out_scale, out_zero_point)
     low, high = -x_zero_point, 255 - x_zero_point
     state = None if initial_state is None else (initial_state * (1 / x_scale)).round().clamp(low, high)
     values = x.float() - x_zero_point
@@ -68,7 +97,9 @@ def qcausal_conv1d(
     y = sums * (weight_scale * x_scale)
     if bias is not None:
         y = y + bias
-    return (torch.nn.functional.silu(y) if activation == "silu" else y), last * x_scale
+    if activation == "silu":
+        y = torch.nn.functional.silu(y)
+    return requantize(y, out_scale, out_zero_point), last * x_scale
 
 
 def _fake(
@@ -80,16 +111,19 @@ def _fake(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     activation: str | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, x_scale, x_zero_point, weight, weight_scale, activation)
+    _check(x, x_scale, x_zero_point, weight, weight_scale, activation, out_scale, out_zero_point)
     state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.float32), state
+    return x.new_empty(x.shape, dtype=torch.float32 if out_scale is None else torch.uint8), state
 
 
 library.define(
     "qcausal_conv1d",
     "(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias=None, "
-    "Tensor? initial_state=None, str? activation=None) -> (Tensor y, Tensor last_state)",
+    "Tensor? initial_state=None, str? activation=None, float? out_scale=None, int out_zero_point=0) "
+    "-> (Tensor y, Tensor last_state)",
     fake=_fake,
     reference=qcausal_conv1d,
 )

@@ -1,10 +1,11 @@
-"""`mq_ao::qlinear` and `mq_ao::qlinear_dynamic`: linear layers on 8-bit integers.
+"""`mq_ao::qlinear`, `quantize_per_token` and `qlinear_per_token`: linear layers on 8-bit activations.
 
-Both run from one packed copy of the int8 weights, for one row (decode) and for many (prefill). Sums are exact
-in 32 bits; scale, zero point, bias and the optional requantization are a float32 epilogue whose order of
-operations the references below define, and which the native kernels follow bit for bit.
+All run from one packed copy of the 8-bit or 4-bit weights (see `packing`), for one row (decode) and for many
+(prefill). Sums are exact in 32 bits; scale, zero point, bias and the optional requantization are a float32 epilogue
+whose order of operations the references below define, and which the native kernels follow bit for bit.
 
-The dynamic operator quantizes every token (row) by itself, symmetrically: see `quantize_per_token`.
+The operator `quantize_per_token` quantizes every token (row) by itself, symmetrically, by the rule of the function of
+that name; what it gives can feed several `qlinear_per_token`. `qlinear_dynamic` is the two in one.
 """
 
 from __future__ import annotations
@@ -14,26 +15,14 @@ from torch import Tensor
 
 from mq_ao.ops import library
 from mq_ao.ops.library import require
+from mq_ao.ops.packing import check_linear, unpack_reference
 
-_PANEL = 64
-_GROUP = 16
-_MAX_INPUTS = 65536
 TOKEN_ZERO_POINT = 128
 _TINIEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-def _padded(n: int, k: int) -> tuple[int, int]:
-    return (n + _GROUP - 1) // _GROUP * _GROUP, (k + 3) // 4 * 4
-
-
-def packed_bytes(n: int, k: int) -> int:
-    """Size in bytes of the packed weights of a layer with `n` outputs and `k` inputs."""
-    padded_n, padded_k = _padded(n, k)
-    return padded_n * (padded_k + 4)
-
-
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes each row of `x` to 8 bits, symmetrically, as `qlinear_dynamic` does inside.
+    """Quantizes each row of `x` to 8 bits, symmetrically: the rule that `mq_ao::quantize_per_token` follows.
 
     `scale = max|row| / 127`, at least the smallest normal float32; `q = round_half_even(x * (1 / scale))`,
     all in float32. An all-zero row gives zeros; a row with a NaN or an infinity gives zeros and the scale NaN,
@@ -53,49 +42,14 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite, q, 0.0).to(torch.int8), scale
 
 
-def _check_size(n: int, k: int) -> None:
-    require(
-        n >= 1 and 1 <= k <= _MAX_INPUTS,
-        f"a quantized linear layer has 1 to {_MAX_INPUTS} inputs and at least 1 output, not {k} and {n}.",
-    )
-
-
-def _check_weight(weight: Tensor) -> None:
-    require(
-        weight.dim() == 2 and weight.dtype == torch.int8,
-        f"qlinear_prepack takes an int8 weight of shape (outputs, inputs), not {weight.dtype} {tuple(weight.shape)}.",
-    )
-    _check_size(weight.shape[0], weight.shape[1])
-
-
-def _check_packed(packed: Tensor, n: int, k: int) -> None:
-    _check_size(n, k)
-    require(
-        packed.dtype == torch.int8 and packed.is_contiguous() and packed.numel() == packed_bytes(n, k),
-        f"packed weights of {n} outputs and {k} inputs are {packed_bytes(n, k)} contiguous int8 bytes, "
-        f"not {packed.numel()} of {packed.dtype}: make them with qlinear_prepack.",
-    )
-
-
-def _check_vector(vector: Tensor, n: int, name: str) -> None:
-    require(
-        vector.dtype == torch.float32 and tuple(vector.shape) == (n,) and vector.is_contiguous(),
-        f"{name} must be a contiguous float32 vector of {n} values, not {vector.dtype} {tuple(vector.shape)}.",
-    )
-
-
-def _check_linear(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> int:
-    require(x.dim() >= 1, "a quantized linear layer takes x of shape (..., inputs), not a scalar.")
-    n = weight_scale.numel()
-    _check_packed(packed, n, x.shape[-1])
-    _check_vector(weight_scale, n, "weight_scale")
-    if bias is not None:
-        _check_vector(bias, n, "bias")
-    return n
-
-
 def _check_zero_point(zero_point: int) -> None:
     require(0 <= zero_point <= 255, f"a uint8 zero point lies in 0..255, not at {zero_point}.")
+
+
+def _check_output(out_scale: float | None, out_zero_point: int) -> None:
+    if out_scale is not None:
+        require(out_scale > 0, f"out_scale must be positive, not {out_scale}.")
+        _check_zero_point(out_zero_point)
 
 
 def _check_qlinear(
@@ -106,55 +60,80 @@ def _check_qlinear(
     bias: Tensor | None,
     out_scale: float | None,
     out_zero_point: int,
+    bits: int,
+    group_size: int,
 ) -> int:
     require(x.dtype == torch.uint8, f"qlinear takes uint8 activations, not {x.dtype}.")
-    n = _check_linear(x, packed, weight_scale, bias)
+    n = check_linear(x, packed, weight_scale, bias, bits, group_size)
     _check_zero_point(x_zero_point)
-    if out_scale is not None:
-        require(out_scale > 0, f"out_scale must be positive, not {out_scale}.")
-        _check_zero_point(out_zero_point)
+    _check_output(out_scale, out_zero_point)
+    return n
+
+
+def _check_tokens(x: Tensor) -> None:
+    require(
+        x.dtype in (torch.float32, torch.bfloat16),
+        f"per-token quantization takes float32 or bfloat16 activations, not {x.dtype}.",
+    )
+    require(
+        x.dim() >= 1 and x.shape[-1] >= 1,
+        f"per-token quantization takes x of shape (..., inputs) with at least 1 input, not {tuple(x.shape)}.",
+    )
+
+
+def _check_per_token(
+    q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_scale: float | None,
+    out_zero_point: int,
+    bits: int,
+    group_size: int,
+) -> int:
+    require(q.dtype == torch.uint8, f"qlinear_per_token takes uint8 activations, not {q.dtype}.")
+    n = check_linear(q, packed, weight_scale, bias, bits, group_size)
+    require(
+        scale.dtype == torch.float32 and scale.shape == (*q.shape[:-1], 1),
+        f"scale must be float32 with one value for each token, {(*q.shape[:-1], 1)}, not {scale.dtype} "
+        f"{tuple(scale.shape)}: make it with quantize_per_token.",
+    )
+    _check_output(out_scale, out_zero_point)
     return n
 
 
 def _check_dynamic(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> int:
-    require(
-        x.dtype in (torch.float32, torch.bfloat16),
-        f"qlinear_dynamic takes float32 or bfloat16 activations, not {x.dtype}.",
-    )
-    return _check_linear(x, packed, weight_scale, bias)
+    n = check_linear(x, packed, weight_scale, bias, 8, 0)
+    _check_tokens(x)
+    return n
 
 
-def _prepack_reference(weight: Tensor) -> Tensor:
-    _check_weight(weight)
-    n, k = weight.shape
-    padded_n, padded_k = _padded(n, k)
-    padded = torch.nn.functional.pad(weight, (0, padded_k - k, 0, padded_n - n))
-    panels = [panel.reshape(len(panel), -1, 4).transpose(0, 1).reshape(-1) for panel in padded.split(_PANEL)]
-    return torch.cat([*panels, padded.sum(1, dtype=torch.int32).view(torch.int8)])
+def _scaled_sums(
+    x: Tensor, scale: float | Tensor, packed: Tensor, weight_scale: Tensor, bits: int, group_size: int
+) -> Tensor:
+    """Sum over the groups, in their order, of the exact integer sum times its scale; x holds whole numbers."""
+    weight = unpack_reference(packed, weight_scale.shape[0], x.shape[-1], bits, group_size)
+    size = group_size or x.shape[-1]
+    total = None
+    columns = weight_scale.unbind(1) if group_size else (weight_scale,)
+    for part, part_weight, column in zip(x.split(size, -1), weight.split(size, 1), columns, strict=True):
+        # Whole numbers below 2^53: a float64 product is exact whatever its order.
+        sums = part.to(torch.float64) @ part_weight.to(torch.float64).t()
+        y = sums.to(torch.float32) * (column * scale)
+        total = y if total is None else total + y
+    assert total is not None
+    return total
 
 
-def _prepack_fake(weight: Tensor) -> Tensor:
-    _check_weight(weight)
-    return weight.new_empty(packed_bytes(weight.shape[0], weight.shape[1]))
-
-
-def _unpack_reference(packed: Tensor, n: int, k: int) -> Tensor:
-    _check_packed(packed, n, k)
-    padded_n, padded_k = _padded(n, k)
-    panels = packed[: padded_n * padded_k].split(_PANEL * padded_k)
-    rows = [panel.reshape(padded_k // 4, -1, 4).transpose(0, 1).reshape(-1, padded_k) for panel in panels]
-    return torch.cat(rows)[:n, :k].contiguous()
-
-
-def _unpack_fake(packed: Tensor, n: int, k: int) -> Tensor:
-    _check_packed(packed, n, k)
-    return packed.new_empty(n, k)
-
-
-def _exact_sums(x: Tensor, packed: Tensor, n: int) -> Tensor:
-    # Whole numbers below 2^53: a float64 product is exact whatever its order.
-    weight = _unpack_reference(packed, n, x.shape[-1])
-    return x.to(torch.float64) @ weight.to(torch.float64).t()
+def _finished(y: Tensor, bias: Tensor | None, out_scale: float | None, out_zero_point: int) -> Tensor:
+    if bias is not None:
+        y = y + bias
+    if out_scale is None:
+        return y
+    # As quantized_decomposed.quantize_per_tensor: times the reciprocal, which is rounded to float32. NaN gives 0.
+    q = (torch.round(y * (1.0 / out_scale)) + out_zero_point).clamp(0, 255)
+    return q.nan_to_num(0.0).to(torch.uint8)
 
 
 def _qlinear_reference(
@@ -166,16 +145,13 @@ def _qlinear_reference(
     bias: Tensor | None = None,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    bits: int = 8,
+    group_size: int = 0,
 ) -> Tensor:
-    n = _check_qlinear(x, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point)
-    sums = _exact_sums(x.to(torch.float64) - x_zero_point, packed, n)
-    y = sums.to(torch.float32) * (weight_scale * x_scale)
-    if bias is not None:
-        y = y + bias
-    if out_scale is None:
-        return y
-    # As quantized_decomposed.quantize_per_tensor: times the reciprocal, which is rounded to float32.
-    return (torch.round(y * (1.0 / out_scale)) + out_zero_point).clamp(0, 255).to(torch.uint8)
+    _check_qlinear(x, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size)
+    centred = x.to(torch.float64) - x_zero_point
+    y = _scaled_sums(centred, x_scale, packed, weight_scale, bits, group_size)
+    return _finished(y, bias, out_scale, out_zero_point)
 
 
 def _qlinear_fake(
@@ -187,16 +163,59 @@ def _qlinear_fake(
     bias: Tensor | None = None,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    bits: int = 8,
+    group_size: int = 0,
 ) -> Tensor:
-    n = _check_qlinear(x, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point)
+    n = _check_qlinear(x, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size)
     return x.new_empty((*x.shape[:-1], n), dtype=torch.float32 if out_scale is None else torch.uint8)
 
 
-def _dynamic_reference(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    n = _check_dynamic(x, packed, weight_scale, bias)
+def _quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_tokens(x)
     q, scale = quantize_per_token(x)
-    y = _exact_sums(q, packed, n).to(torch.float32) * (weight_scale * scale)
-    return y if bias is None else y + bias
+    return (q.to(torch.int16) + TOKEN_ZERO_POINT).to(torch.uint8), scale
+
+
+def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_tokens(x)
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _per_token_reference(
+    q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    bits: int = 8,
+    group_size: int = 0,
+) -> Tensor:
+    _check_per_token(q, scale, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size)
+    centred = q.to(torch.float64) - TOKEN_ZERO_POINT
+    y = _scaled_sums(centred, scale, packed, weight_scale, bits, group_size)
+    return _finished(y, bias, out_scale, out_zero_point)
+
+
+def _per_token_fake(
+    q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    bits: int = 8,
+    group_size: int = 0,
+) -> Tensor:
+    n = _check_per_token(q, scale, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size)
+    return q.new_empty((*q.shape[:-1], n), dtype=torch.float32 if out_scale is None else torch.uint8)
+
+
+def _dynamic_reference(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_dynamic(x, packed, weight_scale, bias)
+    return _per_token_reference(*_quantize_reference(x), packed, weight_scale, bias)
 
 
 def _dynamic_fake(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -204,19 +223,25 @@ def _dynamic_fake(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor 
     return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
 
 
-library.define("qlinear_prepack", "(Tensor weight) -> Tensor", fake=_prepack_fake, reference=_prepack_reference)
-library.define(
-    "qlinear_unpack",
-    "(Tensor packed, int n, int k) -> Tensor",
-    fake=_unpack_fake,
-    reference=_unpack_reference,
-)
 library.define(
     "qlinear",
     "(Tensor x, float x_scale, int x_zero_point, Tensor packed, Tensor weight_scale, Tensor? bias=None, "
-    "float? out_scale=None, int out_zero_point=0) -> Tensor",
+    "float? out_scale=None, int out_zero_point=0, int bits=8, int group_size=0) -> Tensor",
     fake=_qlinear_fake,
     reference=_qlinear_reference,
+)
+library.define(
+    "quantize_per_token",
+    "(Tensor x) -> (Tensor, Tensor)",
+    fake=_quantize_fake,
+    reference=_quantize_reference,
+)
+library.define(
+    "qlinear_per_token",
+    "(Tensor q, Tensor scale, Tensor packed, Tensor weight_scale, Tensor? bias=None, float? out_scale=None, "
+    "int out_zero_point=0, int bits=8, int group_size=0) -> Tensor",
+    fake=_per_token_fake,
+    reference=_per_token_reference,
 )
 library.define(
     "qlinear_dynamic",
@@ -224,19 +249,6 @@ library.define(
     fake=_dynamic_fake,
     reference=_dynamic_reference,
 )
-
-
-def prepack(weight: Tensor) -> Tensor:
-    """Packs int8 weights (outputs, inputs) for `qlinear` and `qlinear_dynamic`.
-
-    Returns:
-        int8 (`packed_bytes(outputs, inputs)`,): panels of 64 outputs, each [inputs / 4][width][4], zero padded
-        to 16 outputs and 4 inputs, then the int32 sum of every padded output's weights.
-
-    Raises:
-        MqAoError: `weight` is not int8, not 2-D, empty, or has more than 65536 inputs.
-    """
-    return torch.ops.mq_ao.qlinear_prepack(weight)
 
 
 def qlinear(
@@ -248,21 +260,27 @@ def qlinear(
     bias: Tensor | None = None,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    bits: int = 8,
+    group_size: int = 0,
 ) -> Tensor:
     """Linear layer on statically quantized activations.
 
-    `y[..., n] = (sum_k (x[..., k] - x_zero_point) * weight[n, k]) * (weight_scale[n] * x_scale) + bias[n]`
+    `y[..., n] = sum_g (sum_{k in g} (x[..., k] - x_zero_point) * weight[n, k]) * (weight_scale[n, g] * x_scale)
+    + bias[n]`, where groups g are added in their order, in float32.
 
     Args:
         x: uint8 (..., K); rows may be strided.
         x_scale: activation scale, rounded to float32.
         x_zero_point: within 0..255.
-        packed: weights from `prepack`.
-        weight_scale: float32 (N,).
+        packed: weights from `packing.prepack` with the same `bits` and `group_size`.
+        weight_scale: float32 (N,), or (N, ceil(K / group_size)) with groups. The latter are copied in every call
+            unless they lie in memory group by group, as `weight_scale.t().contiguous().t()` makes them.
         bias: float32 (N,), or None.
         out_scale: None for float32 output; else y is quantized as `quantized_decomposed.quantize_per_tensor`
-            does it.
+            does it, and NaN to 0.
         out_zero_point: within 0..255.
+        bits: 8 or 4, of the packed weights.
+        group_size: inputs that share a scale, a multiple of 4; 0: all.
 
     Returns:
         (..., N), float32, or uint8 with `out_scale`.
@@ -270,7 +288,59 @@ def qlinear(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    return torch.ops.mq_ao.qlinear(x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point)
+    return torch.ops.mq_ao.qlinear(
+        x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size
+    )
+
+
+def per_token_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes each row of `x` by `quantize_per_token`, for `qlinear_per_token`.
+
+    Args:
+        x: float32 or bfloat16 (..., K); rows may be strided.
+
+    Returns:
+        q + `TOKEN_ZERO_POINT`, uint8 (..., K), within 1..255, and scale, float32 (..., 1).
+
+    Raises:
+        MqAoError: x has another dtype, or no inputs.
+    """
+    return torch.ops.mq_ao.quantize_per_token(x)
+
+
+def qlinear_per_token(
+    q: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    bits: int = 8,
+    group_size: int = 0,
+) -> Tensor:
+    """Linear layer on what `per_token_bytes` gives: `qlinear` with a scale for each row and zero point 128.
+
+    Args:
+        q: uint8 (..., K); rows may be strided.
+        scale: float32 (..., 1).
+        packed: as for `qlinear`, and so are the others.
+        weight_scale: float32 (N,) or (N, ceil(K / group_size)).
+        bias: float32 (N,), or None.
+        out_scale: None for float32 output, else the static scale of the uint8 output.
+        out_zero_point: within 0..255.
+        bits: 8 or 4.
+        group_size: a multiple of 4, or 0.
+
+    Returns:
+        (..., N), float32, or uint8 with `out_scale`.
+
+    Raises:
+        MqAoError: a dtype, a shape or a parameter is not as above.
+    """
+    return torch.ops.mq_ao.qlinear_per_token(
+        q, scale, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size
+    )
 
 
 def qlinear_dynamic(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -278,7 +348,7 @@ def qlinear_dynamic(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tenso
 
     Args:
         x: float32 or bfloat16 (..., K); rows may be strided.
-        packed: weights from `prepack`.
+        packed: weights of 8 bits from `packing.prepack`.
         weight_scale: float32 (N,).
         bias: float32 (N,), or None.
 

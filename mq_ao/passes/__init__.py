@@ -1,29 +1,25 @@
-"""Exact float rewrites of METHOD.md, applied between capture and `prepare_pt2e`."""
+"""Exact float rewrites of METHOD.md, applied between capture and `prepare_pt2e`, and the statistics they need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from mq_ao.passes.base import Pass, Profile, Rewrite, Status, Transform
+from mq_ao.passes.klt import Basis
+from mq_ao.passes.registry import PASSES, parse_pass
+from mq_ao.passes.run import apply
+from mq_ao.passes.statistics import ChannelStatistics, Request, Statistics, collect
 
-from torch.fx import GraphModule
-
-from mq_ao.errors import MqAoError
-
-Pass = Callable[[GraphModule], GraphModule]
-
-PASSES: Mapping[str, Pass] = MappingProxyType({})
-"""Rewrites by name. None is registered yet: `rtn` recipes need none."""
-
-
-def apply(module: GraphModule, names: Sequence[str]) -> GraphModule:
-    """Applies the named rewrites in order.
-
-    Raises:
-        MqAoError: a name is unknown.
-    """
-    for name in names:
-        if name not in PASSES:
-            known = ", ".join(PASSES) or "none yet"
-            raise MqAoError(f"unknown pass {name!r}: the passes are {known}.")
-        module = PASSES[name](module)
-    return module
+__all__ = [
+    "PASSES",
+    "Basis",
+    "ChannelStatistics",
+    "Pass",
+    "Profile",
+    "Request",
+    "Rewrite",
+    "Statistics",
+    "Status",
+    "Transform",
+    "apply",
+    "collect",
+    "parse_pass",
+]

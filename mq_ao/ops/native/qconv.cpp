@@ -10,11 +10,11 @@ namespace {
 using Activation = std::optional<c10::string_view>;
 
 bool is_native(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias,
-    const OptionalTensor& initial_state, const Activation& activation) {
+    const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& weight, const Tensor& weight_scale,
+    const OptionalTensor& bias, const OptionalTensor& initial_state, const Activation& activation) {
   if (x.dim() != 3 || weight.dim() != 2 || x.size(1) == 0 || weight.size(1) == 0) return false;
   const int64_t channels = x.size(2);
-  return x.scalar_type() == at::kByte && weight.scalar_type() == at::kChar &&
+  return x.scalar_type() == at::kByte && is_grid(x_scale, x_zero_point) && weight.scalar_type() == at::kChar &&
       weight_scale.scalar_type() == at::kFloat && weight_scale.numel() == channels && weight.size(0) == channels &&
       has_shape(bias, {channels}) && has_shape(initial_state, {x.size(0), weight.size(1) - 1, channels}) &&
       (!activation || *activation == "silu");
@@ -22,15 +22,18 @@ bool is_native(
 
 std::tuple<Tensor, Tensor> qcausal_conv1d(
     const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& weight, const Tensor& weight_scale,
-    const OptionalTensor& bias, const OptionalTensor& initial_state, Activation activation) {
-  if (!is_native(x, weight, weight_scale, bias, initial_state, activation))
+    const OptionalTensor& bias, const OptionalTensor& initial_state, Activation activation,
+    std::optional<double> out_scale, int64_t out_zero_point) {
+  if (!is_native(x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation) ||
+      (out_scale && !is_grid(*out_scale, out_zero_point)))
     return call_reference<decltype(qcausal_conv1d)>(
-        "qcausal_conv1d", x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation);
+        "qcausal_conv1d", x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation, out_scale,
+        out_zero_point);
   const Tensor x_ = dense_rows(x), weight_ = weight.contiguous(), scale_ = weight_scale.contiguous();
   const OptionalTensor bias_ = float_contiguous(bias), state = float_contiguous(initial_state);
   const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2), taps = weight.size(1);
-  Tensor y = at::empty(x.sizes(), x.options().dtype(at::kFloat));
-  Tensor last_state = at::empty({batch, taps - 1, channels}, y.options());
+  Tensor y = at::empty(x.sizes(), x.options().dtype(out_scale ? at::kByte : at::kFloat));
+  Tensor last_state = at::empty({batch, taps - 1, channels}, x.options().dtype(at::kFloat));
   const QConvInputs in{{batch, length, channels, taps},
                        rows<const uint8_t>(x_),
                        float(x_scale),
@@ -40,7 +43,7 @@ std::tuple<Tensor, Tensor> qcausal_conv1d(
                        data_or_null(bias_),
                        data_or_null(state),
                        activation.has_value()};
-  const Rows<float> out = rows<float>(y);
+  const QOutput out(y.data_ptr(), y.stride(0), y.stride(1), out_scale, out_zero_point);
   float* last = last_state.data_ptr<float>();
   for_channel_ranges(batch, length, channels, [&](int64_t b, int64_t first, int64_t count) {
     qconv_task(in, b, first, count, out, last);

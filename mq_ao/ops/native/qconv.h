@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "conv.h"
+#include "qrows.h"
 
 namespace mq_ao {
 
@@ -22,18 +23,6 @@ struct QConvInputs {
   bool silu;
 };
 
-typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
-
-inline Vec load(const uint8_t* p, int count) {
-  ByteVec bytes{};
-  // A copy of constant size is one instruction; one of any size is a call.
-  if (count == kLanes)
-    std::memcpy(&bytes, p, sizeof bytes);
-  else
-    std::memcpy(&bytes, p, size_t(count));
-  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
-}
-
 // Row p of the padded sequence in steps of x_scale, less the zero point: integers. The state's rows are multiples of
 // x_scale when they come from this operator; rounding takes them back to their integers.
 inline Vec qpadded_row(const QConvInputs& in, int64_t b, int64_t p, int64_t c, int lanes) {
@@ -46,57 +35,58 @@ inline Vec qpadded_row(const QConvInputs& in, int64_t b, int64_t p, int64_t c, i
   return steps != steps ? steps : integral;
 }
 
-// Outputs [start, stop) of one vector block. Taps is d_conv, or 0 for any.
-template <int Taps>
+// Outputs [start, stop) of one vector block. Taps is d_conv, or 0 for any; `window` holds stop - start + d_conv - 1
+// vectors. Each input is converted once, and then read from there by all taps.
+template <int Taps, typename Lanes>
 void qconv_block(
-    const QConvInputs& in, int64_t b, int64_t c, int lanes, int64_t start, int64_t stop, const Vec* weight, Vec factor,
-    Vec bias, Vec* window, Rows<float> y) {
-  const int64_t taps = Taps ? Taps : in.shape.d_conv;
-  for (int64_t k = 1; k < taps; ++k) window[k] = qpadded_row(in, b, start + k - 1, c, lanes);
-  for (int64_t t = start; t < stop; ++t) {
-    for (int64_t k = 0; k + 1 < taps; ++k) window[k] = window[k + 1];
-    window[taps - 1] = load(in.x.at(b, t) + c, lanes) - in.zero_point;
+    const QConvInputs& in, int64_t b, int64_t c, Lanes lanes, int64_t start, int64_t stop, const Vec* weight,
+    Vec* window, const QOutput& y) {
+  const int64_t taps = Taps ? Taps : in.shape.d_conv, steps = stop - start;
+  const Vec factor = load(in.weight_scale + c, lanes) * in.x_scale;
+  const Vec bias = in.bias ? load(in.bias + c, lanes) : Vec{};
+  for (int64_t p = 0; p < taps - 1; ++p) window[p] = qpadded_row(in, b, start + p, c, lanes);
+  for (int64_t t = 0; t < steps; ++t) {
+    // As in load_steps: rows are too far apart for hardware prefetchers.
+    __builtin_prefetch(in.x.at(b, std::min(stop + t, in.shape.length - 1)) + c);
+    window[t + taps - 1] = load(in.x.at(b, start + t) + c, lanes) - in.zero_point;
+  }
+  for (int64_t t = 0; t < steps; ++t) {
     Vec sum{};
-    for (int64_t k = 0; k < taps; ++k) sum += weight[k] * window[k];
+    for (int64_t k = 0; k < taps; ++k) sum += weight[k] * window[t + k];
     const Vec value = sum * factor + bias;
-    store(in.silu ? silu(value) : value, y.at(b, t) + c, lanes);
+    store_row(in.silu ? silu(value) : value, y, b, start + t, c, lanes);
   }
 }
 
-// All of batch element b in channels [first, first + count).
+// All of batch element b in channels [first, first + count), which are at most kRangeBlocks vectors.
 inline void qconv_task(
-    const QConvInputs& in, int64_t b, int64_t first, int64_t count, Rows<float> y, float* last_state) {
+    const QConvInputs& in, int64_t b, int64_t first, int64_t count, const QOutput& y, float* last_state) {
   const int64_t taps = in.shape.d_conv, length = in.shape.length, channels = in.shape.channels;
-  const Scratch<Vec> memory(taps > 4 ? 2 * taps : 1);
-  Vec few[8];
-  Vec* weight = taps > 4 ? memory.get() : few;
-  Vec* window = weight + taps;
-  for (int64_t start = 0; start < length; start += kChunk) {
-    for (int64_t c = first; c < first + count; c += kLanes) {
-      const int lanes = int(std::min<int64_t>(kLanes, first + count - c));
-      for (int64_t k = 0; k < taps; ++k)
-        for (int i = 0; i < kLanes; ++i) weight[k][i] = i < lanes ? float(in.weight[(c + i) * taps + k]) : 0.0f;
-      const Vec factor = load(in.weight_scale + c, lanes) * in.x_scale;
-      const Vec bias = in.bias ? load(in.bias + c, lanes) : Vec{};
+  const auto lanes_at = [&](int64_t c) { return int(std::min<int64_t>(kLanes, first + count - c)); };
+  constexpr int kFewTaps = 4;
+  Vec few[kRangeBlocks * kFewTaps + kChunk + kFewTaps - 1];
+  std::optional<Scratch<Vec>> many;
+  if (taps > kFewTaps) many.emplace(kRangeBlocks * taps + kChunk + taps - 1);
+  Vec* window = many ? many->get() : few;
+  Vec* weights = window + kChunk + taps - 1;
+  for (int64_t c = first; c < first + count; c += kLanes)
+    for (int64_t k = 0; k < taps; ++k)
+      for (int i = 0; i < kLanes; ++i)
+        weights[(c - first) / kLanes * taps + k][i] = i < lanes_at(c) ? float(in.weight[(c + i) * taps + k]) : 0.0f;
+  // Time is cut into chunks, so that the blocks of a range read neighbouring memory in turn.
+  for (int64_t start = 0; start < length; start += kChunk)
+    for (int64_t c = first; c < first + count; c += kLanes)
       for_taps(taps, [&](auto constant) {
-        constexpr int kTaps = decltype(constant)::value;
-        const int64_t stop = std::min(start + kChunk, length);
-        if constexpr (kTaps != 0) {
-          // Local arrays of constant size stay in registers.
-          Vec own_weight[kTaps], own_window[kTaps];
-          std::copy(weight, weight + kTaps, own_weight);
-          qconv_block<kTaps>(in, b, c, lanes, start, stop, own_weight, factor, bias, own_window, y);
-        } else {
-          qconv_block<0>(in, b, c, lanes, start, stop, weight, factor, bias, window, y);
-        }
+        with_lanes(lanes_at(c), [&](auto lanes) {
+          qconv_block<decltype(constant)::value>(
+              in, b, c, lanes, start, std::min(start + kChunk, length), weights + (c - first) / kLanes * taps, window,
+              y);
+        });
       });
-    }
-  }
   for (int64_t p = 0; p < taps - 1; ++p)
     for (int64_t c = first; c < first + count; c += kLanes) {
-      const int lanes = int(std::min<int64_t>(kLanes, first + count - c));
-      const Vec row = qpadded_row(in, b, length + p, c, lanes) * in.x_scale;
-      store(row, last_state + (b * (taps - 1) + p) * channels + c, lanes);
+      const Vec row = qpadded_row(in, b, length + p, c, lanes_at(c)) * in.x_scale;
+      store(row, last_state + (b * (taps - 1) + p) * channels + c, lanes_at(c));
     }
 }
 

@@ -4,6 +4,7 @@
 // A variant gives
 //   kRows, kLanes  largest tile whose sums fit the registers: rows, and groups of 16 columns (`kLanes` is 1 or 4);
 //   kOffset        what it subtracts from each activation (128 where the instruction wants signed bytes);
+//   kNibbles       whether it also takes weights of 4 bits as they are packed; others need `expand_panel` first;
 //   Activation, Weights, Sum, and the functions on them.
 #pragma once
 
@@ -16,9 +17,9 @@
 #include <arm_neon.h>
 #endif
 
-namespace mq_ao::qgemm {
+#include "qgemm_layout.h"
 
-inline constexpr int kLane = 16;  // output columns of one group
+namespace mq_ao::qgemm {
 
 inline int32_t load_word(const void* p) {
   int32_t word;
@@ -30,6 +31,7 @@ inline int32_t load_word(const void* p) {
 
 struct Dot {
   static constexpr int kRows = 6, kLanes = 4, kOffset = 0;
+  static constexpr bool kNibbles = true;
   using Activation = __m512i;
   using Weights = __m512i;
   using Sum = __m512i;
@@ -40,6 +42,13 @@ struct Dot {
     asm("" : "+v"(w));  // else GCC repeats the load in every use, and loads bound the tile
     return w;
   }
+  // Two vectors of weights times 16, which still fit a signed byte: masks do without extending signs.
+  static void load_nibbles(const int8_t* p, Weights* w) {
+    typedef uint16_t Words __attribute__((vector_size(64)));
+    const Words words = Words(_mm512_loadu_si512(p));
+    w[0] = Weights(words << 4 & 0xf0f0);
+    w[1] = Weights(words & 0xf0f0);
+  }
   static void dot(Sum& sum, const Activation& a, const Weights& w) { sum = _mm512_dpbusd_epi32(sum, a, w); }
   static void store(const Sum& sum, int32_t* p) { _mm512_store_si512(p, sum); }
 };
@@ -48,6 +57,7 @@ struct Dot {
 
 struct Dot {
   static constexpr int kRows = 6, kLanes = 1, kOffset = 0;
+  static constexpr bool kNibbles = false;
   using Activation = __m256i;
   struct Weights {
     __m256i part[2];
@@ -70,6 +80,7 @@ struct Dot {
 // maddubs saturates, so both factors are widened to 16 bits; each column then has two partial sums until `store`.
 struct Dot {
   static constexpr int kRows = 2, kLanes = 1, kOffset = 0;
+  static constexpr bool kNibbles = false;
   using Activation = __m256i;
   struct Weights {
     __m256i part[4];
@@ -105,6 +116,7 @@ struct Dot {
 
 struct Dot {
   static constexpr int kRows = 6, kLanes = 1, kOffset = 128;
+  static constexpr bool kNibbles = false;
   using Activation = int8x16_t;
   using Weights = int8x16x4_t;
   using Sum = int32x4x4_t;
@@ -129,6 +141,7 @@ struct Dot {
 // 64 partial sums that any compiler vectorises; every product fits in 16 bits, which is what vector units multiply.
 struct Dot {
   static constexpr int kRows = 1, kLanes = 1, kOffset = 0;
+  static constexpr bool kNibbles = false;
   struct Activation {
     int16_t value[64];
   };

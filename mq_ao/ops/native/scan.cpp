@@ -2,75 +2,11 @@
 
 #include <ATen/ops/empty_like.h>
 
-#include "glue.h"
-#include "scan.h"
 #include "scan_backward.h"
+#include "scan_glue.h"
 
 namespace mq_ao {
 namespace {
-
-struct ScanTensors {
-  Tensor u, delta, A, B, C;
-  OptionalTensor D, delta_bias;
-  bool delta_softplus;
-  OptionalTensor initial_state;
-
-  int64_t groups() const { return B.dim() == 4 ? B.size(2) : 1; }
-
-  // Whether the native kernel takes these operands. Everything else goes to the reference.
-  bool native() const {
-    if (u.dim() != 3 || A.dim() != 2 || (B.dim() != 3 && B.dim() != 4) || !is_native_dtype(u)) return false;
-    const auto batch = u.size(0), length = u.size(1), channels = u.size(2), d_state = A.size(1);
-    if (length == 0 || d_state == 0 || groups() == 0 || channels % groups() != 0) return false;
-    const at::DimVector state_shape{batch, channels, d_state};
-    at::DimVector matrix_shape{batch, length, d_state};
-    if (B.dim() == 4) matrix_shape = {batch, length, groups(), d_state};
-    for (const Tensor* t : {&delta, &B, &C})
-      if (t->scalar_type() != u.scalar_type()) return false;
-    return delta.sizes() == u.sizes() && A.size(0) == channels && B.sizes() == matrix_shape &&
-        C.sizes() == matrix_shape && has_shape(D, {channels}) && has_shape(delta_bias, {channels}) &&
-        has_shape(initial_state, state_shape);
-  }
-
-  // Copies only what the cores cannot read in place.
-  ScanTensors readable() const {
-    return {dense_rows(u), dense_rows(delta), A.to(at::kFloat).contiguous(), dense_rows(B), dense_rows(C),
-            float_contiguous(D), float_contiguous(delta_bias), delta_softplus, float_contiguous(initial_state)};
-  }
-
-  // Of tensors that are `readable`.
-  template <typename T>
-  ScanInputs<T> inputs() const {
-    return {{u.size(0), u.size(1), u.size(2), groups(), A.size(1)},
-            rows<const T>(u),
-            rows<const T>(delta),
-            rows<const T>(B),
-            rows<const T>(C),
-            A.const_data_ptr<float>(),
-            data_or_null(D),
-            data_or_null(delta_bias),
-            data_or_null(initial_state),
-            delta_softplus};
-  }
-};
-
-template <typename T>
-void run_scan(const ScanInputs<T>& in, Rows<T> y, float* last_state) {
-  const ScanShape& s = in.shape;
-  if (s.length == 1 && s.d_state % kLanes == 0) {
-    const ScanTasks tasks{s, kLanes};
-    // A thread is woken for 32768 states, some microseconds of work.
-    const int64_t grain = std::max<int64_t>(1, 32768 / (kLanes * s.d_state));
-    at::parallel_for(0, tasks.count(), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) scan_step(in, tasks.task(i), y, last_state);
-    });
-    return;
-  }
-  const ScanTasks tasks{s, kRangeBlocks * kLanes};
-  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) scan_task(in, tasks.task(i), y, last_state);
-  });
-}
 
 std::tuple<Tensor, Tensor> selective_scan(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,

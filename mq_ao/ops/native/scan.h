@@ -28,20 +28,58 @@ struct Rows {
   T* at(int64_t b, int64_t t, int64_t g = 0) const { return data + b * batch + t * time + g * group; }
 };
 
+// Rows of channels and arrays of states as the scan sees them. Overloads in qrows.h take 8-bit numbers.
+template <typename T>
+inline const void* row_address(const Rows<T>& rows, int64_t b, int64_t t, int64_t c) {
+  return rows.at(b, t) + c;
+}
+template <typename T>
+inline Vec load_row(const Rows<T>& rows, int64_t b, int64_t t, int64_t c, int lanes) {
+  return load(rows.at(b, t) + c, lanes);
+}
+template <typename T>
+inline void store_row(Vec v, const Rows<T>& rows, int64_t b, int64_t t, int64_t c, int lanes) {
+  store(v, rows.at(b, t) + c, lanes);
+}
+
+// Where a state lies in (batch, channels, d_state), and its parameters in (channels, d_state).
+struct StateIndex {
+  int64_t state, parameter;
+};
+// States of neighbouring channels: `stride` elements apart.
+inline Vec gather_state(const float* states, StateIndex at, int64_t stride, int lanes) {
+  return gather(states + at.state, stride, lanes);
+}
+inline void scatter_state(Vec h, float* states, StateIndex at, int64_t stride, int lanes) {
+  scatter(h, states + at.state, stride, lanes);
+}
+// States of one channel.
+inline Vec load_state(const float* states, StateIndex at) { return load(states + at.state); }
+inline void store_state(Vec h, float* states, StateIndex at) { store(h, states + at.state); }
+
 struct ScanShape {
   int64_t batch, length, channels, groups, d_state;
+
+  StateIndex index(int64_t b, int64_t c, int64_t n) const {
+    return {(b * channels + c) * d_state + n, c * d_state + n};
+  }
+};
+
+// Source: rows of channels. T: elements of B and C. State: what gather_state and load_state read, or false.
+template <typename Source, typename T, typename State>
+struct ScanOperands {
+  ScanShape shape;
+  Source u, delta;
+  Rows<const T> B, C;
+  const float* A;           // (channels, d_state)
+  const float* D;           // (channels) or null
+  const float* delta_bias;  // (channels) or null
+  State initial_state;      // (batch, channels, d_state) or null
+  bool delta_softplus;
 };
 
 template <typename T>
-struct ScanInputs {
-  ScanShape shape;
-  Rows<const T> u, delta, B, C;
-  const float* A;              // (channels, d_state)
-  const float* D;              // (channels) or null
-  const float* delta_bias;     // (channels) or null
-  const float* initial_state;  // (batch, channels, d_state) or null
-  bool delta_softplus;
-};
+using ScanInputs = ScanOperands<Rows<const T>, T, const float*>;
 
 // One task's part of the work: channels [first, first + count) of batch element b, all of group g.
 struct ScanTask {
@@ -105,19 +143,18 @@ struct Block {
   Vec* state;
 };
 
-template <typename T>
-inline void load_block(const ScanInputs<T>& in, int64_t b, int64_t c, int lanes, Block block) {
+template <typename In>
+inline void load_block(const In& in, int64_t b, int64_t c, int lanes, Block block) {
   const int64_t N = in.shape.d_state;
   for (int64_t n = 0; n < N; ++n) block.decay[n] = gather(in.A + c * N + n, N, lanes) * kLog2E;
   for (int64_t n = 0; n < N; ++n)
-    block.state[n] =
-        in.initial_state ? gather(in.initial_state + (b * in.shape.channels + c) * N + n, N, lanes) : Vec{};
+    block.state[n] = in.initial_state ? gather_state(in.initial_state, in.shape.index(b, c, n), N, lanes) : Vec{};
 }
 
-// Step sizes of `steps` rows of one vector block before the softplus.
-template <typename T>
-inline Vec raw_step(const ScanInputs<T>& in, Vec bias, int64_t b, int64_t t, int64_t c, int lanes) {
-  return load(in.delta.at(b, t) + c, lanes) + bias;
+// The step size of one row of a vector block before the softplus.
+template <typename In>
+inline Vec raw_step(const In& in, Vec bias, int64_t b, int64_t t, int64_t c, int lanes) {
+  return load_row(in.delta, b, t, c, lanes) + bias;
 }
 
 // h = 2^(dt decay) h + dtu B and y += C h for one group of states over a chunk; h stays in registers.
@@ -150,35 +187,64 @@ inline void with_lanes(int64_t lanes, F&& f) {
     f(int(lanes));
 }
 
-// Steps [start, start + steps) of one vector block, whose first channel is c.
-template <typename T, typename Lanes>
-inline void scan_block(
-    const ScanInputs<T>& in, const ScanTask& task, int64_t c, Lanes lanes, int64_t start, int steps, Block block,
-    FloatRows B, FloatRows C, Rows<T> y) {
-  Vec dt[kChunk], dtu[kChunk], out[kChunk];
+// One vector block, whose first channel is c, in steps [start, start + steps): dt, dt u, and each(t, u) for the caller.
+template <typename In, typename Lanes, typename Each>
+inline void load_steps(
+    const In& in, int64_t b, int64_t c, Lanes lanes, int64_t start, int steps, Vec* dt, Vec* dtu, Each&& each) {
   const Vec bias = in.delta_bias ? load(in.delta_bias + c, lanes) : Vec{};
-  const Vec skip = in.D ? load(in.D + c, lanes) : Vec{};
   for (int t = 0; t < steps; ++t) {
     // The rows of a range are short and far apart, which hardware prefetchers do not follow.
     const int64_t row = start + t, ahead = std::min(row + kChunk, in.shape.length - 1);
-    __builtin_prefetch(in.u.at(task.b, ahead) + c);
-    __builtin_prefetch(in.delta.at(task.b, ahead) + c);
-    __builtin_prefetch(y.at(task.b, ahead) + c, 1);
-    const Vec raw = load(in.delta.at(task.b, row) + c, lanes) + bias;
-    const Vec u = load(in.u.at(task.b, row) + c, lanes);
+    __builtin_prefetch(row_address(in.u, b, ahead, c));
+    __builtin_prefetch(row_address(in.delta, b, ahead, c));
+    const Vec raw = raw_step(in, bias, b, row, c, lanes);
+    const Vec u = load_row(in.u, b, row, c, lanes);
     dt[t] = in.delta_softplus ? softplus(raw) : raw;
     dtu[t] = dt[t] * u;
-    out[t] = in.D ? skip * u : Vec{};
+    each(t, u);
   }
+}
+
+// Writes the rows y of a vector block in steps [start, start + steps). Output: what store_row takes.
+template <typename In, typename Lanes, typename Output>
+inline void scan_block(
+    const In& in, int64_t b, int64_t c, Lanes lanes, int64_t start, int steps, Block block, FloatRows B, FloatRows C,
+    const Output& y) {
+  Vec dt[kChunk], dtu[kChunk], out[kChunk];
+  const Vec skip = in.D ? load(in.D + c, lanes) : Vec{};
+  load_steps(in, b, c, lanes, start, steps, dt, dtu, [&](int t, Vec u) {
+    __builtin_prefetch(row_address(y, b, std::min(start + t + kChunk, in.shape.length - 1), c), 1);
+    out[t] = in.D ? skip * u : Vec{};
+  });
   for_groups<kMaxGroup>(in.shape.d_state, [&](auto group, int64_t n) {
     scan_group<decltype(group)::value, true>(
         steps, dt, dtu, out, block.decay + n, block.state + n, {B.data + n, B.stride}, {C.data + n, C.stride});
   });
-  for (int t = 0; t < steps; ++t) store(out[t], y.at(task.b, start + t) + c, lanes);
+  for (int t = 0; t < steps; ++t) store_row(out[t], y, b, start + t, c, lanes);
 }
 
-template <typename T>
-void scan_task(const ScanInputs<T>& in, const ScanTask& task, Rows<T> y, float* last_state) {
+// Writes every state of a vector block in steps [start, start + steps) into `all` (batch, length, channels, d_state).
+template <typename In, typename Lanes>
+inline void states_block(
+    const In& in, int64_t b, int64_t c, Lanes lanes, int64_t start, int steps, Block block, FloatRows B, float* all) {
+  Vec dt[kChunk], dtu[kChunk];
+  const int64_t N = in.shape.d_state;
+  load_steps(in, b, c, lanes, start, steps, dt, dtu, [](int, Vec) {});
+  for (int t = 0; t < steps; ++t) {
+    for_groups<kMaxGroup>(N, [&](auto group, int64_t n) {
+      scan_group<decltype(group)::value, false>(
+          1, dt + t, dtu + t, nullptr, block.decay + n, block.state + n, {B.data + t * B.stride + n, 0}, {nullptr, 0});
+    });
+    float* row = all + ((b * in.shape.length + start + t) * in.shape.channels + c) * N;
+    for (int64_t n = 0; n < N; ++n) scatter(block.state[n], row + n, N, lanes);
+  }
+}
+
+// Carries the states of a task from the initial to the last, chunk after chunk of every vector block.
+// chunk(first channel, lanes, start, steps, block, B, C) takes a block on through `steps` steps.
+template <typename Source, typename T, typename State, typename LastState, typename Chunk>
+void carry_states(
+    const ScanOperands<Source, T, State>& in, const ScanTask& task, const LastState& last_state, Chunk&& chunk) {
   const int64_t N = in.shape.d_state;
   const int64_t blocks = ceil_div(task.count, kLanes);
   const Scratch<Vec> block_memory(blocks * 2 * N);
@@ -195,20 +261,34 @@ void scan_task(const ScanInputs<T>& in, const ScanTask& task, Rows<T> y, float* 
     const FloatRows C = float_rows(in.C.at(task.b, start, task.g), in.C.time, steps, N, row_memory.get() + kChunk * N);
     for (int64_t i = 0; i < blocks; ++i)
       with_lanes(lanes_of(i), [&](auto lanes) {
-        scan_block(in, task, task.first + i * kLanes, lanes, start, steps, block_at(i), B, C, y);
+        chunk(task.first + i * kLanes, lanes, start, steps, block_at(i), B, C);
       });
   }
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t c = task.first + i * kLanes;
     for (int64_t n = 0; n < N; ++n)
-      scatter(block_at(i).state[n], last_state + (task.b * in.shape.channels + c) * N + n, N, lanes_of(i));
+      scatter_state(block_at(i).state[n], last_state, in.shape.index(task.b, c, n), N, lanes_of(i));
   }
+}
+
+template <typename In, typename Output, typename LastState>
+void scan_task(const In& in, const ScanTask& task, const Output& y, const LastState& last_state) {
+  carry_states(in, task, last_state, [&](int64_t c, auto lanes, int64_t start, int steps, Block block, FloatRows B,
+                                         FloatRows C) { scan_block(in, task.b, c, lanes, start, steps, block, B, C, y); });
+}
+
+// As scan_task, for every state in the place of y; C is not read.
+template <typename In>
+void states_task(const In& in, const ScanTask& task, float* all, float* last_state) {
+  carry_states(in, task, last_state, [&](int64_t c, auto lanes, int64_t start, int steps, Block block, FloatRows B,
+                                         FloatRows) { states_block(in, task.b, c, lanes, start, steps, block, B, all); });
 }
 
 // A task of a sequence of length 1: states lie in the vector lanes as they do in memory, so nothing is transposed.
 // d_state must be a multiple of kLanes.
-template <typename T>
-void scan_step(const ScanInputs<T>& in, const ScanTask& task, Rows<T> y, float* last_state) {
+template <typename Source, typename T, typename State, typename Output, typename LastState>
+void scan_step(
+    const ScanOperands<Source, T, State>& in, const ScanTask& task, const Output& y, const LastState& last_state) {
   const int64_t N = in.shape.d_state, b = task.b, end = task.first + task.count;
   const T *B = in.B.at(b, 0, task.g), *C = in.C.at(b, 0, task.g);
   for (int64_t c = task.first; c < end; c += kLanes) {
@@ -216,24 +296,25 @@ void scan_step(const ScanInputs<T>& in, const ScanTask& task, Rows<T> y, float* 
     const Vec bias = in.delta_bias ? load(in.delta_bias + c, lanes) : Vec{};
     const Vec raw = raw_step(in, bias, b, 0, c, lanes);
     const Vec dt = in.delta_softplus ? softplus(raw) : raw;
-    const Vec u = load(in.u.at(b, 0) + c, lanes);
+    const Vec u = load_row(in.u, b, 0, c, lanes);
     float exponent[kLanes], dtu[kLanes], sums[kLanes] = {};
     store(dt * kLog2E, exponent);
     store(dt * u, dtu);
     for (int lane = 0; lane < lanes; ++lane) {
-      const int64_t row = (b * in.shape.channels + c + lane) * N;
       Vec total{};
       for (int64_t n = 0; n < N; n += kLanes) {
+        const StateIndex at = in.shape.index(b, c + lane, n);
         Vec h = dtu[lane] * load(B + n);
         if (in.initial_state)
-          h += exp2(exponent[lane] * load(in.A + (c + lane) * N + n)) * load(in.initial_state + row + n);
-        store(h, last_state + row + n);
+          h += exp2(exponent[lane] * load(in.A + at.parameter)) * load_state(in.initial_state, at);
+        store_state(h, last_state, at);
         total += h * load(C + n);
       }
       sums[lane] = sum(total);
     }
-    const Vec out = load(sums) + (in.D ? load(in.D + c, lanes) * u : Vec{});
-    store(out, y.at(b, 0) + c, lanes);
+    Vec out = load(sums);
+    if (in.D) out += load(in.D + c, lanes) * u;
+    store_row(out, y, b, 0, c, lanes);
   }
 }
 

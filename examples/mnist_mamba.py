@@ -1,0 +1,228 @@
+"""Quantizes a trained Mamba that classifies MNIST images as sequences of 784 pixels, recipe by recipe.
+
+FOLDER holds model.safetensors (Linear, Mamba-1 blocks in sequence without residual, mean over time, LayerNorm, Linear;
+upstream parameter names) and one .npz with `images` uint8 (images, 784) and `labels` uint8. The first 512 images
+calibrate, the others evaluate. Everything runs in simulated integers.
+
+Examples:
+
+    python examples/mnist_mamba.py ../shared/golden/mnist-mamba
+
+    python examples/mnist_mamba.py ../shared/golden/mnist-mamba --bits 8 --limit 1000 --json mnist.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy
+import torch
+import typer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import mq_ao
+from mq_ao.ablation.steps import BASELINES, CHAIN, PRODUCTION, canonical, parse_bits, scheme
+from mq_ao.cli.console import bar, check_json, out, write_json
+from mq_ao.models import MambaConfig
+from mq_ao.models.mamba import MambaMixer
+from mq_ao.passes.rotate_dt import RotateDt
+from mq_ao.passes.rotate_out_proj import RotateOutProj
+from mq_ao.passes.smooth_gate import SmoothGate
+from mq_ao.recipes import Recipe, get_recipe
+
+CALIBRATION_IMAGES = 512
+BATCH = 64
+MEAN, DEVIATION = 0.1307, 0.3081
+"""Of MNIST's training pixels, as the model was trained."""
+
+
+class MnistMamba(nn.Module):
+    """The classifier; parameters have their upstream names.
+
+    Args:
+        config: shape of the blocks; its vocabulary is not used.
+        classes: outputs of the classifier.
+    """
+
+    def __init__(self, config: MambaConfig, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.input_proj = nn.Linear(1, config.d_model)
+        self.layers = nn.ModuleList(MambaMixer(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
+        self.classifier = nn.Linear(config.d_model, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, length, 1), normalised -> logits (batch, classes)."""
+        c, batch = self.config, pixels.shape[0]
+        conv_state = pixels.new_zeros(batch, c.d_conv - 1, c.d_inner)
+        ssm_state = pixels.new_zeros(batch, c.d_inner, c.d_state)
+        hidden = self.input_proj(pixels)
+        for layer in self.layers:
+            hidden, _, _ = layer(hidden, conv_state, ssm_state)
+        return self.classifier(self.norm(hidden.mean(1)))
+
+
+def load_model(folder: Path) -> MnistMamba:
+    """Loads FOLDER/model.safetensors, in eval mode; its shapes give the configuration."""
+    weights = load_file(folder / "model.safetensors")
+    d_inner, d_state = weights["layers.0.A_log"].shape
+    classes, d_model = weights["classifier.weight"].shape
+    config = MambaConfig(
+        vocab_size=1,
+        d_model=d_model,
+        n_layer=sum(name.endswith(".A_log") for name in weights),
+        d_state=d_state,
+        d_conv=weights["layers.0.conv1d.weight"].shape[-1],
+        expand=d_inner // d_model,
+        dt_rank=weights["layers.0.dt_proj.weight"].shape[1],
+    )
+    model = MnistMamba(config, classes)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def load_data(folder: Path) -> tuple[Tensor, Tensor]:
+    """The images of FOLDER's .npz file, (images, 784, 1) float32, normalised; and the labels (images,) int64."""
+    (path,) = folder.glob("*.npz")
+    with numpy.load(path) as data:
+        images, labels = torch.from_numpy(data["images"]), torch.from_numpy(data["labels"])
+    return ((images.float() / 255 - MEAN) / DEVIATION)[..., None], labels.long()
+
+
+def calibration_batches(images: Tensor) -> list[tuple[Tensor]]:
+    """The first images, as positional inputs of the model."""
+    return [(batch,) for batch in images[:CALIBRATION_IMAGES].split(BATCH)]
+
+
+@torch.no_grad()
+def log_probabilities(model: Callable[[Tensor], Tensor], images: Tensor) -> Iterator[Tensor]:
+    """Yields log p (batch, classes), batch by batch."""
+    for batch in images.split(BATCH):
+        yield functional.log_softmax(model(batch), dim=-1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a recipe keeps of the float model.
+
+    Attributes:
+        recipe: its name.
+        bits: of the weights.
+        correct: images classified right, of `images`.
+        images: number of images.
+        agreement: share of images with the same class as in float32.
+        divergence: mean KL(float32 || quantized) in nats.
+    """
+
+    recipe: str
+    bits: int
+    correct: int
+    images: int
+    agreement: float
+    divergence: float
+
+
+def measure(
+    model: Callable[[Tensor], Tensor],
+    reference: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    advance: Callable[[int], object] = lambda _: None,
+) -> tuple[int, float, float]:
+    """Images right, agreement with `reference` (log p, (images, classes)), and the mean KL to it in nats."""
+    parts = []
+    for part in log_probabilities(model, images):
+        parts.append(part)
+        advance(len(part))
+    log_q = torch.cat(parts)
+    correct = int((log_q.argmax(-1) == labels).sum())
+    agreement = float((log_q.argmax(-1) == reference.argmax(-1)).double().mean())
+    divergence = functional.kl_div(log_q.double(), reference.double(), reduction="batchmean", log_target=True)
+    return correct, agreement, float(divergence)
+
+
+def static_recipes(bits: int) -> list[Recipe]:
+    """Static ones with scan operands in int8: without rewrites, with METHOD.md section 8's, and with all of them."""
+    everything = scheme(bits)
+    scan = everything.replaced(gate=None)
+    chain = canonical(item for _, added in CHAIN for item in added)
+    return [
+        Recipe("static, scan", scan),
+        Recipe("static S2 R2 R5, scan", scan, canonical((SmoothGate(), RotateDt(), RotateOutProj()))),
+        Recipe("static, every transform, scan", scan, chain),
+        Recipe("static, every transform, scan and gate", everything, chain),
+    ]
+
+
+def recipes(bits: int) -> list[Recipe]:
+    """What is compared, the production recipe last."""
+
+    def named(family: str) -> Recipe:
+        return get_recipe(f"{family}-w{bits}a8")
+
+    return [*map(named, (*BASELINES, "mambaquant-paper")), *static_recipes(bits), named(PRODUCTION)]
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Holds model.safetensors and a .npz.")],
+    bits: Annotated[str, typer.Option(help="Widths of the weights.")] = "8,4",
+    limit: Annotated[int | None, typer.Option(min=1, help="Images to evaluate on; all by default.")] = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
+    ] = None,
+) -> None:
+    """Accuracy, agreement with float32 and mean KL to it, of every recipe."""
+    check_json(json)
+    chosen = [(width, recipe) for width in parse_bits(bits) for recipe in recipes(width)]
+    model = load_model(folder)
+    images, labels = load_data(folder)
+    calibration = calibration_batches(images)
+    images, labels = (part[CALIBRATION_IMAGES:][:limit] for part in (images, labels))
+    results = []
+    with bar("float32", len(labels) * (len(chosen) + 1)) as advance:
+        parts = []
+        for part in log_probabilities(model, images):
+            parts.append(part)
+            advance(len(part))
+        reference = torch.cat(parts)
+        right = int((reference.argmax(-1) == labels).sum())
+        for width, recipe in chosen:
+            advance(0, recipe.name)
+            quantized = mq_ao.quantize(model, calibration, recipe)
+            measured = measure(quantized.converted, reference, images, labels, advance)
+            results.append(Result(recipe.name, width, measured[0], len(labels), *measured[1:]))
+    if json is not None:
+        content = {"images": len(labels), "float32_correct": right, "results": [asdict(result) for result in results]}
+        write_json(json, content)
+    if json != "-":
+        _print(results, right)
+
+
+def _print(results: list[Result], right: int) -> None:
+    from rich.table import Table
+
+    images = results[0].images
+    title = f"float32: {right} of {images} right ({right / images:.4f})"
+    table = Table(title=title, title_justify="left")
+    for name in ("recipe", "right", "accuracy", "points", "agreement", "mean KL, nats"):
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    for result in results:
+        table.add_row(
+            result.recipe,
+            str(result.correct),
+            f"{result.correct / images:.4f}",
+            f"{100 * (result.correct - right) / images:+.2f}",
+            f"{result.agreement:.4f}",
+            f"{result.divergence:.5f}",
+        )
+    out().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

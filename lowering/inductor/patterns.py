@@ -1,0 +1,154 @@
+"""What a converted graph says about quantization: integer operands, their scales, and folded weights."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401  (registers the q/dq operators)
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from mq_ao.graph import walk
+
+qd = torch.ops.quantized_decomposed
+
+DQ_CHANNEL = qd.dequantize_per_channel.default
+DQ_STATIC = qd.dequantize_per_tensor.default
+Q_STATIC = qd.quantize_per_tensor.default
+DQ_AFFINE = torch.ops.torchao.dequantize_affine
+DEQUANTIZE = frozenset({DQ_CHANNEL, DQ_STATIC, DQ_AFFINE})
+UINT8 = (0, 255, torch.uint8)
+_LIMITS = {(-127, 127): 8, (-8, 7): 4}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A float value, or integers with one scale and zero point.
+
+    Attributes:
+        node: the float value, or its uint8 integers.
+        scale: of the integers; 1 for a float value.
+        zero_point: of the integers; 0 for a float value.
+        static: whether these are integers.
+    """
+
+    node: Any
+    scale: float = 1.0
+    zero_point: int = 0
+    static: bool = False
+
+    @classmethod
+    def of(cls, node: Any) -> Operand:
+        """What an operator reads at `node`."""
+        if isinstance(node, Node) and node.target == DQ_STATIC and node.args[3:] == UINT8:
+            return cls(node.args[0], node.args[1], node.args[2], True)  # type: ignore[arg-type]
+        return cls(node)
+
+    @property
+    def arguments(self) -> tuple[Any, float, int]:
+        """As operators take it."""
+        return self.node, self.scale, self.zero_point
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A folded weight, symmetric.
+
+    Attributes:
+        values: (out, ...) int8; within -8..7 for 4 bits.
+        scale: (out,) float32, or (out, groups).
+        bits: 8 or 4.
+        group_size: inputs of a group, or 0 for one scale a channel.
+    """
+
+    values: Tensor
+    scale: Tensor
+    bits: int = 8
+    group_size: int = 0
+
+    @classmethod
+    def of(cls, module: GraphModule, node: object) -> Weight | None:
+        """The weight behind a dequantize node, or None if `node` is not one of a folded symmetric weight."""
+        if not isinstance(node, Node) or node.target not in (DQ_CHANNEL, DQ_AFFINE):
+            return None
+        group_size = 0
+        args: tuple[Any, ...] = node.args
+        if node.target == DQ_CHANNEL:
+            values, scale, zero_point, axis, *limits = args
+            fits = axis == 0
+        else:
+            values, block, scale, zero_point, dtype, *limits = args
+            fits = len(block) == 2 and block[0] == 1 and dtype == torch.int8
+            group_size = int(block[-1])
+        constants = all(isinstance(arg, Node) and arg.op == "get_attr" for arg in (values, scale, zero_point))
+        bits = _LIMITS.get(tuple(limits[:2]), 8 if node.target == DQ_CHANNEL else None)
+        if not constants or not fits or bits is None:
+            return None
+        tensors = [attribute(module, arg) for arg in (values, scale, zero_point)]
+        if tensors[0].dtype != torch.int8 or tensors[2].any():
+            return None
+        return cls(tensors[0], tensors[1].float(), bits, group_size)
+
+    def rows(self, start: int, stop: int) -> Weight:
+        """Output channels start..stop."""
+        return Weight(self.values[start:stop], self.scale[start:stop], self.bits, self.group_size)
+
+
+def is_dequantized(node: object) -> bool:
+    """Whether `node` is a dequantize node, of any kind."""
+    return isinstance(node, Node) and node.target in DEQUANTIZE
+
+
+def per_token_source(node: object) -> Node | None:
+    """The float value that `node` dequantizes, if it was quantized as `mq_ao::quantize_per_token` does it."""
+    if not isinstance(node, Node) or node.target != DQ_AFFINE:
+        return None
+    args: tuple[Any, ...] = node.args
+    quantize, block, scale, _, *limits = args
+    choose = scale.args[0] if isinstance(scale, Node) and scale.op == "call_function" else None
+    symmetric = isinstance(choose, Node) and len(choose.args) > 1 and choose.args[1] == "SYMMETRIC"
+    if not symmetric or not set(block[:-1]) <= {1} or limits[:3] != [torch.int8, -127, 127]:
+        return None
+    return quantize.args[0]
+
+
+def requantize(value: Node) -> Node | None:
+    """The one static quantize that is all that reads `value`, or None."""
+    user = only_user(value)
+    return user if user is not None and user.target == Q_STATIC and user.args[3:] == UINT8 else None
+
+
+def only_user(node: Node) -> Node | None:
+    """The only reader of `node`, or None."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def attribute(module: GraphModule, node: object) -> Tensor:
+    """Tensor of a get_attr node."""
+    assert isinstance(node, Node) and isinstance(node.target, str)
+    return operator.attrgetter(node.target)(module).detach()
+
+
+def arguments(node: Node, count: int) -> list[Any]:
+    """Positional arguments, padded with None."""
+    assert not node.kwargs, f"{node.name} has keyword arguments"
+    return [*node.args, *[None] * (count - len(node.args))]
+
+
+def merge_dequantize(module: GraphModule) -> None:
+    """Makes all readers of the same integers share one dequantize node; `convert_pt2e` gives each its own."""
+    seen: dict[tuple[Any, ...], Node] = {}
+    for node in walk.calls(module, {DQ_STATIC}):
+        first = seen.setdefault((node.target, *node.args), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            module.graph.erase_node(node)
+
+
+def simulated_nodes(module: GraphModule) -> list[str]:
+    """Names of the nodes of a lowered graph that still read dequantized values: they run in float."""
+    readers = (user for node in walk.calls(module, DEQUANTIZE) for user in node.users)
+    return sorted({reader.name for reader in readers})

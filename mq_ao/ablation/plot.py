@@ -1,0 +1,89 @@
+"""The metric and the divergence against the steps, one line a width of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mq_ao.ablation.run import Row
+from mq_ao.ablation.steps import Group
+from mq_ao.errors import MqAoError
+from mq_ao.files import replacing
+
+SUFFIXES = (".png", ".svg")
+_COLOURS = {8: "#0072b2", 4: "#d55e00"}  # apart for every kind of colour vision
+_MARKERS = {8: "o", 4: "s"}
+_SMALLEST = 1e-9
+"""Where a divergence of zero is drawn on the log axis."""
+
+
+def check_plot(path: Path) -> None:
+    """Checks the name of a plot before long work.
+
+    Raises:
+        MqAoError: no PNG or SVG.
+    """
+    if path.suffix not in SUFFIXES:
+        raise MqAoError(f"{path} must end in {' or '.join(SUFFIXES)}.")
+
+
+def save_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
+    """Draws rows and saves them as PNG or SVG, by the suffix.
+
+    Args:
+        rows: of `ablate`; hollow markers are transforms by themselves.
+        metric: name of the metric.
+        path: file to write.
+
+    Raises:
+        MqAoError: the suffix is neither, or the file cannot be written.
+    """
+    check_plot(path)
+    shown = [row for row in rows if row.group is not Group.ALONE]
+    places = {place: index for index, place in enumerate(dict.fromkeys((row.group, row.name) for row in shown))}
+    figure = Figure(figsize=(max(7.0, 0.55 * len(places) + 2), 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _draw(upper, rows, places, lambda row: 100 * row.measured.change)
+    upper.set_ylabel(f"{metric} against float, %")
+    upper.axhline(0, color="0.6", linewidth=0.8)
+    # The best steps lie within a hundredth of a percent, the baselines may be far off.
+    upper.set_yscale("symlog", linthresh=1)
+    _draw(lower, rows, places, lambda row: max(row.measured.divergence, _SMALLEST))
+    lower.set_ylabel("mean KL to float, nats")
+    lower.set_yscale("log")
+    lower.set_xticks(range(len(places)), [name for _, name in places], rotation=45, ha="right", rotation_mode="anchor")
+    upper.legend(frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+
+
+def _draw(
+    axes: Axes, rows: Sequence[Row], places: Mapping[tuple[Group, str], int], value: Callable[[Row], float]
+) -> None:
+    for bits in dict.fromkeys(row.bits for row in rows):
+        ours = [row for row in rows if row.bits == bits]
+        colour, marker = _COLOURS[bits], _MARKERS[bits]
+        for group in (Group.BASELINE, Group.CHAIN, Group.STATE):
+            points = [(places[group, row.name], value(row)) for row in ours if row.group is group]
+            label = f"W{bits}A8" if group is Group.CHAIN else None
+            # Only the chain's neighbours differ by one transform; elsewhere a line would say too much.
+            line = "-" if group is Group.CHAIN else "none"
+            axes.plot(*_columns(points), color=colour, marker=marker, linestyle=line, label=label)
+        alone = [(places[Group.CHAIN, row.name], value(row)) for row in ours if row.group is Group.ALONE]
+        label = f"W{bits}A8, that transform alone"
+        axes.plot(*_columns(alone), color=colour, marker=marker, markerfacecolor="none", linestyle="none", label=label)
+    for group in (Group.CHAIN, Group.STATE):
+        first = min((place for (other, _), place in places.items() if other is group), default=0)
+        if first:
+            axes.axvline(first - 0.5, color="0.8", linewidth=0.8)
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

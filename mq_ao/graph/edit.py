@@ -1,0 +1,123 @@
+"""Reading and replacing the constants of a graph, and adding nodes that carry the metadata torch.export gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.graph_module import _get_attr
+from torch.utils._pytree import tree_map_only
+
+
+def is_constant(node: object) -> bool:
+    """Whether a value depends on parameters and buffers alone."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "get_attr":
+        return True
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
+
+
+def constant(module: GraphModule, node: Node) -> Tensor:
+    """Value of a node that `is_constant`, detached: perhaps the parameter itself, not to be written to."""
+    if node.op == "get_attr":
+        value: Tensor = _get_attr(module, str(node.target))
+        return value.detach()
+    args, kwargs = tree_map_only(Node, lambda arg: constant(module, arg), (node.args, node.kwargs))
+    assert callable(node.target)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def operand(module: GraphModule, user: Node, index: int) -> Tensor | None:
+    """A copy of constant operand `index` of `user` in float64, or None where there is no tensor."""
+    node = user.args[index] if index < len(user.args) else None
+    return constant(module, node).to(torch.float64, copy=True) if isinstance(node, Node) else None
+
+
+def set_operand(module: GraphModule, user: Node, index: int, value: Tensor) -> None:
+    """Gives `user` a parameter of its own for operand `index`, in the dtype of what it replaces.
+
+    The old parameter stays as it is, for whoever else reads it: tied weights come apart.
+    """
+    old = user.args[index] if index < len(user.args) else None
+    dtype = constant(module, old).dtype if isinstance(old, Node) else _dtype(user)
+    name = new_name(module, f"{user.name}_operand{index}")
+    with module.graph.inserting_before(user):
+        node = get_attr(module, name, value.to(dtype).contiguous(), like=user)
+    args = [*user.args, *[None] * (index + 1 - len(user.args))]
+    args[index] = node
+    user.args = tuple(args)
+    if isinstance(old, Node):
+        drop_unused(module, old)
+
+
+def readers(node: Node) -> list[Node]:
+    """Everything that reads the same parameter as the constant `node`, through whatever is computed from it alone."""
+    if node.op != "get_attr":
+        return [user for inner in node.all_input_nodes for user in readers(inner)]
+    same = [other for other in node.graph.find_nodes(op="get_attr") if other.target == node.target]
+    found: list[Node] = []
+    while same:
+        for user in same.pop().users:
+            (same if is_constant(user) else found).append(user)
+    return found
+
+
+def get_attr(module: GraphModule, name: str, value: Tensor, like: Node) -> Node:
+    """Registers `value` as a parameter and returns a get_attr node for it, at the graph's insertion point."""
+    module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+    node = module.graph.get_attr(name)
+    node.meta["val"] = _fake_mode(like).from_tensor(value)
+    return node
+
+
+def call(module: GraphModule, target: Any, args: tuple[Any, ...], like: Node) -> Node:
+    """A call_function node at the graph's insertion point, with `meta["val"]` and the module path of `like`."""
+    node = module.graph.call_function(target, args)
+    values = tree_map_only(Node, lambda arg: arg.meta["val"], args)
+    with _fake_mode(like):
+        node.meta["val"] = target(*values)
+    for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    return node
+
+
+def channels(node: Node) -> int:
+    """Size of the last axis of a node's value."""
+    return int(node.meta["val"].shape[-1])
+
+
+def drop_unused(module: GraphModule, node: Node) -> None:
+    """Removes a constant node that nobody reads any more, and what only it read, with their parameters."""
+    if node.users:
+        return
+    inputs, target, is_attribute = node.all_input_nodes, node.target, node.op == "get_attr"
+    module.graph.erase_node(node)
+    if is_attribute and not any(other.target == target for other in module.graph.find_nodes(op="get_attr")):
+        owner, _, leaf = str(target).rpartition(".")
+        delattr(module.get_submodule(owner), leaf)
+    for item in inputs:
+        drop_unused(module, item)
+
+
+def new_name(module: GraphModule, name: str) -> str:
+    """`name`, or `name` with a number where the module has an attribute of that name."""
+    taken, candidate, count = set(dict(module.named_parameters(remove_duplicate=False))), name, 0
+    while candidate in taken or hasattr(module, candidate):
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
+
+
+def _dtype(user: Node) -> torch.dtype:
+    value = user.meta["val"]
+    return (value[0] if isinstance(value, list | tuple) else value).dtype
+
+
+def _fake_mode(like: Node) -> Any:
+    value = like.meta["val"]
+    return (value[0] if isinstance(value, list | tuple) else value).fake_mode

@@ -1,0 +1,211 @@
+"""Residual-stream analysis: who writes and who reads values that share one set of channels (DESIGN.md, decision 4).
+
+An orthogonal rotation of the channels is a change of basis that no norm without weight sees. It is legal only if
+everything that writes into the stream and everything that reads from it is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from mq_ao.graph import walk
+from mq_ao.graph.block import Block
+from mq_ao.graph.edit import channels, is_constant
+
+aten = walk.aten
+
+NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
+
+SELECTING = frozenset(
+    {
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.dropout.default,
+        aten.index_select.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.to.device,
+        aten.to.dtype,
+        aten._to_copy.default,
+    }
+)
+"""Operators that hand on some or all rows of their input."""
+
+_BY_CHANNEL = frozenset(
+    {
+        aten.add.Tensor,
+        aten.add_.Tensor,
+        aten.alias.default,
+        aten.cat.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.dropout.default,
+        aten.expand.default,
+        aten.flip.default,
+        aten.gather.default,
+        aten.index.Tensor,
+        aten.index_select.default,
+        aten.mean.dim,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.dim,
+        aten.sub.Tensor,
+        aten.sum.dim_IntList,
+        aten.to.device,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+        aten.unsqueeze.default,
+    }
+)
+"""Operators that are linear and treat every channel alike, if the last axis keeps its size and is not what they act
+on."""
+
+
+@dataclass
+class Stream:
+    """Values that share one set of channels.
+
+    Attributes:
+        width: number of channels.
+        writers: linears and embeddings whose outputs are in the stream.
+        constants: (node, argument index) of parameters that are added or concatenated, such as position embeddings.
+        norms: norms that read the stream; their outputs are in it too.
+        readers: linears whose inputs are in the stream.
+        problem: why the stream cannot be rotated, or None.
+    """
+
+    width: int
+    writers: list[Node] = field(default_factory=list)
+    constants: list[tuple[Node, int]] = field(default_factory=list)
+    norms: list[Node] = field(default_factory=list)
+    readers: list[Node] = field(default_factory=list)
+    problem: str | None = None
+    _values: dict[Node, None] = field(default_factory=dict, repr=False)
+
+    @property
+    def inputs(self) -> list[Node]:
+        """The values that the readers read, each once."""
+        return list(dict.fromkeys(walk.argument(reader, 0) for reader in self.readers))
+
+    @property
+    def name(self) -> str:
+        """How reports call it: its first writer and the number of its readers."""
+        writer = self.writers[0] if self.writers else None
+        where = (walk.module_path(writer) or writer.name) if writer is not None else "inputs"
+        return f"stream of {where}"
+
+
+def streams(module: GraphModule, blocks: Iterable[Block]) -> list[Stream]:
+    """The streams that feed the blocks' in_proj or that their out_proj writes into, each once, in graph order."""
+    found: list[Stream] = []
+    seeds = [value for block in blocks for value in (walk.argument(block.in_proj, 0), block.out_proj)]
+    for seed in seeds:
+        if not any(seed in stream._values for stream in found):
+            stream = Stream(channels(seed))
+            _grow(stream, seed)
+            found.append(stream)
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    for stream in found:
+        for nodes in (stream.writers, stream.norms, stream.readers):
+            nodes.sort(key=order.__getitem__)
+    return found
+
+
+def _grow(stream: Stream, seed: Node) -> None:
+    pending = [seed]
+    while pending and stream.problem is None:
+        value = pending.pop()
+        if value in stream._values:
+            continue
+        stream._values[value] = None
+        pending += _backward(stream, value)
+        for user in value.users:
+            pending += _forward(stream, value, user)
+
+
+def _end(stream: Stream, node: Node, why: str) -> list[Node]:
+    path = walk.module_path(node)
+    stream.problem = f"the walk along the residual stream ended at {node.name}{f' in {path}' if path else ''}: {why}"
+    return []
+
+
+def _backward(stream: Stream, value: Node) -> list[Node]:
+    """What `value` is made of, as far as it lies in the stream."""
+    if value.target in walk.LINEAR | {aten.embedding.default}:
+        stream.writers.append(value)
+        return []
+    if value.target in NORM:
+        if list(value.args[1]) != [stream.width]:  # type: ignore[arg-type]
+            return _end(stream, value, "it normalises over more than the channels")
+        stream.norms.append(value)
+        return [walk.argument(value, 0)]
+    if value.target in _BY_CHANNEL:
+        return _operands(stream, value)
+    return _end(stream, value, f"{value.target if value.op == 'call_function' else value.op} is not understood")
+
+
+def _operands(stream: Stream, value: Node) -> list[Node]:
+    inside = []
+    operands = list(walk.inputs(value))
+    if value.target in (aten.index.Tensor, aten.index_select.default, aten.gather.default):
+        operands = operands[:1]
+    for operand in operands:
+        if channels(operand) != stream.width:
+            return _end(stream, value, f"it combines {channels(operand)} with {stream.width} channels")
+        if is_constant(operand):
+            if operand not in value.args:
+                return _end(stream, value, "it joins a constant that lies in a list")
+            stream.constants.append((value, value.args.index(operand)))
+        else:
+            inside.append(operand)
+    if any(isinstance(arg, int | float) for arg in value.args[:2]) and value.target in (
+        aten.add.Tensor,
+        aten.sub.Tensor,
+    ):
+        return _end(stream, value, "it adds a number to every channel")
+    return inside
+
+
+def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
+    """What `user` makes of `value`, as far as it lies in the stream."""
+    if user in stream._values:
+        return []
+    if user.target in walk.LINEAR and user.args[0] is value:
+        if user not in stream.readers:
+            stream.readers.append(user)
+        return []
+    if user.target in NORM and user.args[0] is value:
+        return [user]
+    if user.op == "output":
+        return _end(stream, value, "it is an output of the graph")
+    if user.target in _BY_CHANNEL:
+        if not keeps_channels(user, stream.width):
+            return _end(stream, user, "it does not keep the channels in place")
+        return [user]
+    return _end(stream, user, f"{user.target} is not understood")
+
+
+def keeps_channels(user: Node, width: int) -> bool:
+    """Whether the last axis of `user` is that of its input."""
+    value, source = user.meta["val"], user.all_input_nodes[0].meta["val"]
+    if value.dim() == 0 or value.shape[-1] != width:
+        return False
+    axes: list[int] = []
+    if user.target in (aten.mean.dim, aten.sum.dim_IntList, aten.flip.default):
+        axes = list(user.args[1])  # type: ignore[arg-type]
+    elif user.target in (aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.cat.default):
+        axes = [user.args[1] if len(user.args) > 1 else 0]  # type: ignore[list-item]
+    elif user.target in (aten.index_select.default, aten.gather.default):
+        axes = [user.args[1]]  # type: ignore[list-item]
+    elif user.target == aten.unsqueeze.default:
+        return user.args[1] not in (-1, value.dim() - 1)
+    elif user.target == aten.index.Tensor:
+        return len(user.args[1]) < source.dim()  # type: ignore[arg-type]
+    return all(axis not in (-1, source.dim() - 1) for axis in axes)

@@ -1,0 +1,71 @@
+"""`mq_ao::hadamard`: the online rotation, by a fast Walsh-Hadamard transform (METHOD.md section 4).
+
+y = (x * scale) @ hadamard_matrix.matrix(n)   over the last axis, of size n.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mq_ao.ops import hadamard_matrix, library
+from mq_ao.ops.library import require
+
+
+def check_order(x: Tensor) -> int:
+    """The size of the last axis of `x`, for which there is a Hadamard matrix; raises MqAoError otherwise."""
+    require(x.dim() >= 1, "a Hadamard rotation takes x of shape (..., n), not a scalar.")
+    n = int(x.shape[-1])
+    require(n > 0, "a Hadamard rotation needs at least one value in a row, but the last axis of x is empty.")
+    hadamard_matrix.factor(n)
+    return n
+
+
+def _check(x: Tensor, scale: Tensor | None) -> None:
+    require(x.is_floating_point(), f"hadamard: x must be floating point, it is {x.dtype}.")
+    n = check_order(x)
+    if scale is not None:
+        require(
+            scale.is_floating_point() and scale.dim() == 1 and scale.shape[0] == n,
+            f"hadamard: scale must be a floating point vector of {n} values, not {scale.dtype} {tuple(scale.shape)}.",
+        )
+
+
+def _fake(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    _check(x, scale)
+    return x.new_empty(x.shape)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """`x @ matrix(n)` as a dense product in float64, rounded to the dtype of `x` (..., n); contiguous."""
+    matrix = hadamard_matrix.matrix(x.shape[-1]).to(x.device)
+    return (x.to(torch.float64) @ matrix).to(x.dtype).contiguous()
+
+
+def _reference(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    _check(x, scale)
+    if scale is None:
+        return rotate(x)
+    return rotate(x.to(torch.float64) * scale).to(x.dtype)
+
+
+library.define("hadamard", "(Tensor x, Tensor? scale=None) -> Tensor", fake=_fake, reference=_reference)
+
+
+def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Rotates the last axis of `x` by the orthonormal Hadamard matrix of its size.
+
+    The native kernel, for float32 and bfloat16, computes in float32 with O(n log n) additions a row; results do not
+    depend on the number of threads. Other dtypes are dense products in float64.
+
+    Args:
+        x: (..., n), floating point; n as `hadamard_matrix.factor` takes it.
+        scale: (n,), floating point, multiplied to `x` first; or None.
+
+    Returns:
+        (..., n), contiguous, of the dtype of `x`.
+
+    Raises:
+        MqAoError: no Hadamard matrix of order n is known, or a dtype or a shape is not as above.
+    """
+    return torch.ops.mq_ao.hadamard(x, scale)

@@ -1,0 +1,78 @@
+// The gate of a Mamba block, with rotation and quantization, row by row: the portable core, without torch types.
+//
+//   x = y * z * sigmoid(s * z),   x <- x @ matrix(n) if rotated,   q = quantized x
+// A row stays in the first-level cache from the gate to the integers.
+#pragma once
+
+#include "hadamard.h"
+#include "qgemm.h"
+
+namespace mq_ao::gate {
+
+inline Vec widen(qgemm::ByteVec bytes) {
+#if defined(MQ_AO_AVX512)
+  return __builtin_convertvector(bit_cast<IntVec>(_mm512_cvtepu8_epi32(bit_cast<__m128i>(bytes))), Vec);
+#else
+  // By way of 16 bits: GCC 12 takes a direct conversion of bytes to 32 bits apart into scalars.
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, HalfVec), IntVec), Vec);
+#endif
+}
+
+// Rows of n adjacent values, `stride` apart: float, or uint8_t that stands for (q - zero_point) * scale.
+template <typename T>
+struct Operand {
+  const T* data;
+  int64_t stride;
+  float scale, zero_point;
+
+  template <typename Count>
+  Vec at(int64_t row, int64_t i, Count lanes) const {
+    const T* p = data + row * stride + i;
+    if constexpr (std::is_same_v<T, float>) {
+      return load(p, lanes);
+    } else {
+      qgemm::ByteVec bytes{};
+      std::memcpy(&bytes, p, size_t(int(lanes)));
+      return (widen(bytes) - zero_point) * scale;
+    }
+  }
+};
+
+template <typename Y, typename Z>
+struct Gate {
+  Operand<Y> y;
+  Operand<Z> z;
+  const float* s;  // (n), or null for ones
+  int64_t n;
+  const hadamard::Plan* plan;  // null: not rotated
+
+  int64_t work_size() const { return plan ? plan->work_size() : 0; }
+
+  // One row of what is quantized.
+  void run(int64_t row, float* x, float* work) const {
+    for_vectors(n, [&](int64_t i, auto lanes) {
+      const Vec v = z.at(row, i, lanes), smooth = s ? v * load(s + i, lanes) : v;
+      store(y.at(row, i, lanes) * (v / (1.0f + exp(-smooth))), x + i, lanes);
+    });
+    if (plan) hadamard::rotate(*plan, x, work);
+  }
+};
+
+// One row by one scale for all.
+inline void quantize_row(const float* x, int64_t n, const qgemm::Requantizer& requantize, uint8_t* q) {
+  for_vectors(n, [&](int64_t i, auto lanes) {
+    const auto bytes = requantize(load(x + i, lanes));
+    std::memcpy(q + i, &bytes, size_t(int(lanes)));
+  });
+}
+
+// One row by its own scale, which is returned. `spare` has padded_inputs(n) bytes.
+inline float quantize_token(const float* x, int64_t n, uint8_t* spare, uint8_t* q) {
+  // The quantizer of linear layers pads its rows, which here would reach into the next one.
+  if (qgemm::padded_inputs(n) == n) return qgemm::quantize_token(x, n, q);
+  const float scale = qgemm::quantize_token(x, n, spare);
+  std::memcpy(q, spare, size_t(n));
+  return scale;
+}
+
+}  // namespace mq_ao::gate

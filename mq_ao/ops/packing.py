@@ -1,0 +1,167 @@
+"""`mq_ao::qlinear_prepack` and `mq_ao::qlinear_unpack`: 8-bit and 4-bit weights as the linear kernels read them.
+
+One packed copy serves `qlinear`, `qlinear_per_token` and `wlinear`, for one row (decode) and for many (prefill).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mq_ao.ops import library
+from mq_ao.ops.library import require
+
+_PANEL = 64
+_LANE = 16
+_MAX_INPUTS = 65536
+_RANGES = {8: (-128, 127), 4: (-8, 7)}
+
+
+def _padded(n: int, k: int, bits: int) -> tuple[int, int]:
+    unit = _LANE * 8 // bits
+    return (n + unit - 1) // unit * unit, (k + 3) // 4 * 4
+
+
+def group_count(k: int, group_size: int) -> int:
+    """Number of groups of `group_size` inputs, of which the last may be shorter; 0 is one group of all."""
+    return (k + group_size - 1) // group_size if group_size else 1
+
+
+def packed_bytes(n: int, k: int, bits: int = 8, group_size: int = 0) -> int:
+    """Size in bytes of the packed weights of a layer with `n` outputs and `k` inputs."""
+    padded_n, padded_k = _padded(n, k, bits)
+    return padded_n * padded_k * bits // 8 + padded_n * 4 * group_count(k, group_size)
+
+
+def _check_layout(n: int, k: int, bits: int, group_size: int) -> None:
+    require(
+        n >= 1 and 1 <= k <= _MAX_INPUTS,
+        f"a quantized linear layer has 1 to {_MAX_INPUTS} inputs and at least 1 output, not {k} and {n}.",
+    )
+    require(bits in _RANGES, f"weights of a quantized linear layer have 8 or 4 bits, not {bits}.")
+    require(
+        group_size >= 0 and group_size % 4 == 0,
+        f"group_size must be a multiple of 4, or 0 for one scale for each output, not {group_size}.",
+    )
+
+
+def _check_weight(weight: Tensor, bits: int, group_size: int) -> None:
+    require(
+        weight.dim() == 2 and weight.dtype == torch.int8,
+        f"qlinear_prepack takes an int8 weight of shape (outputs, inputs), not {weight.dtype} {tuple(weight.shape)}.",
+    )
+    _check_layout(weight.shape[0], weight.shape[1], bits, group_size)
+
+
+def _check_packed(packed: Tensor, n: int, k: int, bits: int, group_size: int) -> None:
+    _check_layout(n, k, bits, group_size)
+    size = packed_bytes(n, k, bits, group_size)
+    require(
+        packed.dtype == torch.int8 and packed.is_contiguous() and packed.numel() == size,
+        f"packed weights of {n} outputs, {k} inputs, {bits} bits and group_size {group_size} are {size} contiguous "
+        f"int8 bytes, not {packed.numel()} of {packed.dtype}: make them with qlinear_prepack.",
+    )
+
+
+def _check_vector(vector: Tensor, n: int, name: str) -> None:
+    require(
+        vector.dtype == torch.float32 and tuple(vector.shape) == (n,) and vector.is_contiguous(),
+        f"{name} must be a contiguous float32 vector of {n} values, not {vector.dtype} {tuple(vector.shape)}.",
+    )
+
+
+def check_linear(
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> int:
+    """Raises MqAoError unless the operands all linear operators share fit each other; returns the outputs."""
+    require(x.dim() >= 1, "a quantized linear layer takes x of shape (..., inputs), not a scalar.")
+    require(weight_scale.dim() >= 1, "weight_scale must have a value for each output, it is a scalar.")
+    n, k = weight_scale.shape[0], x.shape[-1]
+    _check_packed(packed, n, k, bits, group_size)
+    if group_size:
+        groups = group_count(k, group_size)
+        require(
+            weight_scale.dtype == torch.float32 and tuple(weight_scale.shape) == (n, groups),
+            f"weight_scale must be float32 ({n}, {groups}) with group_size {group_size}, not {weight_scale.dtype} "
+            f"{tuple(weight_scale.shape)}.",
+        )
+    else:
+        _check_vector(weight_scale, n, "weight_scale")
+    if bias is not None:
+        _check_vector(bias, n, "bias")
+    return n
+
+
+def _prepack_reference(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
+    _check_weight(weight, bits, group_size)
+    low, high = _RANGES[bits]
+    require(
+        bool((weight >= low).all() and (weight <= high).all()),
+        f"weights of {bits} bits lie in {low}..{high}, not in {weight.min()}..{weight.max()}.",
+    )
+    n, k = weight.shape
+    padded_n, padded_k = _padded(n, k, bits)
+    padded = torch.nn.functional.pad(weight, (0, padded_k - k, 0, padded_n - n))
+    # (inputs / 4, width, 4) of each panel.
+    panels = [panel.reshape(len(panel), -1, 4).transpose(0, 1) for panel in padded.split(_PANEL)]
+    if bits == 4:
+        pairs = [panel.reshape(padded_k // 4, -1, 2, _LANE, 4) for panel in panels]
+        panels = [pair[:, :, 0] & 15 | pair[:, :, 1] << 4 for pair in pairs]
+    sums = [group.sum(1, dtype=torch.int32) for group in padded.split(group_size or padded_k, 1)]
+    return torch.cat([*(panel.reshape(-1) for panel in panels), *(each.view(torch.int8) for each in sums)])
+
+
+def _prepack_fake(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
+    _check_weight(weight, bits, group_size)
+    return weight.new_empty(packed_bytes(weight.shape[0], weight.shape[1], bits, group_size))
+
+
+def unpack_reference(packed: Tensor, n: int, k: int, bits: int = 8, group_size: int = 0) -> Tensor:
+    """Returns the int8 weight (n, k) that was packed."""
+    _check_packed(packed, n, k, bits, group_size)
+    padded_n, padded_k = _padded(n, k, bits)
+    panels = packed[: padded_n * padded_k * bits // 8].split(_PANEL * padded_k * bits // 8)
+    quads = [panel.reshape(padded_k // 4, -1, 4) for panel in panels]
+    if bits == 4:
+        pairs = [quad.reshape(padded_k // 4, -1, 1, _LANE, 4) for quad in quads]
+        # Left shifts drop the other half of the byte, right shifts extend the sign.
+        quads = [torch.cat((p << 4 >> 4, p >> 4), 2).reshape(padded_k // 4, -1, 4) for p in pairs]
+    return torch.cat([quad.transpose(0, 1).reshape(-1, padded_k) for quad in quads])[:n, :k].contiguous()
+
+
+def _unpack_fake(packed: Tensor, n: int, k: int, bits: int = 8, group_size: int = 0) -> Tensor:
+    _check_packed(packed, n, k, bits, group_size)
+    return packed.new_empty(n, k)
+
+
+library.define(
+    "qlinear_prepack",
+    "(Tensor weight, int bits=8, int group_size=0) -> Tensor",
+    fake=_prepack_fake,
+    reference=_prepack_reference,
+)
+library.define(
+    "qlinear_unpack",
+    "(Tensor packed, int n, int k, int bits=8, int group_size=0) -> Tensor",
+    fake=_unpack_fake,
+    reference=unpack_reference,
+)
+
+
+def prepack(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
+    """Packs int8 weights (outputs, inputs) for `qlinear`, `qlinear_per_token` and `wlinear`.
+
+    Args:
+        weight: int8 (N, K), within -8..7 for 4 bits.
+        bits: 8 or 4, the bits that a packed weight takes.
+        group_size: inputs that share a scale, a multiple of 4; 0: all. The operators must be given the same.
+
+    Returns:
+        int8 (`packed_bytes(N, K, bits, group_size)`,): panels of 64 outputs, then the int32 sum of every group's
+        weights, laid out as qgemm_layout.h says.
+
+    Raises:
+        MqAoError: `weight` is not int8, not 2-D, empty, has more than 65536 inputs or values out of range, or
+            `bits` or `group_size` is none of the above.
+    """
+    return torch.ops.mq_ao.qlinear_prepack(weight, bits, group_size)

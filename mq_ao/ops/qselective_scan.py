@@ -1,0 +1,216 @@
+"""`mq_ao::qselective_scan`: the recurrence of `mq_ao::selective_scan` on 8-bit operands (METHOD.md section 5).
+
+Operands, outputs and the carried state are read and written as integers; softplus, exponential and recurrence are
+float32. Step sizes are quantized before the softplus, never after it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mq_ao.ops import library
+from mq_ao.ops.library import require
+from mq_ao.ops.qcausal_conv1d import check_output, requantize
+from mq_ao.ops.selective_scan import _check, selective_scan
+
+_LARGEST_STEP = 127
+_Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
+
+
+def _dequantize(name: str, q: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Operand `name` as float32."""
+    require(
+        q.dtype in (torch.uint8, torch.float32),
+        f"qselective_scan: {name} must be uint8 or float32, it is {q.dtype}.",
+    )
+    if q.dtype == torch.float32:
+        return q
+    require(scale > 0, f"qselective_scan: {name}_scale must be positive, it is {scale}.")
+    require(0 <= zero_point <= 255, f"qselective_scan: {name}_zero_point must lie in 0..255, it is {zero_point}.")
+    return (q.to(torch.float32) - zero_point) * scale
+
+
+def _check_state(A: Tensor, initial_state: Tensor | None, state_scale: Tensor | None) -> None:
+    if state_scale is not None:
+        require(
+            state_scale.dtype == torch.float32 and state_scale.dim() == 2,
+            f"qselective_scan: state_scale must be float32 (channels, d_state), it is {state_scale.dtype} "
+            f"{tuple(state_scale.shape)}.",
+        )
+        for size, wanted in zip(state_scale.shape, A.shape, strict=True):
+            require(
+                size == wanted,
+                f"qselective_scan: state_scale must have A's shape {tuple(A.shape)}, it has "
+                f"{tuple(state_scale.shape)}.",
+            )
+    if initial_state is not None:
+        good = initial_state.is_floating_point() if state_scale is None else initial_state.dtype == torch.int8
+        require(
+            good,
+            "qselective_scan: initial_state must be int8 with state_scale and floating point without, it is "
+            f"{initial_state.dtype}.",
+        )
+
+
+def _float_operands(
+    u: _Grid,
+    delta: _Grid,
+    A: Tensor,
+    B: _Grid,
+    C: _Grid,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    state_scale: Tensor | None,
+    out_scale: float | None,
+    out_zero_point: int,
+) -> list[Tensor]:
+    """u, delta, B and C as float32; raises MqAoError on operands that do not fit together."""
+    floats = [_dequantize(*named) for named in (("u", *u), ("delta", *delta), ("B", *B), ("C", *C))]
+    check_output("qselective_scan", out_scale, out_zero_point)
+    x, dt, b, c = floats
+    _check(x, dt, A, b, c, D, delta_bias, initial_state)
+    _check_state(A, initial_state, state_scale)
+    return floats
+
+
+def quantize_state(state: Tensor, state_scale: Tensor) -> Tensor:
+    """Rounds states as `qselective_scan` carries them.
+
+    Args:
+        state: (batch, channels, d_state) floating point.
+        state_scale: (channels, d_state) float32, positive: the step of each state.
+
+    Returns:
+        int8 of the same shape, `round_half_even(state / state_scale)` within -127..127; 0 for NaN.
+    """
+    steps = torch.round(state / state_scale).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+    return steps.nan_to_num(0.0).to(torch.int8)
+
+
+def qselective_scan(
+    u: Tensor,
+    u_scale: float,
+    u_zero_point: int,
+    delta: Tensor,
+    delta_scale: float,
+    delta_zero_point: int,
+    A: Tensor,
+    B: Tensor,
+    B_scale: float,
+    B_zero_point: int,
+    C: Tensor,
+    C_scale: float,
+    C_zero_point: int,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    state_scale: Tensor | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Reference: `selective_scan` of the dequantized operands, then rounding.
+
+    Each of u, delta, B and C is uint8, of value `(q - zero_point) * scale` in float32, or float32, when its scale and
+    zero point are not looked at. Zero points lie in 0..255.
+
+    Args:
+        u: (batch, length, channels).
+        u_scale, u_zero_point: grid of u; the following operands' likewise.
+        delta: like u, step sizes before bias and softplus.
+        delta_scale, delta_zero_point: grid of delta.
+        A: (channels, d_state), negative real, float32.
+        B: (batch, length, d_state), or (batch, length, groups, d_state) where channel c reads group
+            `c // (channels // groups)`.
+        B_scale, B_zero_point: grid of B.
+        C: shaped like B.
+        C_scale, C_zero_point: grid of C.
+        D: (channels,), the skip connection; it multiplies the dequantized u.
+        delta_bias: (channels,), added to delta before the softplus.
+        delta_softplus: whether softplus is applied to delta.
+        initial_state: (batch, channels, d_state), zeros if None: int8, of value `q * state_scale`, with `state_scale`;
+            floating point without.
+        state_scale: (channels, d_state) float32, positive: the step of each carried state. None for float32 states.
+        out_scale: None for float32 output; else y is rounded as by `quantized_decomposed.quantize_per_tensor`.
+        out_zero_point: within 0..255.
+
+    Returns:
+        y (batch, length, channels), float32, or uint8 with `out_scale`; and the state after the last step (batch,
+        channels, d_state), float32, or int8 with `state_scale`. Both contiguous.
+
+    Raises:
+        MqAoError: types, shapes or grids do not fit together, or the length is 0.
+    """
+    x, dt, b, c = _float_operands(
+        (u, u_scale, u_zero_point),
+        (delta, delta_scale, delta_zero_point),
+        A,
+        (B, B_scale, B_zero_point),
+        (C, C_scale, C_zero_point),
+        D,
+        delta_bias,
+        initial_state,
+        state_scale,
+        out_scale,
+        out_zero_point,
+    )
+    state = initial_state
+    if initial_state is not None and state_scale is not None:
+        state = initial_state * state_scale
+    y, last_state = selective_scan(x, dt, A.to(torch.float32), b, c, D, delta_bias, delta_softplus, state)
+    if state_scale is not None:
+        last_state = quantize_state(last_state, state_scale)
+    return requantize(y, out_scale, out_zero_point), last_state
+
+
+def _fake(
+    u: Tensor,
+    u_scale: float,
+    u_zero_point: int,
+    delta: Tensor,
+    delta_scale: float,
+    delta_zero_point: int,
+    A: Tensor,
+    B: Tensor,
+    B_scale: float,
+    B_zero_point: int,
+    C: Tensor,
+    C_scale: float,
+    C_zero_point: int,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    state_scale: Tensor | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+) -> tuple[Tensor, Tensor]:
+    _float_operands(
+        (u, u_scale, u_zero_point),
+        (delta, delta_scale, delta_zero_point),
+        A,
+        (B, B_scale, B_zero_point),
+        (C, C_scale, C_zero_point),
+        D,
+        delta_bias,
+        initial_state,
+        state_scale,
+        out_scale,
+        out_zero_point,
+    )
+    y = u.new_empty(u.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
+    state_dtype = torch.float32 if state_scale is None else torch.int8
+    return y, u.new_empty((u.shape[0], *A.shape), dtype=state_dtype)
+
+
+library.define(
+    "qselective_scan",
+    "(Tensor u, float u_scale, int u_zero_point, Tensor delta, float delta_scale, int delta_zero_point, Tensor A, "
+    "Tensor B, float B_scale, int B_zero_point, Tensor C, float C_scale, int C_zero_point, Tensor? D=None, "
+    "Tensor? delta_bias=None, bool delta_softplus=False, Tensor? initial_state=None, Tensor? state_scale=None, "
+    "float? out_scale=None, int out_zero_point=0) -> (Tensor y, Tensor last_state)",
+    fake=_fake,
+    reference=qselective_scan,
+)

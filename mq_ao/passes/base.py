@@ -1,0 +1,201 @@
+"""What a pass is: an exact rewrite of a float graph and of the statistics that were taken on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from mq_ao.errors import MqAoError
+from mq_ao.graph import Block, Match, edit, match, walk
+from mq_ao.graph.residual import Stream, streams
+from mq_ao.graph.rows import Rows
+from mq_ao.passes.statistics import ChannelStatistics, Request
+
+
+class Status(StrEnum):
+    """What became of a pass at one place."""
+
+    APPLIED = "applied"
+    LEFT_OUT = "left out"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What one pass did at one place.
+
+    Attributes:
+        name: the pass.
+        step: its name in METHOD.md, such as R1, or "".
+        where: the module or stream it was applied to.
+        status: applied, or left out.
+        detail: figures, or the reason.
+    """
+
+    name: str
+    step: str
+    where: str
+    status: Status
+    detail: str = ""
+
+    def __str__(self) -> str:
+        step = f" ({self.step})" if self.step else ""
+        return f"{self.name}{step} {self.status} at {self.where}" + (f": {self.detail}" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Channel variances at one place.
+
+    Attributes:
+        where: module or stream.
+        before: (channels,) before the rotation.
+        hadamard: (channels,) after a Hadamard rotation alone.
+        after: (channels,) after the rotation that was applied.
+    """
+
+    where: str
+    before: Tensor
+    hadamard: Tensor
+    after: Tensor
+
+
+@dataclass
+class Rewrite:
+    """A float graph while passes rewrite it.
+
+    Attributes:
+        module: the graph; passes edit it in place.
+        statistics: of the values of the graph as it is now, by node name.
+        transforms: what was done so far.
+        profiles: channel variances before and after rotations.
+    """
+
+    module: GraphModule
+    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
+    transforms: list[Transform] = field(default_factory=list)
+    profiles: list[Profile] = field(default_factory=list)
+
+    @property
+    def match(self) -> Match:
+        """The blocks of the graph as it is now."""
+        return match(self.module)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Shorthand for `match.blocks`."""
+        return self.match.blocks
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The residual streams of the graph as it is now."""
+        return streams(self.module, self.blocks)
+
+    def of(self, node: Node) -> ChannelStatistics:
+        """Statistics of a node's value.
+
+        Raises:
+            MqAoError: none were collected.
+        """
+        if node.name not in self.statistics:
+            raise MqAoError(f"no statistics of {node.name}: collect what the passes' `requests` ask for.")
+        return self.statistics[node.name]
+
+    def weight(self, linear: Node) -> Tensor:
+        """A copy of the weight of a linear or convolution in float64."""
+        weight = edit.operand(self.module, linear, 1)
+        assert weight is not None
+        return weight
+
+    def set_weight(self, linear: Node, weight: Tensor) -> None:
+        """Replaces the weight of a linear or convolution; a tied weight becomes its own."""
+        self.set_parameter(linear, 1, weight)
+
+    def set_parameter(self, user: Node, index: int, value: Tensor) -> None:
+        """Replaces a constant operand; where others read it too, notes that each now has its own."""
+        others = [reader.name for reader in edit.readers(walk.argument(user, index)) if reader is not user]
+        if others:
+            size = value.numel() * 4 / 1e6
+            detail = f"shared with {', '.join(others)} before, now each has its own: {size:.1f} MB more in float32"
+            where = walk.module_path(user) or user.name
+            self.transforms.append(Transform("untie", "", where, Status.APPLIED, detail))
+        edit.set_operand(self.module, user, index, value)
+
+    def bias(self, linear: Node) -> Tensor | None:
+        """A copy of the bias of a linear or convolution in float64, or None."""
+        return edit.operand(self.module, linear, 2)
+
+    def set_bias(self, linear: Node, bias: Tensor) -> None:
+        """Replaces or adds the bias of a linear or convolution."""
+        edit.set_operand(self.module, linear, 2, bias)
+
+    def scale_rows(self, rows: Rows, factor: Tensor) -> None:
+        """Multiplies output channels of a linear, bias included."""
+        weight = self.weight(rows.linear)
+        weight[rows.slice] *= factor[:, None]
+        self.set_weight(rows.linear, weight)
+        bias = self.bias(rows.linear)
+        if bias is not None:
+            bias[rows.slice] *= factor
+            self.set_bias(rows.linear, bias)
+
+    def scale_columns(self, linear: Node, factor: Tensor) -> None:
+        """Multiplies input channels of a linear."""
+        self.set_weight(linear, self.weight(linear) * factor)
+
+    def rotate_rows(self, rows: Rows, rotation: Tensor) -> None:
+        """Output channels y become y @ rotation."""
+        weight = self.weight(rows.linear)
+        weight[rows.slice] = rotation.T @ weight[rows.slice]
+        self.set_weight(rows.linear, weight)
+        bias = self.bias(rows.linear)
+        if bias is not None:
+            bias[rows.slice] = bias[rows.slice] @ rotation
+            self.set_bias(rows.linear, bias)
+
+    def rotate_columns(self, linear: Node, rotation: Tensor) -> None:
+        """The linear takes inputs x @ rotation instead of x."""
+        self.set_weight(linear, self.weight(linear) @ rotation)
+
+    def update(self, node: Node, statistics: ChannelStatistics) -> None:
+        """Replaces the statistics of a value that was rewritten."""
+        self.statistics[node.name] = statistics
+
+
+@dataclass(frozen=True)
+class Pass:
+    """An exact rewrite. Subclasses are frozen dataclasses whose fields are the pass's options.
+
+    Attributes:
+        name: how recipes call it.
+        step: its name in METHOD.md, or "".
+        run_time: whether it leaves an operation at run time.
+    """
+
+    name: ClassVar[str]
+    step: ClassVar[str] = ""
+    run_time: ClassVar[bool] = False
+
+    def requests(self, rewrite: Rewrite) -> Iterable[Request]:
+        """The statistics it needs of the float graph."""
+        return ()
+
+    def apply(self, rewrite: Rewrite) -> None:
+        """Rewrites the graph and its statistics in place.
+
+        Raises:
+            MqAoError: the pass was applied before, where a second application would not be exact or idempotent.
+        """
+        raise NotImplementedError
+
+    def note(self, rewrite: Rewrite, where: str, detail: str = "") -> None:
+        """Records an application."""
+        rewrite.transforms.append(Transform(self.name, self.step, where, Status.APPLIED, detail))
+
+    def leave_out(self, rewrite: Rewrite, where: str, reason: str) -> None:
+        """Records a place that was left as it is."""
+        rewrite.transforms.append(Transform(self.name, self.step, where, Status.LEFT_OUT, reason))

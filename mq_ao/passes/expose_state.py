@@ -1,0 +1,47 @@
+"""Takes the product h C out of the scan, so that it can be rotated and quantized (recipe `mambaquant-paper`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from mq_ao.graph import Block, edit, walk
+from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.probe import states_arguments
+
+aten = walk.aten
+
+
+@dataclass(frozen=True)
+class ExposeState(Pass):
+    """y = (h C).sum(-1) + D u as nodes, over `mq_ao::scan_states`. For reference arithmetic: every h is in memory."""
+
+    name = "expose_state"
+    run_time = True
+
+    def apply(self, rewrite: Rewrite) -> None:
+        """Exposes every block's h C."""
+        for block in rewrite.blocks:
+            _expose(rewrite, block)
+            self.note(rewrite, block.name)
+
+
+def _expose(rewrite: Rewrite, block: Block) -> None:
+    module, scan = rewrite.module, block.scan
+    skip = scan.args[5] if len(scan.args) > 5 else None
+
+    def call(target: object, *args: object) -> Node:
+        return edit.call(module, target, args, like=scan)
+
+    with module.graph.inserting_before(scan):
+        states = call(torch.ops.mq_ao.scan_states.default, *states_arguments(scan))
+        h, last = call(walk.getitem, states, 0), call(walk.getitem, states, 1)
+        product = call(aten.mul.Tensor, h, call(aten.unsqueeze.default, block.c, 2))
+        through = call(aten.mul.Tensor, scan.args[0], skip) if skip is not None else 0.0
+        y = call(aten.add.Tensor, call(aten.sum.dim_IntList, product, [-1]), through)
+    for output in list(scan.users):
+        output.replace_all_uses_with(last if output.args[1] == 1 else y)
+        module.graph.erase_node(output)
+    module.graph.erase_node(scan)

@@ -1,0 +1,89 @@
+"""Folds the weight of norms into the linears that read them, and LayerNorm into RMSNorm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from mq_ao.graph import edit, walk
+from mq_ao.graph.residual import SELECTING, Stream
+from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.norms import norms, readers_of
+from mq_ao.passes.rotate_residual import change_basis
+
+aten = walk.aten
+
+
+@dataclass(frozen=True)
+class FoldNorm(Pass):
+    """W_in <- W_in gamma, b_in += W_in beta; LayerNorm becomes RMSNorm where its mean can go (METHOD.md section 1).
+
+    The mean subtraction goes into every writer of the residual stream, if the stream is read through LayerNorms alone.
+    """
+
+    name = "fold_norm"
+
+    def apply(self, rewrite: Rewrite) -> None:
+        """Folds every norm that only linears read."""
+        for norm in norms(rewrite.module):
+            readers = readers_of(norm)
+            if isinstance(readers, str):
+                self.leave_out(rewrite, norm.name, readers)
+            else:
+                self._fold(rewrite, norm, readers)
+        for stream in rewrite.streams:
+            if any(norm.target == aten.layer_norm.default for norm in stream.norms):
+                self._centre(rewrite, stream)
+
+    def _fold(self, rewrite: Rewrite, norm: Node, readers: list[Node]) -> None:
+        gamma, beta = (edit.operand(rewrite.module, norm, index) for index in (2, 3))
+        if norm.target == aten.rms_norm.default:
+            beta = None
+        if gamma is None and beta is None:
+            return
+        for reader in readers:
+            weight = rewrite.weight(reader)
+            if beta is not None:
+                bias = rewrite.bias(reader)
+                rewrite.set_bias(reader, weight @ beta if bias is None else bias + weight @ beta)
+            if gamma is not None:
+                rewrite.set_weight(reader, weight * gamma)
+        old = [arg for arg in norm.args[2 : 4 if norm.target == aten.layer_norm.default else 3] if arg is not None]
+        if norm.target == aten.layer_norm.default:
+            norm.args = (*norm.args[:2], None, None, *norm.args[4:])
+        else:
+            norm.args = (*norm.args[:2], None, *norm.args[3:])
+        for node in old:
+            edit.drop_unused(rewrite.module, node)  # type: ignore[arg-type]
+        self.note(rewrite, walk.module_path(norm) or norm.name, f"into {', '.join(reader.name for reader in readers)}")
+
+    def _centre(self, rewrite: Rewrite, stream: Stream) -> None:
+        reason = stream.problem or _uncentred(stream)
+        if reason is not None:
+            self.leave_out(rewrite, stream.name, f"LayerNorm stays: {reason}")
+            return
+        centring = torch.eye(stream.width, dtype=torch.float64) - 1 / stream.width
+        change_basis(rewrite, stream, centring)
+        for norm in stream.norms:
+            eps = norm.args[4] if len(norm.args) > 4 else 1e-5
+            with rewrite.module.graph.inserting_before(norm):
+                args = (norm.args[0], norm.args[1], None, eps)
+                new = edit.call(rewrite.module, aten.rms_norm.default, args, like=norm)
+            norm.replace_all_uses_with(new)
+            rewrite.module.graph.erase_node(norm)
+        self.note(rewrite, stream.name, "LayerNorm became RMSNorm, the writers write zero means")
+
+
+def _uncentred(stream: Stream) -> str | None:
+    for norm in stream.norms:
+        if norm.target != aten.layer_norm.default:
+            return f"{norm.name} reads the same stream and is not a LayerNorm"
+        if any(arg is not None for arg in norm.args[2:4]):
+            return f"the weight of {norm.name} could not be folded"
+    for node in stream.inputs:
+        through = SELECTING | {aten.mean.dim, aten.flip.default}
+        if walk.upstream(node, through=through) not in stream.norms:
+            return f"{node.name} is read without a norm"
+    return None

@@ -1,0 +1,32 @@
+"""What reads a norm."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from mq_ao.graph import walk
+from mq_ao.graph.edit import channels
+from mq_ao.graph.residual import NORM, SELECTING, keeps_channels
+
+_AVERAGING = frozenset({walk.aten.mean.dim, walk.aten.flip.default})
+"""With these over other axes than the channels, weight and bias of a norm may still be applied afterwards."""
+
+
+def norms(module: GraphModule) -> list[Node]:
+    """RMSNorm and LayerNorm nodes over the last axis, in graph order."""
+    return [node for node in walk.calls(module, NORM) if len(node.args[1]) == 1]  # type: ignore[arg-type]
+
+
+def readers_of(norm: Node) -> list[Node] | str:
+    """The linears that read the norm's output, perhaps in part; or the reason why something else does."""
+    readers: dict[Node, None] = {}
+    pending = [norm]
+    while pending:
+        for reader in walk.downstream(pending.pop(), through=SELECTING):
+            if reader.target in walk.LINEAR:
+                readers[reader] = None
+            elif reader.target in _AVERAGING and keeps_channels(reader, channels(norm)):
+                pending.append(reader)
+            else:
+                return f"{norm.name} is also read by {reader.name}, which is not a linear"
+    return list(readers)

@@ -1,0 +1,42 @@
+"""A copy of a float graph that also computes what passes ask about, but the graph itself does not hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from mq_ao.graph import edit, walk
+
+_SUFFIX = "_states"
+
+
+def states_name(scan: Node) -> str:
+    """Name of the node with all states h (batch, length, channels, d_state) of a scan in the probe."""
+    return scan.name + _SUFFIX
+
+
+def with_states(module: GraphModule, names: Iterable[str]) -> GraphModule:
+    """The graph with a `scan_states` node beside every scan whose states are among `names`; weights are shared."""
+    wanted = set(names)
+    scans = [scan for scan in walk.calls(module, walk.SCAN) if states_name(scan) in wanted]
+    if not scans:
+        return module
+    probe = GraphModule(module, copy.deepcopy(module.graph))
+    for scan in [node for node in walk.calls(probe, walk.SCAN) if states_name(node) in wanted]:
+        with probe.graph.inserting_after(scan):
+            states = edit.call(probe, torch.ops.mq_ao.scan_states.default, states_arguments(scan), like=scan)
+        with probe.graph.inserting_after(states):
+            h = probe.graph.call_function(walk.getitem, (states, 0))
+        h.name = states_name(scan)
+    probe.recompile()
+    return probe
+
+
+def states_arguments(scan: Node) -> tuple[object, ...]:
+    """Arguments of `scan_states` that equal a `selective_scan` node's."""
+    arguments: list[object] = [*scan.args, *[None] * (9 - len(scan.args))]
+    u, delta, a, b, _, _, bias, softplus, state = arguments
+    return u, delta, a, b, bias, bool(softplus), state

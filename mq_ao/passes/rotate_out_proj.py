@@ -1,0 +1,37 @@
+"""R2: rotates out_proj's input at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mq_ao.errors import MqAoError
+from mq_ao.graph import edit
+from mq_ao.ops import hadamard_matrix
+from mq_ao.passes.base import Pass, Rewrite
+
+
+@dataclass(frozen=True)
+class RotateOutProj(Pass):
+    """x_o <- x_o H, W_o <- W_o H, with a fast transform at run time (METHOD.md section 4, R2)."""
+
+    name = "rotate_out_proj"
+    step = "R2"
+    run_time = True
+
+    def apply(self, rewrite: Rewrite) -> None:
+        """Rotates every block's out_proj input; a width without a Hadamard matrix is left as it is."""
+        module = rewrite.module
+        for block in rewrite.blocks:
+            x = block.out_input
+            try:
+                matrix = hadamard_matrix.matrix(edit.channels(x))
+            except MqAoError as error:
+                self.leave_out(rewrite, block.name, str(error))
+                continue
+            with module.graph.inserting_before(block.out_proj):
+                rotated = edit.call(module, torch.ops.mq_ao.hadamard.default, (x,), like=block.out_proj)
+            block.out_proj.replace_input_with(x, rotated)
+            rewrite.rotate_columns(block.out_proj, matrix)
+            self.note(rewrite, block.name, f"fast transform of {len(matrix)} channels")

@@ -1,0 +1,85 @@
+"""R1: rotates the residual stream, offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+
+from torch import Tensor
+
+from mq_ao.errors import MqAoError
+from mq_ao.graph import edit, walk
+from mq_ao.graph.residual import Stream
+from mq_ao.graph.rows import Rows
+from mq_ao.passes.base import Pass, Profile, Rewrite
+from mq_ao.passes.klt import Basis, random_hadamard, rotation, variances
+from mq_ao.passes.rotate_dt import ratios
+from mq_ao.passes.statistics import ChannelStatistics, Request
+
+
+@dataclass(frozen=True)
+class RotateResidual(Pass):
+    """Writers of the stream are multiplied by R, readers by R^T, one D x D matrix a stream (METHOD.md section 3, R1).
+
+    It needs norms without weight: fold them first. A stream that the analysis cannot follow is left as it is.
+
+    Attributes:
+        basis: KLT-enhanced, or Hadamard alone.
+    """
+
+    name = "rotate_residual"
+    step = "R1"
+
+    basis: Basis = Basis.KLT
+
+    def requests(self, rewrite: Rewrite) -> Iterable[Request]:
+        """Covariances of everything that is read from the streams."""
+        for stream in rewrite.streams:
+            if stream.problem is None:
+                yield from (Request(node.name, covariance=True) for node in stream.inputs)
+
+    def apply(self, rewrite: Rewrite) -> None:
+        """Rotates every stream."""
+        for stream in rewrite.streams:
+            reason = stream.problem or _weighted_norm(stream)
+            if reason is not None:
+                self.leave_out(rewrite, stream.name, reason)
+                continue
+            pooled = reduce(ChannelStatistics.merged, (rewrite.of(node) for node in stream.inputs))
+            try:
+                matrix, what = rotation(pooled, self.basis, stream.name)
+            except MqAoError as error:
+                self.leave_out(rewrite, stream.name, str(error))
+                continue
+            covariance = pooled.covariance()
+            after, alone = variances(covariance, matrix), variances(covariance, random_hadamard(len(matrix)))
+            rewrite.profiles.append(Profile(stream.name, covariance.diagonal(), alone, after))
+            change_basis(rewrite, stream, matrix)
+            for reader in stream.readers:
+                rewrite.rotate_columns(reader, matrix)
+            for node in stream.inputs:
+                rewrite.update(node, rewrite.of(node).rotated(matrix))
+            self.note(rewrite, stream.name, f"{what}; {ratios(covariance.diagonal(), alone, after)}")
+
+
+def change_basis(rewrite: Rewrite, stream: Stream, matrix: Tensor) -> None:
+    """Multiplies everything that writes into a stream by `matrix`."""
+    for writer in stream.writers:
+        if writer.target in walk.LINEAR:
+            rewrite.rotate_rows(Rows(writer, 0, stream.width), matrix)
+            continue
+        table = edit.constant(rewrite.module, walk.argument(writer, 0)).double()
+        rewrite.set_parameter(writer, 0, table @ matrix)
+    for node, index in stream.constants:
+        value = edit.constant(rewrite.module, walk.argument(node, index)).double()
+        rewrite.set_parameter(node, index, value @ matrix)
+
+
+def _weighted_norm(stream: Stream) -> str | None:
+    for norm in stream.norms:
+        if norm.target == walk.aten.layer_norm.default:
+            return f"{norm.name} is a LayerNorm, whose mean is not a rotation's: fold it with fold_norm first"
+        if len(norm.args) > 2 and norm.args[2] is not None:
+            return f"{norm.name} has a weight: fold it with fold_norm first"
+    return None

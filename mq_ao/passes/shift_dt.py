@@ -1,0 +1,63 @@
+"""The mid-range shift of dt_proj's input (reduce_mean)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mq_ao.graph import edit
+from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.statistics import ChannelStatistics, Request
+
+_DELTA_BIAS = 6
+
+
+@dataclass(frozen=True)
+class ShiftDt(Pass):
+    """The mid-range m of dt_proj's input moves into biases: -m in x_proj, + m W_up^T at dt (METHOD.md section 2)."""
+
+    name = "shift_dt"
+
+    def requests(self, rewrite: Rewrite) -> Iterable[Request]:
+        """Ranges of dt_proj's inputs."""
+        return [Request(block.dt.name) for block in rewrite.blocks]
+
+    def apply(self, rewrite: Rewrite) -> None:
+        """Centres every block's dt_proj input."""
+        for block in rewrite.blocks:
+            d, rows = block.dt, block.dt_rows
+            statistics = rewrite.of(d)
+            low, high = statistics.extremes
+            middle = (low + high) / 2
+            bias = rewrite.bias(rows.linear)
+            if bias is None:
+                bias = torch.zeros(rewrite.weight(rows.linear).shape[0], dtype=torch.float64)
+            bias[rows.slice] -= middle
+            rewrite.set_bias(rows.linear, bias)
+            moved = rewrite.weight(block.dt_proj) @ middle
+            old = edit.operand(rewrite.module, block.scan, _DELTA_BIAS)
+            edit.set_operand(rewrite.module, block.scan, _DELTA_BIAS, moved if old is None else old + moved)
+            rewrite.update(d, shifted(statistics, -middle))
+            self.note(rewrite, block.name, f"shifts up to {middle.abs().max():.3g}")
+
+
+def shifted(statistics: ChannelStatistics, by: Tensor) -> ChannelStatistics:
+    """Statistics of x + by; the histogram of |x| is not known then."""
+    low, high = statistics.extremes
+    count, total = statistics.count, statistics.total
+    moments = statistics.moments
+    if moments is not None:
+        cross = torch.outer(total, by)
+        moments = moments + cross + cross.T + count * torch.outer(by, by)
+    return replace(
+        statistics,
+        low=low + by,
+        high=high + by,
+        total=total + count * by,
+        squares=statistics.squares + 2 * by * total + count * by.square(),
+        moments=moments,
+        histogram=None,
+    )

@@ -1,0 +1,78 @@
+"""S2: smooths out_proj's input through the gate, whose SiLU becomes S-SiLU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mq_ao.errors import MqAoError
+from mq_ao.graph import Block, edit, walk
+from mq_ao.graph.gate import Gate
+from mq_ao.graph.rows import rows_of
+from mq_ao.passes.balance import balance, describe
+from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.statistics import Request
+
+aten = walk.aten
+
+
+@dataclass(frozen=True)
+class SmoothGate(Pass):
+    """W_g <- diag(1/s) W_g, W_o <- W_o diag(s), gate = S-SiLU(z, s) = z sigmoid(s z) (METHOD.md section 2, S2).
+
+    Attributes:
+        alpha: share of the activation in the balance.
+    """
+
+    name = "smooth_gate"
+    step = "S2"
+    run_time = True
+
+    alpha: float = 0.5
+
+    def requests(self, rewrite: Rewrite) -> Iterable[Request]:
+        """Magnitudes of out_proj's inputs."""
+        return [Request(block.out_input.name) for block in rewrite.blocks]
+
+    def apply(self, rewrite: Rewrite) -> None:
+        """Balances every block's out_proj input against out_proj."""
+        for block in rewrite.blocks:
+            if block.gate is None:
+                self.leave_out(rewrite, block.name, "the block has no gate to scale")
+                continue
+            x = block.out_input
+            scales = balance(rewrite.of(x).maximum, rewrite.weight(block.out_proj).abs().amax(0), self.alpha)
+            scale_gate(rewrite, block, block.gate, 1 / scales)
+            rewrite.scale_columns(block.out_proj, scales)
+            rewrite.update(x, rewrite.of(x).scaled(1 / scales))
+            self.note(rewrite, block.name, describe(scales))
+
+
+def scale_gate(rewrite: Rewrite, block: Block, gate: Gate, factor: Tensor) -> None:
+    """Multiplies the gate, and so out_proj's input, by a positive `factor` (d_inner,): in z's rows and in S-SiLU.
+
+    Raises:
+        MqAoError: out_proj's input is rotated already, so that its channels are no longer the gate's.
+    """
+    if walk.upstream(block.out_input).target in walk.HADAMARD:
+        raise MqAoError("out_proj's input cannot be scaled through the gate once it is rotated: scale it first.")
+    rewrite.scale_rows(rows_of(gate.z), factor)
+    _scale_sigmoid(rewrite, gate, 1 / factor)
+
+
+def _scale_sigmoid(rewrite: Rewrite, gate: Gate, factor: Tensor) -> None:
+    module, end = rewrite.module, walk.upstream(gate.activated)
+    if gate.scale is not None:
+        inner = walk.argument(walk.argument(end, 1), 0)
+        edit.set_operand(module, inner, 1, edit.constant(module, gate.scale).double() * factor)
+        return
+    with module.graph.inserting_before(end):
+        dtype = gate.z.meta["val"].dtype
+        scale = edit.get_attr(module, edit.new_name(module, f"{end.name}_scale"), factor.to(dtype), like=end)
+        scaled = edit.call(module, aten.mul.Tensor, (gate.z, scale), like=end)
+        sigmoid = edit.call(module, aten.sigmoid.default, (scaled,), like=end)
+        activated = edit.call(module, aten.mul.Tensor, (gate.z, sigmoid), like=end)
+    end.replace_all_uses_with(activated)
+    module.graph.erase_node(end)

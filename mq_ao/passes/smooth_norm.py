@@ -1,0 +1,49 @@
+"""SmoothQuant's own step: smooths in_proj's input through the norm's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from mq_ao.graph import edit
+from mq_ao.passes.balance import balance, describe
+from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.norms import norms, readers_of
+from mq_ao.passes.statistics import Request
+
+
+@dataclass(frozen=True)
+class SmoothNorm(Pass):
+    """gamma <- gamma / s, W_in <- W_in diag(s) (SmoothQuant, section 4).
+
+    It is for recipes without R1, which needs norms without weight.
+
+    Attributes:
+        alpha: share of the activation in the balance.
+    """
+
+    name = "smooth_norm"
+
+    alpha: float = 0.5
+
+    def requests(self, rewrite: Rewrite) -> Iterable[Request]:
+        """Magnitudes of the norms' outputs."""
+        return [Request(norm.name) for norm in norms(rewrite.module)]
+
+    def apply(self, rewrite: Rewrite) -> None:
+        """Balances every norm's output against the linears that read it."""
+        for norm in norms(rewrite.module):
+            readers = readers_of(norm)
+            weight = edit.operand(rewrite.module, norm, 2)
+            if isinstance(readers, str) or weight is None:
+                self.leave_out(rewrite, norm.name, readers if isinstance(readers, str) else "the norm has no weight")
+                continue
+            largest = torch.stack([rewrite.weight(reader).abs().amax(0) for reader in readers]).amax(0)
+            scales = balance(rewrite.of(norm).maximum, largest, self.alpha)
+            edit.set_operand(rewrite.module, norm, 2, weight / scales)
+            for reader in readers:
+                rewrite.scale_columns(reader, scales)
+            rewrite.update(norm, rewrite.of(norm).scaled(1 / scales))
+            self.note(rewrite, norm.name, describe(scales))

@@ -1,0 +1,16 @@
+"""The HTML report of a quantization: a plain data model, rendered to one self-contained page."""
+
+from __future__ import annotations
+
+from mq_ao.report.data import NodeQuality, PageData, RangeRow, Size, VarianceProfile
+from mq_ao.report.page import render, write
+
+__all__ = [
+    "NodeQuality",
+    "PageData",
+    "RangeRow",
+    "Size",
+    "VarianceProfile",
+    "render",
+    "write",
+]

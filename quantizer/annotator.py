@@ -1,0 +1,77 @@
+"""Writing pt2e annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import Node
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpecBase, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from mq_ao.graph import Role
+from mq_ao.quantizer.observers import activation_spec, weight_spec
+from mq_ao.quantizer.specs import Activation, Range, RoleSpec
+from mq_ao.quantizer.weights import QuantizedWeight
+
+
+class Annotator:
+    """Annotates the nodes of one graph; what several nodes read statically is quantized once.
+
+    Args:
+        planned: weights that are integers already, by node.
+    """
+
+    def __init__(self, planned: Mapping[Node, QuantizedWeight]) -> None:
+        self._planned = planned
+        self._edges: dict[tuple[Node, Range], tuple[Node, Node]] = {}
+
+    def layer(self, role: Role, node: Node, spec: RoleSpec) -> None:
+        """Annotates weight and input of a layer."""
+        x, weight = layer_operands(role, node)
+        qspecs: dict[Node, QuantizationSpecBase | None] = {weight: weight_spec(self._planned.get(node))}
+        if spec.activation is not Activation.NONE:
+            qspecs[x] = self._input(x, node, spec)
+        self._write(node, qspecs)
+
+    def inputs(self, node: Node, operands: tuple[Node, ...], spec: RoleSpec) -> None:
+        """Annotates operands of a node without weights."""
+        qspecs = {operand: self._input(operand, node, spec) for operand in operands if operand in node.all_input_nodes}
+        self._write(node, qspecs)
+        for operand in operands:
+            # z is read by the activation, not by the multiplication itself.
+            for user in operand.users if operand not in qspecs else ():
+                self._write(user, {operand: self._input(operand, user, spec)})
+
+    def describe(self, node: Node, spec: RoleSpec) -> str:
+        """The spec in words, with what was planned otherwise."""
+        planned = self._planned.get(node)
+        if spec.group_size is None or planned is None or planned.group_size is not None:
+            return str(spec)
+        inputs = planned.values.shape[1]
+        return f"{spec}; per channel, since {inputs} inputs are no multiple of {spec.group_size}"
+
+    def _input(self, value: Node, user: Node, spec: RoleSpec) -> QuantizationSpecBase | None:
+        if spec.activation is not Activation.STATIC:
+            return activation_spec(spec)
+        first = self._edges.setdefault((value, spec.range), (value, user))
+        return activation_spec(spec) if first == (value, user) else SharedQuantizationSpec(first)
+
+    def _write(self, node: Node, qspecs: dict[Node, QuantizationSpecBase | None]) -> None:
+        node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=qspecs, _annotated=True)
+
+
+def layer_operands(role: Role, node: Node) -> tuple[Node, Node]:
+    """(input, weight) of a layer."""
+    order = (1, 0) if role is Role.EMBEDDING else (0, 1)
+    x, weight = (node.args[index] for index in order)
+    assert isinstance(x, Node) and isinstance(weight, Node)
+    return x, weight
+
+
+def carries(role: Role, node: Node, spec: RoleSpec) -> bool:
+    """Whether a layer's annotation is still there, for all of its operands."""
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    if annotation is None or not annotation._annotated:
+        return False
+    wanted = 1 if spec.activation is Activation.NONE else 2
+    return len(set(annotation.input_qspec_map) & set(node.all_input_nodes)) == wanted
