@@ -33,6 +33,7 @@ from mq_ao.models.mamba import MambaMixer
 from mq_ao.passes.rotate_dt import RotateDt
 from mq_ao.passes.rotate_out_proj import RotateOutProj
 from mq_ao.passes.smooth_gate import SmoothGate
+from mq_ao.quantizer import RoleSpec
 from mq_ao.recipes import Recipe, get_recipe
 
 CALIBRATION_IMAGES = 512
@@ -149,14 +150,14 @@ def measure(
 
 def static_recipes(bits: int) -> list[Recipe]:
     """Static ones with scan operands in int8: without rewrites, with METHOD.md section 8's, and with all of them."""
-    everything = scheme(bits)
-    scan = everything.replaced(gate=None)
+    scan = scheme(bits)
     chain = canonical(item for _, added in CHAIN for item in added)
     return [
         Recipe("static, scan", scan),
         Recipe("static S2 R2 R5, scan", scan, canonical((SmoothGate(), RotateDt(), RotateOutProj()))),
         Recipe("static, every transform, scan", scan, chain),
-        Recipe("static, every transform, scan and gate", everything, chain),
+        Recipe("static, every transform, scan and gate", scan.replaced(gate=RoleSpec()), chain),
+        get_recipe(f"mambaquant-static-w{bits}a8"),
     ]
 
 

@@ -17,12 +17,15 @@ from mq_ao import passes
 from mq_ao.calibrate import calibrate, check_weights
 from mq_ao.capture import export
 from mq_ao.errors import MqAoError
+from mq_ao.files import check_output
 from mq_ao.graph import match
 from mq_ao.lowering import inductor
+from mq_ao.memory import release
 from mq_ao.models import MambaLM
 from mq_ao.quantizer import MambaQuantizer, QuantizationReport
 from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe, get_recipe
+from mq_ao.report import build, sizes
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class Report:
         transforms: what the rewrites did, and where they were left out.
         quantization: the quantizer's decisions.
         batches: number of calibration batches.
+        tokens: number of calibration tokens, or 0 where the inputs are no token ids.
     """
 
     recipe: Recipe
@@ -44,6 +48,7 @@ class Report:
     transforms: tuple[passes.Transform, ...]
     quantization: QuantizationReport
     batches: int
+    tokens: int = 0
 
     def __str__(self) -> str:
         left_out = [str(item) for item in self.transforms if item.status is passes.Status.LEFT_OUT]
@@ -60,15 +65,32 @@ class QuantizedProgram:
         converted: result of `convert_pt2e`: integers simulated in float.
         report: what was done to get there.
         vocab_size: of a language model, else None.
+        source: the rewritten float graph and a few inputs, for `report(html=...)`. Float weights that rewrites made
+            stay in memory with it; `lower` does not need them, and what it returns does not hold them.
     """
 
-    def __init__(self, converted: GraphModule, report: Report, vocab_size: int | None) -> None:
+    def __init__(self, converted: GraphModule, report: Report, vocab_size: int | None, source: build.Source) -> None:
         self.converted = converted
         self._report = report
         self._vocab_size = vocab_size
+        self._source = source
 
-    def report(self) -> Report:
-        """What was matched, rewritten, quantized and left out, and why; `print` it."""
+    def report(self, html: str | Path | None = None, *, title: str | None = None) -> Report:
+        """What was matched, rewritten, quantized and left out, and why; `print` it.
+
+        Args:
+            html: also write a page there, ending in .html, with plots of variances and ranges, and the signal to
+                noise ratio of every quantized node; that runs both graphs on at most 2 x 256 tokens.
+            title: heading of the page; the class of the model if not given.
+
+        Raises:
+            MqAoError: the page cannot be written there.
+        """
+        if html is not None:
+            from mq_ao.report import page  # with matplotlib, which takes long to load
+
+            path = check_output(html, ".html")
+            page.write(build.page_data(self.converted, self._report, self._source, title), path)
         return self._report
 
     def lower(self, backend: str = "inductor") -> inductor.InductorProgram:
@@ -101,7 +123,7 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> GraphModule:
 def quantize(
     model: nn.Module,
     calibration: Iterable[Tensor | tuple[Any, ...]],
-    recipe: str | Recipe = "rtn-w8a8",
+    recipe: str | Recipe = "mambaquant-w8a8",
     *,
     progress: bool = False,
 ) -> QuantizedProgram:
@@ -111,7 +133,7 @@ def quantize(
         model: float model in eval mode. It is not changed.
         calibration: inputs of the model, one element a batch: a tensor (batch, length) of token ids, or a tuple of
             positional inputs. Not data that the result is evaluated on. A generator is read once.
-        recipe: name of a recipe (`mq_ao.recipes.RECIPES`) or a recipe.
+        recipe: name of a recipe (`mq_ao.recipes.RECIPES`), a recipe file, or a recipe.
         progress: show progress bars on stderr.
 
     Returns:
@@ -122,24 +144,28 @@ def quantize(
     """
     chosen = get_recipe(recipe)
     check_weights(model)
-    batches = _batches(model, calibration)
+    lengths: list[int] = []
+    batches = _batches(model, calibration, lengths)
     first = next(batches, None)
     if first is None:
         raise MqAoError("calibration is empty: give at least one batch of inputs.")
     # Statistics and ranges are two runs over the same data.
-    given = [first, *batches] if chosen.needs_statistics else _chain(first, batches)
-    rewrite = passes.apply(capture(model, first), chosen.passes, given, progress=progress)
-    graph = rewrite.module
+    given = [first, *batches] if chosen.needs_statistics or chosen.scheme.needs_statistics else _chain(first, batches)
+    graph = capture(model, first)
+    stored = sizes.stored(graph, sizes.roles(graph))
+    rewrite = passes.apply(graph, chosen.passes, given, progress=progress)
+    source = build.Source.of(type(model).__name__, stored, rewrite, first)
     description = match(graph).describe()
     quantizer = MambaQuantizer().set_global(chosen.scheme)
     if requests := quantizer.requests(graph):
         quantizer.set_statistics(passes.collect(graph, requests, given, progress=progress))
     prepared = prepare_pt2e(graph, quantizer)
     count = calibrate(prepared, given, progress=progress)
-    converted = convert_pt2e(prepared)
+    release()
+    converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     vocab_size = model.config.vocab_size if isinstance(model, MambaLM) else None
-    report = Report(chosen, description, tuple(rewrite.transforms), quantizer.report, count)
-    return QuantizedProgram(converted, report, vocab_size)
+    report = Report(chosen, description, tuple(rewrite.transforms), quantizer.report, count, sum(lengths))
+    return QuantizedProgram(converted, report, vocab_size, source)
 
 
 def compile_float(model: MambaLM) -> inductor.InductorProgram:
@@ -162,7 +188,10 @@ def _chain(first: tuple[Any, ...], rest: Iterator[tuple[Any, ...]]) -> Iterator[
     yield from rest
 
 
-def _batches(model: nn.Module, calibration: Iterable[Tensor | tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+def _batches(
+    model: nn.Module, calibration: Iterable[Tensor | tuple[Any, ...]], lengths: list[int]
+) -> Iterator[tuple[Any, ...]]:
+    """Checked batches with their states; the number of tokens of each is appended to `lengths`."""
     if isinstance(calibration, Tensor):
         raise MqAoError("calibration is one tensor: give an iterable of batches, for example [tensor].")
     for index, batch in enumerate(calibration):
@@ -171,6 +200,7 @@ def _batches(model: nn.Module, calibration: Iterable[Tensor | tuple[Any, ...]]) 
             raise MqAoError(f"calibration batch {index} is not a tensor or a tuple of tensors.")
         if isinstance(model, MambaLM):
             _check_ids(model, args[0], index)
+            lengths.append(args[0].numel())
             if len(args) == 1:
                 args = (args[0], *model.initial_states(args[0].shape[0]))
         yield args

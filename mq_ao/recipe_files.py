@@ -15,7 +15,6 @@ from mq_ao.passes.registry import write_pass
 from mq_ao.quantizer import QuantizationConfig, RoleSpec
 from mq_ao.recipes import Recipe
 
-SUFFIXES = (".yaml", ".yml", ".json")
 _DEFAULT = RoleSpec()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
 from torch.fx import Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpecBase, SharedQuantizationSpec
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mq_ao.graph import Role
-from mq_ao.quantizer.observers import activation_spec, weight_spec
+from mq_ao.quantizer.observers import activation_spec, state_spec, weight_spec
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
+from mq_ao.quantizer.states import CarriedState
 from mq_ao.quantizer.weights import QuantizedWeight
 
 
@@ -28,7 +30,7 @@ class Annotator:
     def layer(self, role: Role, node: Node, spec: RoleSpec) -> None:
         """Annotates weight and input of a layer."""
         x, weight = layer_operands(role, node)
-        qspecs: dict[Node, QuantizationSpecBase | None] = {weight: weight_spec(self._planned.get(node))}
+        qspecs: dict[Node, QuantizationSpecBase | None] = {weight: weight_spec(self._planned[node])}
         if spec.activation is not Activation.NONE:
             qspecs[x] = self._input(x, node, spec)
         self._write(node, qspecs)
@@ -39,13 +41,19 @@ class Annotator:
         self._write(node, qspecs)
         for operand in operands:
             # z is read by the activation, not by the multiplication itself.
-            for user in operand.users if operand not in qspecs else ():
+            for user in sorted(operand.users) if operand not in qspecs else ():
                 self._write(user, {operand: self._input(operand, user, spec)})
+
+    def state(self, state: CarriedState, scale: Tensor) -> None:
+        """Annotates a carried state where it enters the scan and where it leaves it."""
+        for node in (state.initial, state.last):
+            qspec = state_spec(scale)
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(output_qspec=qspec, _annotated=True)
 
     def describe(self, node: Node, spec: RoleSpec) -> str:
         """The spec in words, with what was planned otherwise."""
-        planned = self._planned.get(node)
-        if spec.group_size is None or planned is None or planned.group_size is not None:
+        planned = self._planned[node]
+        if spec.group_size is None or planned.group_size is not None:
             return str(spec)
         inputs = planned.values.shape[1]
         return f"{spec}; per channel, since {inputs} inputs are no multiple of {spec.group_size}"
@@ -60,6 +68,12 @@ class Annotator:
         node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=qspecs, _annotated=True)
 
 
+def is_annotated(node: Node) -> bool:
+    """Whether a quantizer has annotated a node."""
+    annotation = node.meta.get(Q_ANNOTATION_KEY)
+    return annotation is not None and annotation._annotated
+
+
 def layer_operands(role: Role, node: Node) -> tuple[Node, Node]:
     """(input, weight) of a layer."""
     order = (1, 0) if role is Role.EMBEDDING else (0, 1)
@@ -70,8 +84,7 @@ def layer_operands(role: Role, node: Node) -> tuple[Node, Node]:
 
 def carries(role: Role, node: Node, spec: RoleSpec) -> bool:
     """Whether a layer's annotation is still there, for all of its operands."""
-    annotation = node.meta.get(Q_ANNOTATION_KEY)
-    if annotation is None or not annotation._annotated:
+    if not is_annotated(node):
         return False
     wanted = 1 if spec.activation is Activation.NONE else 2
-    return len(set(annotation.input_qspec_map) & set(node.all_input_nodes)) == wanted
+    return len(set(node.meta[Q_ANNOTATION_KEY].input_qspec_map) & set(node.all_input_nodes)) == wanted

@@ -16,6 +16,7 @@ _INDUCTOR = {
     Role.GATE: frozenset({Activation.STATIC}),
     # In reference arithmetic: the lowering names what it simulates.
     Role.STATE: frozenset({Activation.STATIC}),
+    Role.CARRIED_STATE: frozenset({Activation.STATIC}),
 }
 
 BACKENDS: Mapping[str, Mapping[Role, frozenset[Activation]]] = {"inductor": _INDUCTOR}

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
-from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import Match, Role, match
+from mq_ao.graph import Match, Rejection, Role, match
 from mq_ao.graph.walk import argument, module_path
+from mq_ao.passes.probe import flat_states_name
 from mq_ao.passes.statistics import ChannelStatistics, Request
-from mq_ao.quantizer.annotator import Annotator, carries
+from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
 from mq_ao.quantizer.backends import check_backend, check_executable
-from mq_ao.quantizer.planning import needs_plan, plan_weight
+from mq_ao.quantizer.planning import plan_state, plan_weight
 from mq_ao.quantizer.report import Decision, QuantizationReport
-from mq_ao.quantizer.specs import QuantizationConfig, RoleSpec, Rounding
+from mq_ao.quantizer.specs import CARRIED, QuantizationConfig, RoleSpec, Rounding
+from mq_ao.quantizer.states import CarriedState, carried_states
 from mq_ao.quantizer.weights import QuantizedWeight
 
 
@@ -44,6 +46,7 @@ class MambaQuantizer(Quantizer):
         self._report: QuantizationReport | None = None
         self._statistics: Mapping[str, ChannelStatistics] = {}
         self._planned: dict[Node, QuantizedWeight] = {}
+        self._scales: dict[Node, Tensor] = {}
 
     def set_global(self, config: QuantizationConfig) -> MambaQuantizer:
         """Sets the spec of every role that nothing more specific is said of."""
@@ -79,25 +82,34 @@ class MambaQuantizer(Quantizer):
         return self._report
 
     def set_statistics(self, statistics: Mapping[str, ChannelStatistics]) -> MambaQuantizer:
-        """Gives what GPTQ needs: second moments of the linears' inputs; see `requests`."""
+        """Gives what GPTQ and int8 carried states need; see `requests`."""
         self._statistics = statistics
         return self
 
     def requests(self, model: GraphModule) -> list[Request]:
-        """The statistics that `set_statistics` has to be given for this graph: inputs of what GPTQ rounds."""
+        """What `set_statistics` has to be given for this graph: inputs of what GPTQ rounds, and carried states."""
         found = match(model)
+        states = [
+            Request(flat_states_name(scan))
+            for scan, state in self._carried_states(found).items()
+            if isinstance(state, CarriedState)
+        ]
         wanted = [node for role, node in found.by_role() if _rounding(self._spec(role, node)) is Rounding.GPTQ]
-        return [Request(argument(node, 0).name, covariance=True) for node in wanted]
+        return [*(Request(argument(node, 0).name, covariance=True) for node in wanted), *states]
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Rounds the weights that need more than a scale from their largest value; the graph then holds grid values.
+        """Rounds the weights, and chooses the carried states' scales; calibration still runs in float.
 
         Raises:
-            MqAoError: GPTQ was asked for and no statistics were given.
+            MqAoError: GPTQ or an int8 carried state was asked for and no statistics were given.
         """
-        for role, node in match(model).by_role():
+        found = match(model)
+        for scan, state in self._carried_states(found).items():
+            if isinstance(state, CarriedState) and scan not in self._scales:
+                self._scales[scan] = plan_state(scan, self._statistics)
+        for role, node in found.by_role():
             spec = self._spec(role, node)
-            if spec is not None and node not in self._planned and needs_plan(spec):
+            if spec is not None and node not in self._planned and not is_annotated(node):
                 self._planned[node] = plan_weight(model, node, spec, self._statistics)
         return model
 
@@ -109,6 +121,7 @@ class MambaQuantizer(Quantizer):
         """
         if self._global is None and not self._roles and not self._modules:
             raise MqAoError("the quantizer has nothing to do: call set_global, set_role or set_module_name first.")
+        self.transform_for_annotation(model)  # for those who call this method alone; planned weights are kept
         self._match = match(model)
         pairs = self._match.by_role()
         self._check_module_names([node for _, node in pairs])
@@ -117,6 +130,8 @@ class MambaQuantizer(Quantizer):
         for block in self._match.blocks:
             for role, node, operands in block.operands():
                 decisions.append(self._decide(annotator, role, node, operands))
+        for scan, state in self._carried_states(self._match).items():
+            decisions.append(self._decide_state(annotator, scan, state))
         decisions += [Decision(item.node, "", None, False, item.reason) for item in self._match.rejected]
         self._report = QuantizationReport(tuple(decisions))
         return model
@@ -129,8 +144,9 @@ class MambaQuantizer(Quantizer):
         """
         assert self._match is not None, "prepare_pt2e calls annotate first"
         pairs = self._match.by_role()
+        known = {decision.role for decision in self.report.decisions}
         for role, spec in self._roles.items():
-            if spec is not None and all(role is not found for found, _ in pairs):
+            if spec is not None and role not in known:
                 reasons = (
                     "; ".join(f"{item.node}: {item.reason}" for item in self._match.rejected) or "none was left out"
                 )
@@ -165,14 +181,27 @@ class MambaQuantizer(Quantizer):
         path, spec = module_path(node), self._spec(role, node)
         if spec is None:
             return Decision(node.name, path, role, False, "switched off by the configuration")
-        existing = node.meta.get(Q_ANNOTATION_KEY)
-        if existing is not None and existing._annotated:
+        if is_annotated(node):
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
         if operands is not None:
             annotator.inputs(node, operands, spec)
             return Decision(node.name, path, role, True, f"{spec.input}: {', '.join(item.name for item in operands)}")
         annotator.layer(role, node, spec)
         return Decision(node.name, path, role, True, annotator.describe(node, spec))
+
+    def _carried_states(self, found: Match) -> dict[Node, CarriedState | Rejection]:
+        """The carried states that are to be quantized, by scan."""
+        scans = (block.scan for block in found.blocks)
+        return carried_states(scan for scan in scans if self._spec(Role.CARRIED_STATE, scan) is not None)
+
+    def _decide_state(self, annotator: Annotator, scan: Node, state: CarriedState | Rejection) -> Decision:
+        role, path = Role.CARRIED_STATE, module_path(scan)
+        if isinstance(state, Rejection):
+            return Decision(scan.name, path, role, False, state.reason)
+        if is_annotated(state.initial):
+            return Decision(scan.name, path, role, False, "already annotated by another quantizer")
+        annotator.state(state, self._scales[scan])
+        return Decision(scan.name, path, role, True, CARRIED)
 
 
 def _inside(path: str, name: str) -> bool:

@@ -12,15 +12,16 @@ from torchao.quantization.pt2e import (
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
-    PerChannelMinMaxObserver,
 )
 from torchao.quantization.pt2e._affine_quantization import AffineQuantizedPlaceholderObserver
 from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, MappingType
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
-from torchao.quantization.pt2e.utils import create_getattr_from_value
+from torchao.quantization.pt2e.utils import get_new_attr_name_with_prefix
 
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight
+
+mq = torch.ops.mq_ao
 
 _RANGES = {
     Range.HISTOGRAM: HistogramObserver,
@@ -30,7 +31,7 @@ _RANGES = {
 
 
 PER_TOKEN_EPS = torch.finfo(torch.float32).tiny
-"""Smallest scale of a token: a token of zeros is quantized to zeros. As in `mq_ao::qlinear_dynamic`."""
+"""Smallest scale of a token: a token of zeros is quantized to zeros. As in `mq_ao::quantize_per_token`."""
 
 
 def activation_spec(spec: RoleSpec) -> QuantizationSpec | None:
@@ -55,23 +56,16 @@ def activation_spec(spec: RoleSpec) -> QuantizationSpec | None:
     )
 
 
-def weight_spec(planned: QuantizedWeight | None = None) -> QuantizationSpec:
-    """int8, symmetric, one scale for every row (output channel); or the integers that were planned.
+def weight_spec(planned: QuantizedWeight) -> QuantizationSpec:
+    """A weight whose integers are known."""
+    observer = PlannedWeight.with_args(weight=planned)
+    return QuantizationSpec(torch.int8, observer, qscheme=torch.per_channel_symmetric, ch_axis=0)
 
-    Args:
-        planned: weights that are quantized already, for 4 bits, groups, or another rounding than to the nearest.
-    """
-    if planned is not None:
-        observer = PlannedWeight.with_args(weight=planned)
-        return QuantizationSpec(torch.int8, observer, qscheme=torch.per_channel_symmetric, ch_axis=0)
-    return QuantizationSpec(
-        dtype=torch.int8,
-        observer_or_fake_quant_ctr=PerChannelMinMaxObserver,
-        quant_min=-127,
-        quant_max=127,
-        qscheme=torch.per_channel_symmetric,
-        ch_axis=0,
-    )
+
+def state_spec(scale: Tensor) -> QuantizationSpec:
+    """A carried state with known scales, (channels, d_state)."""
+    observer = PlannedState.with_args(scale=scale)
+    return QuantizationSpec(torch.int8, observer, quant_min=-127, quant_max=127, qscheme=torch.per_channel_symmetric)
 
 
 class PlannedWeight(AffineQuantizedObserverBase):
@@ -82,7 +76,7 @@ class PlannedWeight(AffineQuantizedObserverBase):
         self.weight = weight
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns the float weight, which lies on the grid."""
+        """Returns the float weight: ranges of activations are those of the float program."""
         return input
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -95,13 +89,45 @@ class PlannedWeight(AffineQuantizedObserverBase):
         scale, zero_point = self.calculate_qparams()
         with model.graph.inserting_before(observer_node):
             values, scales, zeros = (
-                create_getattr_from_value(model, model.graph, f"_planned_{kind}_", value)
+                _constant(model, kind, value)
                 for kind, value in (("values", weight.values), ("scales", scale), ("zeros", zero_point))
             )
             operator, args = _dequantize(weight, values, scales, zeros)
             node = model.graph.call_function(operator, args)
         observer_node.replace_all_uses_with(node)
         model.graph.erase_node(observer_node)
+
+
+class PlannedState(AffineQuantizedObserverBase):
+    """Stands for a carried state whose scales are known before calibration; writes its own quantize and dequantize."""
+
+    def __init__(self, scale: Tensor, **_: Any) -> None:
+        super().__init__(MappingType.SYMMETRIC, torch.int8, PerAxis(1))
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the float state: ranges of activations are those of the float program."""
+        return input
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scales, and zero points of 0."""
+        return self.scale, torch.zeros_like(self.scale, dtype=torch.int64)
+
+    def convert(self, model: GraphModule, observer_node: Node) -> None:
+        """Rounds the state as `mq_ao::qselective_scan` carries it."""
+        with model.graph.inserting_before(observer_node):
+            scale = _constant(model, "scales", self.scale)
+            rounded = model.graph.call_function(mq.quantize_state.default, (observer_node.args[0], scale))
+            node = model.graph.call_function(mq.dequantize_state.default, (rounded, scale))
+        observer_node.replace_all_uses_with(node)
+        model.graph.erase_node(observer_node)
+
+
+def _constant(model: GraphModule, kind: str, value: Tensor) -> Node:
+    """A get_attr node for a tensor that is registered as it is: torchao's helper would copy it."""
+    name = get_new_attr_name_with_prefix(f"_planned_{kind}_")(model)
+    model.register_buffer(name, value)
+    return model.graph.get_attr(name)
 
 
 def _dequantize(weight: QuantizedWeight, *constants: Node) -> tuple[Any, tuple[Any, ...]]:

@@ -1,28 +1,28 @@
-"""Weights that are rounded before annotation: 4 bits, groups, searched scales, GPTQ."""
+"""The integers of every weight, rounded before calibration, and the scales of carried states."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
+from mq_ao.memory import release
+from mq_ao.passes.probe import flat_states_name
 from mq_ao.passes.statistics import ChannelStatistics
 from mq_ao.quantizer.gptq import gptq
 from mq_ao.quantizer.specs import RoleSpec, Rounding
-from mq_ao.quantizer.weights import QuantizedWeight, round_to_grid
-
-
-def needs_plan(spec: RoleSpec) -> bool:
-    """Whether an observer of the largest weights does not give what the spec asks for."""
-    return spec.bits != 8 or spec.group_size is not None or spec.rounding is not Rounding.NEAREST
+from mq_ao.quantizer.weights import LIMITS, QuantizedWeight, round_to_grid
 
 
 def plan_weight(
     model: GraphModule, node: Node, spec: RoleSpec, statistics: Mapping[str, ChannelStatistics]
 ) -> QuantizedWeight:
-    """Quantizes the weight of a layer and leaves the values on the grid in the graph.
+    """Quantizes the weight of a layer. The graph keeps the float weight, which calibration runs with.
 
     Raises:
         MqAoError: GPTQ was asked for, and there are no second moments of the layer's input.
@@ -43,8 +43,28 @@ def plan_weight(
         # Where statistics were given, inputs count by their power.
         importance = None if found is None or found.channels != matrix.shape[1] else found.squares / found.count
         planned = round_to_grid(matrix, spec.bits, group_size, spec.rounding is Rounding.SEARCH, importance)
-    edit.set_operand(model, node, index, planned.dequantized().view(weight.shape))
-    return planned
+    release()
+    return replace(planned, values=planned.values.view(weight.shape))
+
+
+def plan_state(scan: Node, statistics: Mapping[str, ChannelStatistics]) -> Tensor:
+    """The step of each carried state of a scan: its largest magnitude over all tokens of the calibration is 127 steps.
+
+    Returns:
+        (channels, d_state) float32, positive: a state that is always 0 has the smallest step there is.
+
+    Raises:
+        MqAoError: there are no statistics of the states.
+    """
+    found = statistics.get(flat_states_name(scan))
+    if found is None:
+        raise MqAoError(
+            f"an int8 carried state needs statistics of the states of {scan.name}: collect the quantizer's requests "
+            "and give them to set_statistics, or use mq_ao.quantize."
+        )
+    _, steps = LIMITS[8]
+    scale = (found.maximum / steps).float().clamp(min=torch.finfo(torch.float32).tiny)
+    return scale.view(walk.argument(scan, 2).meta["val"].shape)
 
 
 def weight_index(node: Node) -> int:

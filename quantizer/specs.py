@@ -43,7 +43,7 @@ class Rounding(StrEnum):
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """How one role is quantized. Weights are symmetric; scan, gate and state have none.
+    """How one role is quantized. Weights are symmetric; scan, gate and states have none.
 
     Attributes:
         activation: how the role's inputs are quantized.
@@ -96,7 +96,17 @@ class RoleSpec:
 
 
 LINEAR_ROLES = (Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ, Role.HEAD)
-WEIGHTLESS_ROLES = (Role.SCAN, Role.GATE, Role.STATE)
+WEIGHTLESS_ROLES = (Role.SCAN, Role.GATE, Role.STATE, Role.CARRIED_STATE)
+
+CARRIED = "static int8, one scale a channel and state (largest magnitude)"
+"""A carried state in words: there is nothing to choose."""
+
+
+def in_words(role: Role, spec: RoleSpec) -> str:
+    """What a spec says of a role."""
+    if role is Role.CARRIED_STATE:
+        return CARRIED
+    return spec.input if role in WEIGHTLESS_ROLES else str(spec)
 
 
 @dataclass(frozen=True)
@@ -114,9 +124,12 @@ class QuantizationConfig:
         object.__setattr__(self, "roles", MappingProxyType(parsed))
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{role:<10} {spec.input if role in WEIGHTLESS_ROLES else spec}" for role, spec in self.roles.items()
-        )
+        return "\n".join(f"{role:<10} {in_words(role, spec)}" for role, spec in self.roles.items())
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a quantizer has to be given statistics of the float graph."""
+        return Role.CARRIED_STATE in self.roles or any(spec.rounding is Rounding.GPTQ for spec in self.roles.values())
 
     def replaced(self, **roles: RoleSpec | None) -> QuantizationConfig:
         """The configuration with other specs for the named roles; None leaves a role in float."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def layer(n: int, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=gen)
     scale = torch.rand(n, generator=gen) * 0.02 + 1e-4
     return weight, ops.qlinear_prepack(weight), scale, torch.randn(n, generator=gen)
+
+
+def per_token(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    call: Callable[[str], Callable[..., Any]] = lambda name: getattr(ops, name),
+) -> Tensor:
+    """A linear layer that quantizes its own input, token by token."""
+    return call("qlinear_per_token")(*call("quantize_per_token")(x), packed, scale, bias)
 
 
 def activations(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -134,8 +146,8 @@ def test_strided_and_expanded_activations(k: int) -> None:
         ):
             want = ops.qlinear(u.contiguous(), 0.02, 9, packed, scale, bias)
             assert torch.equal(ops.qlinear(u, 0.02, 9, packed, scale, bias), want)
-            want = ops.qlinear_dynamic(f.contiguous(), packed, scale, bias)
-            assert torch.equal(ops.qlinear_dynamic(f, packed, scale, bias), want)
+            want = per_token(f.contiguous(), packed, scale, bias)
+            assert torch.equal(per_token(f, packed, scale, bias), want)
 
 
 @drawn
@@ -174,9 +186,9 @@ def test_dynamic_matches_its_reference(
     weight, packed, scale, bias = layer(n, k, seed)
     x = torch.randn(*lead, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
     args = (x, packed, scale, bias if with_bias else None)
-    y = ops.qlinear_dynamic(*args)
+    y = per_token(*args)
     assert y.dtype == torch.float32 and y.shape == (*lead, n)
-    assert torch.equal(y, library.reference("qlinear_dynamic")(*args))
+    assert torch.equal(y, per_token(*args, call=library.reference))
     q, row_scale = ql.per_token_bytes(x)
     assert torch.equal(y, ops.qlinear_per_token(q, row_scale, *args[1:]))
     product = ((q.double() - 128) @ weight.double().t()) * (scale.double() * row_scale.double())
@@ -196,14 +208,14 @@ def test_special_rows_do_not_touch_their_neighbours(dtype: torch.dtype) -> None:
     x[3, 0] = torch.inf
     x[4, 7] = -torch.inf
     x[5] *= 1e-41
-    y, want = ops.qlinear_dynamic(x, packed, scale, bias), ops.qlinear_dynamic(clean, packed, scale, bias)
+    y, want = per_token(x, packed, scale, bias), per_token(clean, packed, scale, bias)
     assert torch.equal(y[1], bias)
     assert y[2:5].isnan().all()
     # A denormal row is far below the smallest scale, which leaves zeros.
     assert torch.equal(y[5], bias)
     rest = [0, 6, 7, 8]
     assert torch.equal(y[rest], want[rest])
-    reference = library.reference("qlinear_dynamic")(x, packed, scale, bias)
+    reference = per_token(x, packed, scale, bias, call=library.reference)
     assert torch.allclose(y, reference, rtol=0, atol=0, equal_nan=True)
     args = (*ops.quantize_per_token(x), packed, scale, bias, 0.1, 77)
     requantized = ops.qlinear_per_token(*args)
@@ -217,9 +229,9 @@ def test_number_of_threads_does_not_change_results() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = ops.qlinear_dynamic(x, packed, scale, bias)
+        alone = per_token(x, packed, scale, bias)
         torch.set_num_threads(3)
-        assert torch.equal(ops.qlinear_dynamic(x, packed, scale, bias), alone)
+        assert torch.equal(per_token(x, packed, scale, bias), alone)
     finally:
         torch.set_num_threads(threads)
 
@@ -232,7 +244,6 @@ def test_opcheck(k: int) -> None:
     torch.library.opcheck(ops.qlinear_unpack.default, (packed, 20, k))
     torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, packed, scale))
     torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, packed, scale, bias, 0.5, 7))
-    torch.library.opcheck(ops.qlinear_dynamic.default, (torch.randn(2, 3, k), packed, scale, bias))
     torch.library.opcheck(ops.quantize_per_token.default, (torch.randn(2, 3, k),))
     torch.library.opcheck(ops.qlinear_per_token.default, (x, torch.rand(2, 3, 1), packed, scale, bias, 0.5, 7))
 
@@ -242,12 +253,12 @@ def test_exports_with_dynamic_rows() -> None:
 
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return ql.qlinear_dynamic(x, packed, scale, bias)
+            return per_token(x, packed, scale, bias)
 
     dims = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
     program = torch.export.export(Layer(), (torch.randn(2, 3, 8),), dynamic_shapes=dims)
     x = torch.randn(5, 1, 8)
-    assert torch.equal(program.module()(x), ops.qlinear_dynamic(x, packed, scale, bias))
+    assert torch.equal(program.module()(x), per_token(x, packed, scale, bias))
 
 
 GOOD_WEIGHT, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS = (
@@ -285,9 +296,9 @@ BAD_CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
     ("qlinear_per_token", "value for each token", (X, XF[:, 0], GOOD_PACKED, GOOD_SCALE)),
     ("qlinear_per_token", "value for each token", (X, XF[:, :1].double(), GOOD_PACKED, GOOD_SCALE)),
     ("qlinear_per_token", "out_scale must be positive", (X, XF[:, :1], GOOD_PACKED, GOOD_SCALE, None, -1.0)),
-    ("qlinear_dynamic", "float32 or bfloat16", (XF.double(), GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear_dynamic", "make them with qlinear_prepack", (XF[:, :4], GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear_dynamic", "bias must be", (XF, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[None])),
+    ("quantize_per_token", "float32 or bfloat16", (XF.double(),)),
+    ("qlinear_per_token", "make them with qlinear_prepack", (X[:, :4], XF[:, :1], GOOD_PACKED, GOOD_SCALE)),
+    ("qlinear_per_token", "bias must be", (X, XF[:, :1], GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[None])),
 ]
 
 

@@ -43,13 +43,15 @@ class StateShapes:
         n_layer: number of blocks.
         conv: (d_conv - 1, d_inner).
         ssm: (d_inner, d_state).
-        dtype: of both states.
+        conv_dtype: of the convolutions' states.
+        ssm_dtype: of the scans' states: int8 where they are carried as integers.
     """
 
     n_layer: int
     conv: tuple[int, int]
     ssm: tuple[int, int]
-    dtype: torch.dtype = torch.float32
+    conv_dtype: torch.dtype = torch.float32
+    ssm_dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, module: GraphModule) -> StateShapes:
@@ -66,12 +68,12 @@ class StateShapes:
             )
         _, conv, ssm = values
         n_layer, taps, channels, d_state = map(int, (*conv.shape[:1], *conv.shape[2:], ssm.shape[3]))
-        return cls(n_layer, (taps, channels), (channels, d_state), ssm.dtype)
+        return cls(n_layer, (taps, channels), (channels, d_state), conv.dtype, ssm.dtype)
 
     def zeros(self, batch: int) -> tuple[Tensor, Tensor]:
         """Initial conv and ssm states."""
-        conv = torch.zeros(self.n_layer, batch, *self.conv, dtype=self.dtype)
-        return conv, torch.zeros(self.n_layer, batch, *self.ssm, dtype=self.dtype)
+        conv = torch.zeros(self.n_layer, batch, *self.conv, dtype=self.conv_dtype)
+        return conv, torch.zeros(self.n_layer, batch, *self.ssm, dtype=self.ssm_dtype)
 
 
 def with_positions(module: GraphModule) -> GraphModule:

@@ -47,7 +47,8 @@ class IntegerGraph:
 def rewrite(converted: GraphModule) -> IntegerGraph:
     """Replaces q/dq patterns by integer operators and folds what depends on weights alone.
 
-    What has no integer kernel is warned about and listed.
+    Carried states that are quantized become int8 inputs and outputs of the graph. What has no integer kernel is warned
+    about and listed.
 
     Args:
         converted: result of `convert_pt2e`; it is not changed.
@@ -96,7 +97,7 @@ def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> Ind
     """
     graph = rewrite(converted)
     described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
-    return _compile(graph.module, StateShapes.of(converted), described)
+    return _compile(graph.module, StateShapes.of(graph.module), described)
 
 
 def compile_float_language_model(module: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
@@ -127,7 +128,8 @@ def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) 
         "n_layer": shapes.n_layer,
         "conv": shapes.conv,
         "ssm": shapes.ssm,
-        "dtype": str(shapes.dtype)[6:],
+        "conv_dtype": str(shapes.conv_dtype)[6:],
+        "ssm_dtype": str(shapes.ssm_dtype)[6:],
     }
     folder = tempfile.mkdtemp(prefix="mq_ao_")
     path = Path(folder) / "program.pt2"

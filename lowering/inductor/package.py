@@ -23,7 +23,7 @@ from torch.export.pt2_archive._package import AOTICompiledModel, load_pt2, packa
 import mq_ao.ops
 from mq_ao.errors import MqAoError
 
-FORMAT = 1
+FORMAT = 2
 _INFO, _WEIGHTS = "mq_ao.json", "mq_ao_weights.safetensors"
 # Weights stay out of the shared objects: all programs read one copy, and the file holds them once.
 _OPTIONS: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}

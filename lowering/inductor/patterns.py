@@ -19,7 +19,8 @@ DQ_CHANNEL = qd.dequantize_per_channel.default
 DQ_STATIC = qd.dequantize_per_tensor.default
 Q_STATIC = qd.quantize_per_tensor.default
 DQ_AFFINE = torch.ops.torchao.dequantize_affine
-DEQUANTIZE = frozenset({DQ_CHANNEL, DQ_STATIC, DQ_AFFINE})
+DQ_STATE = torch.ops.mq_ao.dequantize_state.default
+DEQUANTIZE = frozenset({DQ_CHANNEL, DQ_STATIC, DQ_AFFINE, DQ_STATE})
 UINT8 = (0, 255, torch.uint8)
 _LIMITS = {(-127, 127): 8, (-8, 7): 4}
 
@@ -113,6 +114,14 @@ def per_token_source(node: object) -> Node | None:
     if not symmetric or not set(block[:-1]) <= {1} or limits[:3] != [torch.int8, -127, 127]:
         return None
     return quantize.args[0]
+
+
+def carried(node: object) -> tuple[Any, Any]:
+    """(value, scale) of a state that `node` quantizes and dequantizes; (`node`, None) if it does not."""
+    if not isinstance(node, Node) or node.target != DQ_STATE:
+        return node, None
+    value, scale = walk.argument(node, 0).args
+    return value, scale
 
 
 def requantize(value: Node) -> Node | None:

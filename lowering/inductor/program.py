@@ -22,7 +22,8 @@ States = tuple[Tensor, Tensor, Tensor]
 class InductorProgram:
     """A language model compiled by AOTInductor: one program for any length, one for a single token.
 
-    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`.
+    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. States
+    are to be given back as they came: an int8 ssm_state where the scheme has a `carried_state`, else float32.
 
     Args:
         loaded: archive with the programs `prefill` and `decode`.
@@ -32,7 +33,11 @@ class InductorProgram:
         self._package = loaded
         states = loaded.info["states"]
         self._shapes = StateShapes(
-            states["n_layer"], tuple(states["conv"]), tuple(states["ssm"]), getattr(torch, states["dtype"])
+            states["n_layer"],
+            tuple(states["conv"]),
+            tuple(states["ssm"]),
+            getattr(torch, states["conv_dtype"]),
+            getattr(torch, states["ssm_dtype"]),
         )
         self._vocab_size = int(loaded.info["vocab_size"])
 
@@ -112,6 +117,10 @@ class InductorProgram:
         return self._call("prefill", ids, conv, ssm, positions)
 
     def _call(self, name: str, *inputs: Tensor) -> States:
-        # Compiled code reads memory as if it were contiguous, whatever the strides say.
+        wanted = {"conv_state": self._shapes.conv_dtype, "ssm_state": self._shapes.ssm_dtype}
+        for state, (what, dtype) in zip(inputs[1:3], wanted.items(), strict=True):
+            if state.dtype != dtype:
+                raise MqAoError(f"{what} is {state.dtype}, but this program carries {dtype}: give what it returned.")
+        # Compiled code reads memory as if it were contiguous and of the right type, whatever the tensor says.
         logits, conv, ssm = self._package.programs[name](*(tensor.contiguous() for tensor in inputs))
         return logits, conv, ssm

@@ -14,11 +14,13 @@ from mq_ao.graph import walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import piece_bounds
 from mq_ao.lowering.inductor.patterns import (
+    DQ_STATE,
     Q_STATIC,
     UINT8,
     Operand,
     Weight,
     arguments,
+    carried,
     is_dequantized,
     merge_dequantize,
     only_user,
@@ -140,19 +142,30 @@ class Rewriter:
             self._take_over(following, y)
 
     def _scan(self, node: Node) -> None:
-        u, delta, a, b, c, skip, bias, softplus, state = arguments(node, 9)
+        u, delta, a, b, c, skip, bias, softplus, initial = arguments(node, 9)
+        state, state_scale = carried(initial)
         operands = [Operand.of(value) for value in (u, delta, b, c)]
-        y = _output(node, 0)
+        y, last = _output(node, 0), _output(node, 1)
         following = None if y is None else requantize(y)
-        if following is None and not any(operand.static for operand in operands):
+        if following is None and state_scale is None and not any(operand.static for operand in operands):
             return
         out = (None, 0) if following is None else (following.args[1], following.args[2])
         first, second, *rest = (operand.arguments for operand in operands)
         with self.graph.inserting_before(node):
-            args = (*first, *second, a, *rest[0], *rest[1], skip, bias, bool(softplus), state, None, *out)
+            args = (*first, *second, a, *rest[0], *rest[1], skip, bias, bool(softplus), state, state_scale, *out)
             self._replace(node, self.graph.call_function(mq.qselective_scan.default, args))
+        if state_scale is not None and last is not None:
+            self._carry(last, state)
         if following is not None and y is not None:
             self._take_over(following, y)
+
+    def _carry(self, last: Node, state: Node) -> None:
+        """The graph takes and gives the integers that a scan reads (`state`) and writes (`last`)."""
+        for dequantize in walk.calls(self.module, {DQ_STATE}):
+            if carried(dequantize)[0] is last:
+                self._take_over(dequantize, last)
+        source = walk.upstream(state)
+        source.meta["val"] = source.meta["val"].to(torch.int8)
 
     def _gate(self, quantize: Node) -> None:
         """Gate, rotation and quantize step of out_proj's input as one operator."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from mq_ao.ablation.run import Row
 from mq_ao.ablation.steps import Group
@@ -19,6 +20,8 @@ _COLOURS = {8: "#0072b2", 4: "#d55e00"}  # apart for every kind of colour vision
 _MARKERS = {8: "o", 4: "s"}
 _SMALLEST = 1e-9
 """Where a divergence of zero is drawn on the log axis."""
+_FAR = 0.1
+"""Relative change of the metric above which a linear axis would hide the small ones."""
 
 
 def check_plot(path: Path) -> None:
@@ -51,8 +54,9 @@ def save_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
     _draw(upper, rows, places, lambda row: 100 * row.measured.change)
     upper.set_ylabel(f"{metric} against float, %")
     upper.axhline(0, color="0.6", linewidth=0.8)
-    # The best steps lie within a hundredth of a percent, the baselines may be far off.
-    upper.set_yscale("symlog", linthresh=1)
+    if max(abs(row.measured.change) for row in rows) > _FAR:
+        upper.set_yscale("symlog", linthresh=1)
+        upper.yaxis.set_major_formatter(ScalarFormatter())
     _draw(lower, rows, places, lambda row: max(row.measured.divergence, _SMALLEST))
     lower.set_ylabel("mean KL to float, nats")
     lower.set_yscale("log")

@@ -91,14 +91,14 @@ def canonical(passes: Iterable[Pass]) -> tuple[Pass, ...]:
 
 
 def scheme(bits: int) -> QuantizationConfig:
-    """The chain's: weights as in the production recipe, every activation static, scan operands and gate in int8 too.
+    """The chain's: weights as in the production recipe, every activation static, the scan's operands in int8 too.
 
     Raises:
         MqAoError: there is no production recipe for weights of that width.
     """
     production = get_recipe(_named(PRODUCTION, bits)).scheme
     roles = {role: _static(spec) for role, spec in production.roles.items()}
-    return QuantizationConfig(roles).replaced(scan=RoleSpec(), gate=RoleSpec(), state=None)
+    return QuantizationConfig(roles).replaced(scan=RoleSpec(), gate=None, state=None)
 
 
 def all_steps(bits: int, outliers: float | None = None) -> list[Step]:

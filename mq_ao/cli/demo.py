@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,13 +28,15 @@ DECODE_TOKENS = 128
 ROUNDS = 7
 SAMPLE_TOKENS = 400
 PROMPT = "def "
+BASELINE = "rtn-w8a8"
+_EAGER = "fp32, PyTorch eager"
 
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Program to write, ending in .pt2.")] = Path(
         "demo-w8a8.pt2"
     ),
-    recipe: Annotated[str, typer.Option(help="How to quantize, see mq_ao.recipes.")] = "rtn-w8a8",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file.")] = "mambaquant-w8a8",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
 ) -> None:
     """Quantize the bundled model, save it, and show what that cost and gained, on text that it has not seen.
@@ -51,24 +53,28 @@ def demo(
         from mq_ao.models import demo as bundled
         from mq_ao.recipes import get_recipe
         from mq_ao.text import BYTE_VOCABULARY, ByteCodec, calibration_batches, read_tokens
-    chosen = get_recipe(recipe)
+    recipes = list(dict.fromkeys((get_recipe(BASELINE), get_recipe(recipe))))
     ready_kernels()
     with step("loading the bundled model"):
         model = MambaLM.from_pretrained("demo")
     calibration = read_tokens(bundled.CALIBRATION, BYTE_VOCABULARY, ByteCodec())
-    quantized = api.quantize(model, calibration_batches(calibration, tokens), chosen, progress=True)
-    err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
-    with step("compiling in int8"):
-        quantized.lower("inductor").save(output)
-        program = api.load(output)
     with step("compiling in fp32, to compare"):
-        compiled = api.compile_float(model)
+        programs = [api.compile_float(model)]
+    for chosen in recipes:
+        quantized = api.quantize(model, calibration_batches(calibration, tokens), chosen, progress=True)
+        with step(f"compiling {chosen.name}"):
+            programs.append(quantized.lower("inductor"))
+    err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
+    programs[-1].save(output)
+    programs[-1] = api.load(output)
     text = read_tokens(bundled.HELDOUT, BYTE_VOCABULARY, ByteCodec())
-    with bar(f"evaluating {text.predicted} held-out bytes", text.predicted) as advance:
-        comparison = compare(compiled, program, text, progress=advance)
-    speeds = _measure({"eager": model, "compiled": compiled, "int8": program})
-    _print_table(comparison, speeds, (compiled, program), output)
-    _print_sample(program)
+    with bar(f"evaluating {text.predicted} held-out bytes", text.predicted * len(recipes)) as advance:
+        comparisons = [compare(programs[0], program, text, progress=advance) for program in programs[1:]]
+    names = [_EAGER, "fp32", *(chosen.name for chosen in recipes)]
+    speeds = _measure(dict(zip(names, [model, *programs], strict=True)))
+    _print_table(comparisons, speeds, programs)
+    _print_remarks(comparisons[-1], programs[-1], output)
+    _print_sample(programs[-1])
 
 
 @dataclass(frozen=True)
@@ -113,46 +119,51 @@ def _seconds(run: Callable[[Tensor], object], ids: Tensor) -> float:
 
 
 def _print_table(
-    comparison: Comparison,
-    speeds: Mapping[str, Speed],
-    programs: tuple[InductorProgram, InductorProgram],
-    output: Path,
+    comparisons: Sequence[Comparison], speeds: Mapping[str, Speed], programs: Sequence[InductorProgram]
 ) -> None:
+    """Eager float32, then the programs: compiled float32, the baseline, the recipe."""
     from rich.table import Table
 
+    table = Table("", title="bundled model, on text that it has not seen", title_justify="left")
+    for name in speeds:
+        table.add_column(f"{name}, compiled" if name != _EAGER else name, justify="right")
+    bits = [comparisons[0].reference.bits_per_byte or 0.0, *(item.other.bits_per_byte or 0.0 for item in comparisons)]
+    table.add_row("bits per byte", "", *map(_against(bits, "{:.4f}"), bits))
+    divergences = [f"{item.divergence:.5f}" for item in comparisons]
+    table.add_row("mean KL to fp32, nats", "", "", *divergences)
+    sizes = [_file_size(program) for program in programs]
+    table.add_row("program file", "", *(f"{megabytes(size)} ({size / sizes[0]:.2f}x)" for size in sizes))
+    weights = [program.weight_bytes for program in programs]
+    table.add_row("resident weights", "", *(f"{megabytes(size)} ({size / weights[0]:.2f}x)" for size in weights))
+    for what in ("prefill", "decode"):
+        values = [getattr(speed, what) for speed in speeds.values()]
+        table.add_row(f"{what}, tokens/s", *(f"{value:.0f} ({value / values[1]:.2f}x)" for value in values))
+    table.add_row("integer kernels", "0", *(str(sum(program.integer_kernels.values())) for program in programs))
+    out().print(table)
+
+
+def _against(values: Sequence[float], form: str) -> Callable[[float], str]:
+    """Writes a value, and how far it lies above the first."""
+    return lambda value: (
+        form.format(value) + ("" if value is values[0] else f" ({100 * (value / values[0] - 1):+.2f} %)")
+    )
+
+
+def _file_size(program: InductorProgram) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.pt2"
+        program.save(path)
+        return path.stat().st_size
+
+
+def _print_remarks(comparison: Comparison, program: InductorProgram, output: Path) -> None:
     from mq_ao.evaluate import xz_bits_per_byte
     from mq_ao.models import demo as bundled
 
-    compiled, program = programs
-    with tempfile.TemporaryDirectory() as folder:
-        compiled.save(Path(folder) / "fp32.pt2")
-        sizes = (Path(folder) / "fp32.pt2").stat().st_size, output.stat().st_size
-    bits = comparison.reference.bits_per_byte or 0.0, comparison.other.bits_per_byte or 0.0
-    eager, fp32, int8 = speeds["eager"], speeds["compiled"], speeds["int8"]
-    table = Table("", title=f"bundled model, {program.info['recipe']}", title_justify="left")
-    for name in ("fp32, PyTorch eager", "fp32, compiled", "int8, compiled", "int8 against compiled fp32"):
-        table.add_column(name, justify="right")
-    table.add_row(
-        "bits per byte, held-out text",
-        "",
-        f"{bits[0]:.4f}",
-        f"{bits[1]:.4f}",
-        f"{100 * (bits[1] / bits[0] - 1):+.2f} %",
-    )
-    table.add_row("program file", "", *map(megabytes, sizes), f"{sizes[1] / sizes[0]:.2f}x")
-    weights = compiled.weight_bytes, program.weight_bytes
-    table.add_row("resident weights", "", *map(megabytes, weights), f"{weights[1] / weights[0]:.2f}x")
-    for name in ("prefill", "decode"):
-        values = [getattr(row, name) for row in (eager, fp32, int8)]
-        table.add_row(f"{name}, tokens/s", *(f"{value:.0f}" for value in values), f"{values[2] / values[1]:.2f}x")
-    kernels = sum(program.integer_kernels.values())
-    table.add_row("integer kernels", "0", str(sum(compiled.integer_kernels.values())), str(kernels), "")
-    console = out()
-    console.print(table)
     xz = xz_bits_per_byte(bundled.HELDOUT.read_bytes())
-    console.print(
-        f"xz -9e needs {xz:.4f} bits per byte for the same text. int8 has the same likeliest byte as fp32 for "
-        f"{100 * comparison.agreement:.2f} %. Integer kernels: {kernel_counts(program.integer_kernels)}. "
+    out().print(
+        f"xz -9e needs {xz:.4f} bits per byte for the same text. {program.info['recipe']} has the same likeliest byte "
+        f"as fp32 for {100 * comparison.agreement:.2f} %. Integer kernels: {kernel_counts(program.integer_kernels)}. "
         f"Saved as {output}.",
         markup=False,
     )

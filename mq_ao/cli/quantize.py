@@ -25,10 +25,11 @@ def quantize(
             help="Text, or token ids (.npy, .safetensors). Default for demo: the bundled text.",
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="How to quantize, see mq_ao.recipes.")] = "rtn-w8a8",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file (.yaml, .json).")] = "mambaquant-w8a8",
     tokens: Annotated[int, typer.Option(help="Calibration tokens, spread evenly over the file.")] = 16384,
     backend: Annotated[str, typer.Option(help="What to compile with.")] = "inductor",
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
+    report: Annotated[Path | None, typer.Option(help="Page to write with what was done, ending in .html.")] = None,
 ) -> None:
     """Calibrate, quantize and compile a model, and save the program.
 
@@ -38,9 +39,11 @@ def quantize(
 
     mq-ao quantize state-spaces/mamba-130m-hf --calibration wiki.txt --tokens 32768 -o mamba-w8a8.pt2
 
-    mq-ao quantize ./my-mamba --calibration ids.npy --recipe rtn-w8a8-dynamic -o mine.pt2
+    mq-ao quantize ./my-mamba --calibration ids.npy --recipe mine.yaml -o mine.pt2
     """
     check_output(output, ".pt2")
+    if report is not None:
+        check_output(report, ".html")
     with step("starting"):
         from mq_ao import api
         from mq_ao.errors import MqAoError
@@ -60,6 +63,9 @@ def quantize(
     batches = calibration_batches(read_tokens(calibration, opened.vocab_size, codec), tokens)
     quantized = api.quantize(loaded, batches, chosen, progress=True)
     err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
+    if report is not None:
+        with step("writing the report"):
+            quantized.report(html=report, title=model)
     with step(f"compiling ({backend})"):
         program = quantized.lower(backend)
     program.save(output)

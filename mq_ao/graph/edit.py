@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph_module import _get_attr
 from torch.utils._pytree import tree_map_only
+
+_BLOCK = 2**20
+"""Elements that are in float64 at a time: an embedding or a head has many more."""
 
 
 def is_constant(node: object) -> bool:
@@ -54,6 +58,20 @@ def set_operand(module: GraphModule, user: Node, index: int, value: Tensor) -> N
         drop_unused(module, old)
 
 
+def by_rows(matrix: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of every row, computed in float64 a few rows at a time, in the dtype of `matrix`.
+
+    Args:
+        matrix: (rows, columns).
+        change: float64 (some rows, columns) -> the same shape.
+    """
+    step = max(1, _BLOCK // max(1, matrix.shape[1]))
+    result = torch.empty_like(matrix)
+    for old, new in zip(matrix.split(step), result.split(step), strict=True):
+        new.copy_(change(old.double()))
+    return result
+
+
 def readers(node: Node) -> list[Node]:
     """Everything that reads the same parameter as the constant `node`, through whatever is computed from it alone."""
     if node.op != "get_attr":
@@ -70,7 +88,9 @@ def get_attr(module: GraphModule, name: str, value: Tensor, like: Node) -> Node:
     """Registers `value` as a parameter and returns a get_attr node for it, at the graph's insertion point."""
     module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
     node = module.graph.get_attr(name)
-    node.meta["val"] = _fake_mode(like).from_tensor(value)
+    # Not `from_tensor`: the mode would keep the tensor alive.
+    with _fake_mode(like):
+        node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     return node
 
 

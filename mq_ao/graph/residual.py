@@ -68,6 +68,20 @@ _BY_CHANNEL = frozenset(
 on."""
 
 
+_SHAPE_ONLY = frozenset(
+    {
+        aten.new_empty.default,
+        aten.new_full.default,
+        aten.new_ones.default,
+        aten.new_zeros.default,
+        aten.ones_like.default,
+        aten.sym_size.int,
+        aten.zeros_like.default,
+    }
+)
+"""Operators that look at the shape of their input and not at its values."""
+
+
 @dataclass
 class Stream:
     """Values that share one set of channels.
@@ -175,7 +189,7 @@ def _operands(stream: Stream, value: Node) -> list[Node]:
 
 def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
     """What `user` makes of `value`, as far as it lies in the stream."""
-    if user in stream._values:
+    if user in stream._values or user.target in _SHAPE_ONLY:
         return []
     if user.target in walk.LINEAR and user.args[0] is value:
         if user not in stream.readers:

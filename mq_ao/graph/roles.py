@@ -23,6 +23,8 @@ class Role(StrEnum):
     """The gate's operands: the scan's output y, and z before its activation."""
     STATE = "state"
     """h and C where they are multiplied, if that is a node of its own (pass `expose_state`)."""
+    CARRIED_STATE = "carried_state"
+    """The scan's state where a graph takes it as an input and gives it back as an output."""
 
     @classmethod
     def parse(cls, name: str | Role) -> Role:

@@ -14,6 +14,7 @@ from mq_ao.ops import (
     qselective_scan,
     scan_states,
     selective_scan,
+    state,
     wlinear,
 )
 from mq_ao.ops.library import load_cached, load_native, native_available, reference
@@ -35,5 +36,6 @@ __all__ = [
     "reference",
     "scan_states",
     "selective_scan",
+    "state",
     "wlinear",
 ]

@@ -5,7 +5,7 @@ All run from one packed copy of the 8-bit or 4-bit weights (see `packing`), for 
 whose order of operations the references below define, and which the native kernels follow bit for bit.
 
 The operator `quantize_per_token` quantizes every token (row) by itself, symmetrically, by the rule of the function of
-that name; what it gives can feed several `qlinear_per_token`. `qlinear_dynamic` is the two in one.
+that name; what it gives can feed several `qlinear_per_token`.
 """
 
 from __future__ import annotations
@@ -100,12 +100,6 @@ def _check_per_token(
         f"{tuple(scale.shape)}: make it with quantize_per_token.",
     )
     _check_output(out_scale, out_zero_point)
-    return n
-
-
-def _check_dynamic(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> int:
-    n = check_linear(x, packed, weight_scale, bias, 8, 0)
-    _check_tokens(x)
     return n
 
 
@@ -213,16 +207,6 @@ def _per_token_fake(
     return q.new_empty((*q.shape[:-1], n), dtype=torch.float32 if out_scale is None else torch.uint8)
 
 
-def _dynamic_reference(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_dynamic(x, packed, weight_scale, bias)
-    return _per_token_reference(*_quantize_reference(x), packed, weight_scale, bias)
-
-
-def _dynamic_fake(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    n = _check_dynamic(x, packed, weight_scale, bias)
-    return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
-
-
 library.define(
     "qlinear",
     "(Tensor x, float x_scale, int x_zero_point, Tensor packed, Tensor weight_scale, Tensor? bias=None, "
@@ -242,12 +226,6 @@ library.define(
     "int out_zero_point=0, int bits=8, int group_size=0) -> Tensor",
     fake=_per_token_fake,
     reference=_per_token_reference,
-)
-library.define(
-    "qlinear_dynamic",
-    "(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias=None) -> Tensor",
-    fake=_dynamic_fake,
-    reference=_dynamic_reference,
 )
 
 
@@ -341,21 +319,3 @@ def qlinear_per_token(
     return torch.ops.mq_ao.qlinear_per_token(
         q, scale, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size
     )
-
-
-def qlinear_dynamic(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer that quantizes each token of `x` itself, by `quantize_per_token`.
-
-    Args:
-        x: float32 or bfloat16 (..., K); rows may be strided.
-        packed: weights of 8 bits from `packing.prepack`.
-        weight_scale: float32 (N,).
-        bias: float32 (N,), or None.
-
-    Returns:
-        float32 (..., N).
-
-    Raises:
-        MqAoError: a dtype or a shape is not as above.
-    """
-    return torch.ops.mq_ao.qlinear_dynamic(x, packed, weight_scale, bias)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -14,7 +15,11 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import Block, Match, edit, match, walk
 from mq_ao.graph.residual import Stream, streams
 from mq_ao.graph.rows import Rows
+from mq_ao.memory import release
 from mq_ao.passes.statistics import ChannelStatistics, Request
+
+_LARGE = 2**20
+"""Elements of a weight whose old values and temporaries are worth giving back at once."""
 
 
 class Status(StrEnum):
@@ -124,6 +129,8 @@ class Rewrite:
             where = walk.module_path(user) or user.name
             self.transforms.append(Transform("untie", "", where, Status.APPLIED, detail))
         edit.set_operand(self.module, user, index, value)
+        if value.numel() >= _LARGE:
+            release()
 
     def bias(self, linear: Node) -> Tensor | None:
         """A copy of the bias of a linear or convolution in float64, or None."""
@@ -145,7 +152,7 @@ class Rewrite:
 
     def scale_columns(self, linear: Node, factor: Tensor) -> None:
         """Multiplies input channels of a linear."""
-        self.set_weight(linear, self.weight(linear) * factor)
+        self.change_rows(linear, 1, lambda rows: rows * factor)
 
     def rotate_rows(self, rows: Rows, rotation: Tensor) -> None:
         """Output channels y become y @ rotation."""
@@ -159,7 +166,18 @@ class Rewrite:
 
     def rotate_columns(self, linear: Node, rotation: Tensor) -> None:
         """The linear takes inputs x @ rotation instead of x."""
-        self.set_weight(linear, self.weight(linear) @ rotation)
+        self.change_rows(linear, 1, lambda rows: rows @ rotation)
+
+    def change_rows(self, user: Node, index: int, change: Callable[[Tensor], Tensor]) -> None:
+        """Applies `change` to every row of a constant matrix, in float64."""
+        matrix = edit.constant(self.module, walk.argument(user, index))
+        self.set_parameter(user, index, edit.by_rows(matrix, change))
+
+    def largest_by_column(self, linear: Node) -> Tensor:
+        """Largest magnitude of every input channel of a linear's weight, (inputs,) float64."""
+        weight = edit.constant(self.module, walk.argument(linear, 1))
+        low, high = torch.aminmax(weight, dim=0)
+        return torch.maximum(-low, high).double()
 
     def update(self, node: Node, statistics: ChannelStatistics) -> None:
         """Replaces the statistics of a value that was rewritten."""

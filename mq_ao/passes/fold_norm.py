@@ -44,12 +44,11 @@ class FoldNorm(Pass):
         if gamma is None and beta is None:
             return
         for reader in readers:
-            weight = rewrite.weight(reader)
             if beta is not None:
-                bias = rewrite.bias(reader)
-                rewrite.set_bias(reader, weight @ beta if bias is None else bias + weight @ beta)
+                bias, moved = rewrite.bias(reader), rewrite.weight(reader) @ beta
+                rewrite.set_bias(reader, moved if bias is None else bias + moved)
             if gamma is not None:
-                rewrite.set_weight(reader, weight * gamma)
+                rewrite.scale_columns(reader, gamma)
         old = [arg for arg in norm.args[2 : 4 if norm.target == aten.layer_norm.default else 3] if arg is not None]
         if norm.target == aten.layer_norm.default:
             norm.args = (*norm.args[:2], None, None, *norm.args[4:])

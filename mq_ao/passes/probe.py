@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.graph import edit, walk
 
-_SUFFIX = "_states"
+_SUFFIX, _FLAT_SUFFIX = "_states", "_flat_states"
 
 
 def states_name(scan: Node) -> str:
@@ -18,21 +18,31 @@ def states_name(scan: Node) -> str:
     return scan.name + _SUFFIX
 
 
+def flat_states_name(scan: Node) -> str:
+    """Name of the node with the same states as (batch, length, channels * d_state): one channel each in statistics."""
+    return scan.name + _FLAT_SUFFIX
+
+
 def with_states(module: GraphModule, names: Iterable[str]) -> GraphModule:
     """The graph with a `scan_states` node beside every scan whose states are among `names`; weights are shared."""
     wanted = set(names)
-    scans = [scan for scan in walk.calls(module, walk.SCAN) if states_name(scan) in wanted]
-    if not scans:
+    if not _scans(module, wanted):
         return module
     probe = GraphModule(module, copy.deepcopy(module.graph))
-    for scan in [node for node in walk.calls(probe, walk.SCAN) if states_name(node) in wanted]:
+    for scan in _scans(probe, wanted):
         with probe.graph.inserting_after(scan):
             states = edit.call(probe, torch.ops.mq_ao.scan_states.default, states_arguments(scan), like=scan)
         with probe.graph.inserting_after(states):
             h = probe.graph.call_function(walk.getitem, (states, 0))
-        h.name = states_name(scan)
+        with probe.graph.inserting_after(h):
+            flat = probe.graph.call_function(walk.aten.flatten.using_ints, (h, 2))
+        h.name, flat.name = states_name(scan), flat_states_name(scan)
     probe.recompile()
     return probe
+
+
+def _scans(module: GraphModule, wanted: set[str]) -> list[Node]:
+    return [scan for scan in walk.calls(module, walk.SCAN) if {states_name(scan), flat_states_name(scan)} & wanted]
 
 
 def states_arguments(scan: Node) -> tuple[object, ...]:

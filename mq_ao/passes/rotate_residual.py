@@ -59,7 +59,7 @@ class RotateResidual(Pass):
             for reader in stream.readers:
                 rewrite.rotate_columns(reader, matrix)
             for node in stream.inputs:
-                rewrite.update(node, rewrite.of(node).rotated(matrix))
+                del rewrite.statistics[node.name]  # of another basis, and large
             self.note(rewrite, stream.name, f"{what}; {ratios(covariance.diagonal(), alone, after)}")
 
 
@@ -69,8 +69,7 @@ def change_basis(rewrite: Rewrite, stream: Stream, matrix: Tensor) -> None:
         if writer.target in walk.LINEAR:
             rewrite.rotate_rows(Rows(writer, 0, stream.width), matrix)
             continue
-        table = edit.constant(rewrite.module, walk.argument(writer, 0)).double()
-        rewrite.set_parameter(writer, 0, table @ matrix)
+        rewrite.change_rows(writer, 0, lambda rows: rows @ matrix)
     for node, index in stream.constants:
         value = edit.constant(rewrite.module, walk.argument(node, index)).double()
         rewrite.set_parameter(node, index, value @ matrix)

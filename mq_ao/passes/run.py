@@ -10,7 +10,6 @@ from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
 from mq_ao.passes.base import Pass, Rewrite
-from mq_ao.passes.probe import with_states
 from mq_ao.passes.registry import parse_pass
 from mq_ao.passes.statistics import Request, collect
 
@@ -51,8 +50,7 @@ def apply(
         for request in item.requests(rewrite):
             requests[request.node] = requests.get(request.node, request) | request
     if requests:
-        probe = with_states(module, requests)
-        rewrite.statistics = dict(collect(probe, requests.values(), batches, progress=progress))
+        rewrite.statistics = dict(collect(module, requests.values(), batches, progress=progress))
     for item in waiting:
         _apply(rewrite, item, applied)
     module.graph.lint()

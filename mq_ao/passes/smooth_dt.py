@@ -31,7 +31,7 @@ class SmoothDt(Pass):
         """Balances every block's dt_proj input against dt_proj."""
         for block in rewrite.blocks:
             d = block.dt
-            scales = balance(rewrite.of(d).maximum, rewrite.weight(block.dt_proj).abs().amax(0), self.alpha)
+            scales = balance(rewrite.of(d).maximum, rewrite.largest_by_column(block.dt_proj), self.alpha)
             rewrite.scale_rows(block.dt_rows, 1 / scales)
             rewrite.scale_columns(block.dt_proj, scales)
             rewrite.update(d, rewrite.of(d).scaled(1 / scales))

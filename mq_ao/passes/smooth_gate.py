@@ -43,7 +43,7 @@ class SmoothGate(Pass):
                 self.leave_out(rewrite, block.name, "the block has no gate to scale")
                 continue
             x = block.out_input
-            scales = balance(rewrite.of(x).maximum, rewrite.weight(block.out_proj).abs().amax(0), self.alpha)
+            scales = balance(rewrite.of(x).maximum, rewrite.largest_by_column(block.out_proj), self.alpha)
             scale_gate(rewrite, block, block.gate, 1 / scales)
             rewrite.scale_columns(block.out_proj, scales)
             rewrite.update(x, rewrite.of(x).scaled(1 / scales))

@@ -40,9 +40,12 @@ class SmoothNorm(Pass):
             if isinstance(readers, str) or weight is None:
                 self.leave_out(rewrite, norm.name, readers if isinstance(readers, str) else "the norm has no weight")
                 continue
-            largest = torch.stack([rewrite.weight(reader).abs().amax(0) for reader in readers]).amax(0)
+            largest = torch.stack([rewrite.largest_by_column(reader) for reader in readers]).amax(0)
             scales = balance(rewrite.of(norm).maximum, largest, self.alpha)
             edit.set_operand(rewrite.module, norm, 2, weight / scales)
+            bias = edit.operand(rewrite.module, norm, 3)  # of a LayerNorm; an RMSNorm has a number there
+            if bias is not None:
+                edit.set_operand(rewrite.module, norm, 3, bias / scales)
             for reader in readers:
                 rewrite.scale_columns(reader, scales)
             rewrite.update(norm, rewrite.of(norm).scaled(1 / scales))

@@ -27,6 +27,7 @@ from mq_ao.passes.accumulators import (
     reduce,
     report_failure,
 )
+from mq_ao.passes.probe import with_states
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +278,8 @@ def collect(
 
     Args:
         module: captured float graph.
-        requests: values to look at; several requests for one node are united. Without any, nothing is run.
+        requests: values to look at, states of scans (see `probe`) among them; several requests for one node are united.
+            Without any, nothing is run.
         batches: positional inputs of the graph, one tuple a batch. A generator is read once.
         progress: show a progress bar on stderr.
 
@@ -294,7 +296,7 @@ def collect(
     # All ranks must reduce in one order.
     pooled = list(accumulators.values())
     try:
-        _run(module, accumulators, batches, progress)
+        _run(with_states(module, accumulators), accumulators, batches, progress)
     except Exception:
         if is_distributed():
             report_failure(pooled)

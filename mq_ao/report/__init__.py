@@ -1,9 +1,8 @@
-"""The HTML report of a quantization: a plain data model, rendered to one self-contained page."""
+"""The HTML report of a quantization: a plain data model, rendered to one self-contained page by `mq_ao.report.page`."""
 
 from __future__ import annotations
 
 from mq_ao.report.data import NodeQuality, PageData, RangeRow, Size, VarianceProfile
-from mq_ao.report.page import render, write
 
 __all__ = [
     "NodeQuality",
@@ -11,6 +10,4 @@ __all__ = [
     "RangeRow",
     "Size",
     "VarianceProfile",
-    "render",
-    "write",
 ]

@@ -60,10 +60,10 @@ class VarianceProfile:
 
 @dataclass(frozen=True, eq=False)
 class RangeRow:
-    """Range of one quantized activation over the calibration data.
+    """Range of one activation that quantized nodes read, in the float graph.
 
     Attributes:
-        role: role of the node that reads it; rows of one role share a heat map.
+        role: role of the node that reads it, and which operand; rows of one role share a heat map.
         module: qualified name of the node's module.
         low: smallest value.
         high: largest value.
@@ -113,15 +113,15 @@ class PageData:
         recipe: name of the recipe.
         recipe_text: the recipe as text, line by line.
         batches: number of calibration batches.
-        tokens: number of calibration tokens.
+        tokens: number of calibration tokens, or 0 where the inputs are no tokens.
+        sample: the data that `ranges` and `nodes` were taken on, in words.
         versions: library -> version.
-        counts: further figures for the head of the page, label -> number.
         blocks: what was matched, as text.
         transforms: rewrites, in the order in which they were tried.
         decisions: of the quantizer, in graph order.
         sizes: weights of every part.
         variances: one profile a rotated place; the first, best the residual stream, is shown whatever its values.
-        ranges: in graph order.
+        ranges: by role, and by layer in each.
         nodes: in graph order.
     """
 
@@ -130,8 +130,8 @@ class PageData:
     recipe_text: str
     batches: int
     tokens: int
+    sample: str = "the calibration data"
     versions: Mapping[str, str] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
     blocks: str = ""
     transforms: tuple[Transform, ...] = ()
     decisions: tuple[Decision, ...] = ()

@@ -100,7 +100,8 @@ def write(data: PageData, path: str | Path) -> None:
 
 
 def _facts(data: PageData, worst: Sequence[NodeQuality]) -> list[Fact]:
-    facts = [Fact("recipe", data.recipe, f"calibration batches: {data.batches:,}, tokens: {data.tokens:,}")]
+    tokens = f", tokens: {data.tokens:,}" if data.tokens else ""
+    facts = [Fact("recipe", data.recipe, f"calibration batches: {data.batches:,}{tokens}")]
     if data.decisions:
         accepted = sum(decision.accepted for decision in data.decisions)
         left = len(data.decisions) - accepted
@@ -113,8 +114,10 @@ def _facts(data: PageData, worst: Sequence[NodeQuality]) -> list[Fact]:
         total = _total(data.sizes)
         facts.append(Fact("weights", _bytes(total.quantized_bytes), f"{_bytes(total.float_bytes)} in float"))
     if worst:
-        facts.append(Fact("worst node", _decibels(worst[0].sqnr), worst[0].module or worst[0].node))
-    return facts + [Fact(label, f"{count:,}") for label, count in data.counts.items()]
+        facts.append(
+            Fact("worst node", _decibels(worst[0].sqnr), f"{worst[0].role}, {worst[0].module or worst[0].node}")
+        )
+    return facts
 
 
 def _featured(data: PageData) -> set[int]:
@@ -149,16 +152,22 @@ def _transform_group(items: Sequence[Transform]) -> Group:
 def _decision_groups(decisions: Sequence[Decision]) -> list[Group]:
     found: dict[tuple[str, str], list[Decision]] = {}
     for item in decisions:
-        found.setdefault((item.role or "no role", item.detail), []).append(item)
+        found.setdefault((item.role or "no role", _how(item)[0]), []).append(item)
     return [
         Group(
             role,
             "",
             detail,
-            tuple((f"{item.node} ({item.module})" if item.module else item.node, "") for item in items),
+            tuple((f"{item.node} ({item.module})" if item.module else item.node, _how(item)[1]) for item in items),
         )
         for (role, detail), items in found.items()
     ]
+
+
+def _how(item: Decision) -> tuple[str, str]:
+    """(spec, its operands) of a quantized node, or (reason, ""): operands differ from node to node."""
+    spec, _, operands = item.detail.partition(": ") if item.accepted else (item.detail, "", "")
+    return spec, operands
 
 
 def _badness(node: NodeQuality) -> float:

@@ -1,4 +1,4 @@
-// PyTorch operators on qgemm.h: mq_ao::qlinear, quantize_per_token, qlinear_per_token, qlinear_dynamic.
+// PyTorch operators on qgemm.h: mq_ao::qlinear, quantize_per_token, qlinear_per_token.
 // Bad input goes to the Python references, which say what is wrong with it.
 #include "linear_glue.h"
 
@@ -60,21 +60,12 @@ Tensor qlinear_per_token(const Tensor& q, const Tensor& scale, const Tensor& pac
   return multiply(q, a, l, packed, weight_scale, bias, out_scale, out_zero_point);
 }
 
-Tensor qlinear_dynamic(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias) {
-  if (!is_native_dtype(x) || !is_linear(layout_of(x, weight_scale, 8, 0), packed, weight_scale, bias)) {
-    return call_reference<decltype(qlinear_dynamic)>("qlinear_dynamic", x, packed, weight_scale, bias);
-  }
-  const auto [q, scale] = quantize_per_token(x);
-  return qlinear_per_token(q, scale, packed, weight_scale, bias, std::nullopt, 0, 8, 0);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mq_ao, CPU, m) {
   m.impl("qlinear", qlinear);
   m.impl("quantize_per_token", quantize_per_token);
   m.impl("qlinear_per_token", qlinear_per_token);
-  m.impl("qlinear_dynamic", qlinear_dynamic);
 }
 
 }  // namespace mq_ao
