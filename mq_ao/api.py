@@ -150,7 +150,7 @@ def quantize(
     if first is None:
         raise MqAoError("calibration is empty: give at least one batch of inputs.")
     # Statistics and ranges are two runs over the same data.
-    given = [first, *batches] if chosen.needs_statistics or chosen.scheme.needs_statistics else _chain(first, batches)
+    given = [first, *batches] if chosen.needs_statistics else _chain(first, batches)
     graph = capture(model, first)
     stored = sizes.stored(graph, sizes.roles(graph))
     rewrite = passes.apply(graph, chosen.passes, given, progress=progress)

@@ -42,8 +42,7 @@ class Recipe:
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration data is run through the float graph before it is prepared."""
-        gptq = any(spec.rounding is Rounding.GPTQ for spec in self.scheme.roles.values())
-        return bool(self.passes) or gptq
+        return bool(self.passes) or self.scheme.needs_statistics
 
     def __str__(self) -> str:
         """A table: the passes with their options, then the scheme by role."""

@@ -176,7 +176,7 @@ class MambaQuantizer(Quantizer):
         return None if self._global is None else self._global.roles.get(role)
 
     def _decide(
-        self, annotator: Annotator, role: Role, node: Node, operands: tuple[Node, ...] | None = None
+        self, annotator: Annotator, role: Role, node: Node, operands: Mapping[str, Node] | None = None
     ) -> Decision:
         path, spec = module_path(node), self._spec(role, node)
         if spec is None:
@@ -184,8 +184,8 @@ class MambaQuantizer(Quantizer):
         if is_annotated(node):
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
         if operands is not None:
-            annotator.inputs(node, operands, spec)
-            return Decision(node.name, path, role, True, f"{spec.input}: {', '.join(item.name for item in operands)}")
+            annotator.inputs(node, tuple(operands.values()), spec)
+            return Decision(node.name, path, role, True, f"{spec.input}: {', '.join(operands)}")
         annotator.layer(role, node, spec)
         return Decision(node.name, path, role, True, annotator.describe(node, spec))
 

@@ -119,7 +119,7 @@ def test_unknown_options_are_usage_errors(mq_ao: CommandLine) -> None:
 def test_demo_saves_a_program_that_others_load(mq_ao: CommandLine, files: Files) -> None:
     run = mq_ao("inspect", files.program)
     assert run.code == 0
-    assert "rtn-w8a8" in run.out
+    assert "mambaquant-w8a8" in run.out
     assert "qlinear" in run.out
     assert [path.name for path in files.folder.iterdir() if path.name.startswith(".")] == []
 

@@ -14,9 +14,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 import mq_ao
 from mq_ao import MqAoError, passes
 from mq_ao.api import QuantizedProgram, capture
-from mq_ao.graph import Role
-from mq_ao.graph.block import Block
-from mq_ao.graph.matcher import match
+from mq_ao.graph import Block, Role, match
 from mq_ao.lowering import inductor
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaLM
@@ -245,6 +243,19 @@ def test_states_that_do_not_pass_through_the_graph_are_left_out(tiny: MambaLM) -
     exposed = passes.apply(capture(tiny, ()), ["expose_state"]).module
     reasons = left_out(exposed, MambaQuantizer().set_global(STATE_ALONE))
     assert reasons == {"its states are nodes of their own, which are computed in float"}
+
+
+def test_operators_refuse_what_does_not_fit() -> None:
+    h, scale = torch.tensor([[[0.6, -9.0, torch.nan]]]), torch.tensor([[0.1, 0.01, 1.0]])
+    q = torch.ops.mq_ao.quantize_state(h, scale)
+    assert q.dtype == torch.int8 and q.tolist() == [[[6, -127, 0]]]
+    torch.testing.assert_close(torch.ops.mq_ao.dequantize_state(q, scale), torch.tensor([[[0.6, -1.27, 0.0]]]))
+    with pytest.raises(MqAoError, match=r"a scale .channels, d_state.; they are .1, 1, 3. and .2, 3."):
+        torch.ops.mq_ao.quantize_state(h, torch.ones(2, 3))
+    with pytest.raises(MqAoError, match="h must be floating point, it is torch.int8"):
+        torch.ops.mq_ao.quantize_state(q, scale)
+    with pytest.raises(MqAoError, match="q must be int8, it is torch.float32"):
+        torch.ops.mq_ao.dequantize_state(h, scale)
 
 
 def test_recipes_say_it_and_files_keep_it() -> None:

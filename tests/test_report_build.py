@@ -147,14 +147,14 @@ def test_sample_is_cut_where_the_graph_allows_it(tiny: MambaLM) -> None:
 def test_ranges_are_those_of_the_float_values(built: Built) -> None:
     blocks = match(built.program._source.graph).blocks
     rows = {(row.role, row.module): row for row in built.data.ranges}
-    # in_proj, conv1d, x_proj with u, dt_proj, out_proj; dt, B, C; y and z: ten a layer, and the head.
+    # in_proj, conv1d, x_proj with u, dt_proj, out_proj; delta, B, C; y and z: ten a layer, and the head.
     assert len(rows) == len(built.data.ranges) == 10 * len(blocks) + 1
     for block in blocks:
         assert block.gate is not None
-        u, dt = block.scan.args[:2]
+        u, delta = block.scan.args[:2]
         wanted = {
             ("x_proj, scan u", f"{block.name}.x_proj"): u,
-            ("scan dt", block.name): dt,
+            ("scan delta", block.name): delta,
             ("scan B", block.name): block.b,
             ("scan C", block.name): block.c,
             ("gate y", block.name): block.gate.y,

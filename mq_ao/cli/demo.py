@@ -53,7 +53,7 @@ def demo(
         from mq_ao.models import demo as bundled
         from mq_ao.recipes import get_recipe
         from mq_ao.text import BYTE_VOCABULARY, ByteCodec, calibration_batches, read_tokens
-    recipes = list(dict.fromkeys((get_recipe(BASELINE), get_recipe(recipe))))
+    recipes = [get_recipe(BASELINE), get_recipe(recipe)][int(recipe == BASELINE) :]
     ready_kernels()
     with step("loading the bundled model"):
         model = MambaLM.from_pretrained("demo")

@@ -101,19 +101,22 @@ class Block:
             (Role.OUT_PROJ, self.out_proj),
         ]
 
-    def operands(self) -> list[tuple[Role, Node, tuple[Node, ...]]]:
-        """(role, node, inputs of it that may be quantized) of the parts without weights.
+    def operands(self) -> list[tuple[Role, Node, dict[str, Node]]]:
+        """(role, node, its inputs that may be quantized, by METHOD.md's symbols) of the parts without weights.
 
         delta is among them only where the scan applies the softplus: after it, small steps would vanish (METHOD.md
         section 5).
         """
         index = _SOFTPLUS if self.product is None else _SOFTPLUS_STATES
         softplus = len(self.scan.args) > index and self.scan.args[index] is True
-        u, delta = (argument(self.scan, index) for index in (0, 1))
-        operands = (u, *((delta,) if softplus else ()), self.b, *((self.c,) if self.product is None else ()))
-        result: list[tuple[Role, Node, tuple[Node, ...]]] = [(Role.SCAN, self.scan, operands)]
+        scan = {"u": argument(self.scan, 0), "delta": argument(self.scan, 1), "B": self.b, "C": self.c}
+        if not softplus:
+            del scan["delta"]
+        result: list[tuple[Role, Node, dict[str, Node]]] = [(Role.SCAN, self.scan, scan)]
         if self.product is not None:
-            result.append((Role.STATE, self.product, tuple(self.product.all_input_nodes)))
+            del scan["C"]
+            h, c = self.product.all_input_nodes
+            result.append((Role.STATE, self.product, {"h": h, "C": c}))
         if self.gate is not None:
-            result.append((Role.GATE, self.gate.node, (self.gate.y, self.gate.z)))
+            result.append((Role.GATE, self.gate.node, {"y": self.gate.y, "z": self.gate.z}))
         return result

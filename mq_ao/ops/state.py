@@ -14,14 +14,14 @@ from mq_ao.ops.qselective_scan import quantize_state
 
 
 def _check(name: str, state: Tensor, scale: Tensor) -> None:
+    message = (
+        f"{name}: a state (batch, channels, d_state) needs a scale (channels, d_state); they are "
+        f"{tuple(state.shape)} and {tuple(scale.shape)}."
+    )
+    require(state.dim() == 3 and scale.dim() == 2, message)
     # One by one: sizes may be symbols.
-    fits = state.dim() == 3 and scale.dim() == 2
-    for size, wanted in zip(state.shape[1:], scale.shape, strict=False) if fits else [(0, 1)]:
-        require(
-            size == wanted,
-            f"{name}: a state (batch, channels, d_state) needs a scale (channels, d_state); they are "
-            f"{tuple(state.shape)} and {tuple(scale.shape)}.",
-        )
+    for size, wanted in zip(state.shape[1:], scale.shape, strict=True):
+        require(size == wanted, message)
 
 
 def _quantize(h: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import mq_ao
-from mq_ao.graph import Block, Role, match, walk
+from mq_ao.graph import Role, match, walk
 from mq_ao.passes import Profile, Rewrite
 from mq_ao.report import sizes
 from mq_ao.report.data import PageData, RangeRow, VarianceProfile
@@ -129,18 +129,8 @@ def _inputs(graph: GraphModule) -> Iterator[_Input]:
             yield _Input(role, str(role), node, walk.argument(node, 0), axis)
     for block in found.blocks:
         for role, node, operands in block.operands():
-            for operand in operands:
-                yield _Input(role, f"{role} {_symbol(block, role, operand)}", node, operand)
-
-
-def _symbol(block: Block, role: Role, operand: Node) -> str:
-    """Name of an operand in METHOD.md."""
-    if role is Role.STATE:
-        return "h" if walk.upstream(operand, through=walk.TRANSPARENT | walk.HADAMARD) is block.scan else "C"
-    if role is Role.GATE:
-        return "y" if block.gate is not None and operand is block.gate.y else "z"
-    u, dt = (walk.argument(block.scan, index) for index in (0, 1))
-    return {u: "u", dt: "dt", block.b: "B", block.c: "C"}[operand]
+            for symbol, operand in operands.items():
+                yield _Input(role, f"{role} {symbol}", node, operand)
 
 
 def _range(inputs: list[_Input], value: Tensor) -> RangeRow:

@@ -152,22 +152,16 @@ def _transform_group(items: Sequence[Transform]) -> Group:
 def _decision_groups(decisions: Sequence[Decision]) -> list[Group]:
     found: dict[tuple[str, str], list[Decision]] = {}
     for item in decisions:
-        found.setdefault((item.role or "no role", _how(item)[0]), []).append(item)
+        found.setdefault((item.role or "no role", item.detail), []).append(item)
     return [
         Group(
             role,
             "",
             detail,
-            tuple((f"{item.node} ({item.module})" if item.module else item.node, _how(item)[1]) for item in items),
+            tuple((f"{item.node} ({item.module})" if item.module else item.node, "") for item in items),
         )
         for (role, detail), items in found.items()
     ]
-
-
-def _how(item: Decision) -> tuple[str, str]:
-    """(spec, its operands) of a quantized node, or (reason, ""): operands differ from node to node."""
-    spec, _, operands = item.detail.partition(": ") if item.accepted else (item.detail, "", "")
-    return spec, operands
 
 
 def _badness(node: NodeQuality) -> float:
