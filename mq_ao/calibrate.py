@@ -47,7 +47,7 @@ def calibrate(prepared: GraphModule, batches: Iterable[tuple[Any, ...]], *, prog
     hooks = _watch(prepared)
     count = 0
     try:
-        for batch in track(batches, "calibrating", disable=not progress, console=_stderr(), transient=True):
+        for batch in track(batches, "calibrating", disable=not progress, console=stderr(), transient=True):
             prepared(*batch)
             count += 1
     finally:
@@ -59,7 +59,8 @@ def calibrate(prepared: GraphModule, batches: Iterable[tuple[Any, ...]], *, prog
     return count
 
 
-def _stderr() -> Any:
+def stderr() -> Any:
+    """Console for progress bars."""
     from rich.console import Console
 
     return Console(stderr=True)

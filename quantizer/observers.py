@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -68,45 +69,15 @@ def state_spec(scale: Tensor) -> QuantizationSpec:
     return QuantizationSpec(torch.int8, observer, quant_min=-127, quant_max=127, qscheme=torch.per_channel_symmetric)
 
 
-class PlannedWeight(AffineQuantizedObserverBase):
-    """Stands for a weight whose integers and scales are known before calibration; writes its own dequantize node."""
+class _Planned(AffineQuantizedObserverBase):
+    """Stands for a value whose scales are known before calibration, and writes its own nodes afterwards."""
 
-    def __init__(self, weight: QuantizedWeight, **_: Any) -> None:
-        super().__init__(MappingType.SYMMETRIC, torch.int8, PerAxis(0))
-        self.weight = weight
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns the float weight: ranges of activations are those of the float program."""
-        return input
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scales, and zero points of 0."""
-        return self.weight.scale, torch.zeros_like(self.weight.scale, dtype=torch.int64)
-
-    def convert(self, model: GraphModule, observer_node: Node) -> None:
-        """Puts the integers and their dequantize node in the place of the float weight."""
-        weight = self.weight
-        scale, zero_point = self.calculate_qparams()
-        with model.graph.inserting_before(observer_node):
-            values, scales, zeros = (
-                _constant(model, kind, value)
-                for kind, value in (("values", weight.values), ("scales", scale), ("zeros", zero_point))
-            )
-            operator, args = _dequantize(weight, values, scales, zeros)
-            node = model.graph.call_function(operator, args)
-        observer_node.replace_all_uses_with(node)
-        model.graph.erase_node(observer_node)
-
-
-class PlannedState(AffineQuantizedObserverBase):
-    """Stands for a carried state whose scales are known before calibration; writes its own quantize and dequantize."""
-
-    def __init__(self, scale: Tensor, **_: Any) -> None:
-        super().__init__(MappingType.SYMMETRIC, torch.int8, PerAxis(1))
+    def __init__(self, scale: Tensor, axis: int) -> None:
+        super().__init__(MappingType.SYMMETRIC, torch.int8, PerAxis(axis))
         self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns the float state: ranges of activations are those of the float program."""
+        """Returns the float value: ranges of activations are those of the float program."""
         return input
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -114,13 +85,45 @@ class PlannedState(AffineQuantizedObserverBase):
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int64)
 
     def convert(self, model: GraphModule, observer_node: Node) -> None:
-        """Rounds the state as `mq_ao::qselective_scan` carries it."""
+        """Puts the quantized value in the place of the float one."""
         with model.graph.inserting_before(observer_node):
-            scale = _constant(model, "scales", self.scale)
-            rounded = model.graph.call_function(mq.quantize_state.default, (observer_node.args[0], scale))
-            node = model.graph.call_function(mq.dequantize_state.default, (rounded, scale))
+            node = self._write(model, observer_node.args[0])
         observer_node.replace_all_uses_with(node)
         model.graph.erase_node(observer_node)
+
+    @abstractmethod
+    def _write(self, model: GraphModule, value: Any) -> Node:
+        """Adds nodes for the quantized value; returns the last."""
+
+
+class PlannedWeight(_Planned):
+    """A weight whose integers are known too."""
+
+    def __init__(self, weight: QuantizedWeight, **_: Any) -> None:
+        super().__init__(weight.scale, axis=0)
+        self.weight = weight
+
+    def _write(self, model: GraphModule, value: Any) -> Node:
+        weight = self.weight
+        scale, zero_point = self.calculate_qparams()
+        constants = [
+            _constant(model, kind, item)
+            for kind, item in (("values", weight.values), ("scales", scale), ("zeros", zero_point))
+        ]
+        operator, args = _dequantize(weight, *constants)
+        return model.graph.call_function(operator, args)
+
+
+class PlannedState(_Planned):
+    """A carried state, rounded as `mq_ao::qselective_scan` carries it."""
+
+    def __init__(self, scale: Tensor, **_: Any) -> None:
+        super().__init__(scale, axis=1)
+
+    def _write(self, model: GraphModule, value: Any) -> Node:
+        scale = _constant(model, "scales", self.scale)
+        rounded = model.graph.call_function(mq.quantize_state.default, (value, scale))
+        return model.graph.call_function(mq.dequantize_state.default, (rounded, scale))
 
 
 def _constant(model: GraphModule, kind: str, value: Tensor) -> Node:

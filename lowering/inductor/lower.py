@@ -18,12 +18,12 @@ from torch._inductor.constant_folding import constant_fold
 from torch.fx import GraphModule
 
 import mq_ao.ops
-from mq_ao.graph import walk
+from mq_ao.graph import edit, walk
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
 from mq_ao.lowering.inductor.patterns import simulated_nodes
 from mq_ao.lowering.inductor.program import InductorProgram
-from mq_ao.lowering.inductor.rewrite import Rewriter, drop_unused_tensors
+from mq_ao.lowering.inductor.rewrite import Rewriter
 from mq_ao.ops.native.build import compiler
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _fold_constants(module: GraphModule) -> None:
         module.graph.erase_node(node)
     # Folding a transposed view would make it contiguous in the saved program, and every call would copy it.
     constant_fold(module, lambda node: node.target != torch.ops.aten.t.default)
-    drop_unused_tensors(module)
+    edit.drop_unused_tensors(module)
 
 
 def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) -> InductorProgram:

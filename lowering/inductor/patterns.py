@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401  (registers the q/d
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mq_ao.graph import walk
+from mq_ao.graph import edit, walk
 
 qd = torch.ops.quantized_decomposed
 
@@ -45,7 +44,8 @@ class Operand:
     def of(cls, node: Any) -> Operand:
         """What an operator reads at `node`."""
         if isinstance(node, Node) and node.target == DQ_STATIC and node.args[3:] == UINT8:
-            return cls(node.args[0], node.args[1], node.args[2], True)  # type: ignore[arg-type]
+            args: tuple[Any, ...] = node.args
+            return cls(*args[:3], static=True)
         return cls(node)
 
     @property
@@ -88,7 +88,7 @@ class Weight:
         bits = _LIMITS.get(tuple(limits[:2]), 8 if node.target == DQ_CHANNEL else None)
         if not constants or not fits or bits is None:
             return None
-        tensors = [attribute(module, arg) for arg in (values, scale, zero_point)]
+        tensors = [edit.constant(module, arg) for arg in (values, scale, zero_point)]
         if tensors[0].dtype != torch.int8 or tensors[2].any():
             return None
         return cls(tensors[0], tensors[1].float(), bits, group_size)
@@ -133,18 +133,6 @@ def requantize(value: Node) -> Node | None:
 def only_user(node: Node) -> Node | None:
     """The only reader of `node`, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def attribute(module: GraphModule, node: object) -> Tensor:
-    """Tensor of a get_attr node."""
-    assert isinstance(node, Node) and isinstance(node.target, str)
-    return operator.attrgetter(node.target)(module).detach()
-
-
-def arguments(node: Node, count: int) -> list[Any]:
-    """Positional arguments, padded with None."""
-    assert not node.kwargs, f"{node.name} has keyword arguments"
-    return [*node.args, *[None] * (count - len(node.args))]
 
 
 def merge_dequantize(module: GraphModule) -> None:

@@ -19,7 +19,6 @@ from mq_ao.lowering.inductor.patterns import (
     UINT8,
     Operand,
     Weight,
-    arguments,
     carried,
     is_dequantized,
     merge_dequantize,
@@ -83,7 +82,7 @@ class Rewriter:
         return count_integer_kernels(self.module)
 
     def _linear(self, node: Node) -> None:
-        x, weight_node, bias = arguments(node, 3)
+        x, weight_node, bias = walk.padded(node, 3)
         weight = Weight.of(self.module, weight_node)
         known = not is_dequantized(x) or Operand.of(x).static or per_token_source(x) is not None
         if weight is None or not known:
@@ -127,7 +126,7 @@ class Rewriter:
         return self._tokens[source]
 
     def _conv(self, node: Node) -> None:
-        x, weight_node, bias, state, activation = arguments(node, 5)
+        x, weight_node, bias, state, activation = walk.padded(node, 5)
         weight, operand = Weight.of(self.module, weight_node), Operand.of(x)
         if weight is None or not operand.static:
             return
@@ -142,7 +141,7 @@ class Rewriter:
             self._take_over(following, y)
 
     def _scan(self, node: Node) -> None:
-        u, delta, a, b, c, skip, bias, softplus, initial = arguments(node, 9)
+        u, delta, a, b, c, skip, bias, softplus, initial = walk.padded(node, 9)
         state, state_scale = carried(initial)
         operands = [Operand.of(value) for value in (u, delta, b, c)]
         y, last = _output(node, 0), _output(node, 1)
@@ -256,15 +255,3 @@ def _wide_pieces(node: Node) -> list[tuple[Node, int, int]] | None:
     if split is None or bounds is None or any((stop - start) % _PANEL for start, stop in bounds):
         return None
     return [(user, *bounds[user.args[1]]) for user in split.users]
-
-
-def drop_unused_tensors(module: GraphModule) -> None:
-    """Deletes parameters and buffers that no node reads: the float weights and the unpacked ones."""
-    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-    for name, _ in [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]:
-        if name not in used:
-            owner, _, leaf = name.rpartition(".")
-            delattr(module.get_submodule(owner), leaf)

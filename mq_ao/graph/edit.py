@@ -48,9 +48,8 @@ def set_operand(module: GraphModule, user: Node, index: int, value: Tensor) -> N
     """
     old = user.args[index] if index < len(user.args) else None
     dtype = constant(module, old).dtype if isinstance(old, Node) else _dtype(user)
-    name = new_name(module, f"{user.name}_operand{index}")
     with module.graph.inserting_before(user):
-        node = get_attr(module, name, value.to(dtype).contiguous(), like=user)
+        node = get_attr(module, f"{user.name}_operand{index}", value.to(dtype).contiguous(), like=user)
     args = [*user.args, *[None] * (index + 1 - len(user.args))]
     args[index] = node
     user.args = tuple(args)
@@ -85,7 +84,11 @@ def readers(node: Node) -> list[Node]:
 
 
 def get_attr(module: GraphModule, name: str, value: Tensor, like: Node) -> Node:
-    """Registers `value` as a parameter and returns a get_attr node for it, at the graph's insertion point."""
+    """Registers `value` as a parameter of that name (with a number where it is taken); returns a get_attr node for it.
+
+    The node is at the graph's insertion point.
+    """
+    name = _new_name(module, name)
     module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
     node = module.graph.get_attr(name)
     # Not `from_tensor`: the mode would keep the tensor alive.
@@ -118,16 +121,28 @@ def drop_unused(module: GraphModule, node: Node) -> None:
     inputs, target, is_attribute = node.all_input_nodes, node.target, node.op == "get_attr"
     module.graph.erase_node(node)
     if is_attribute and not any(other.target == target for other in module.graph.find_nodes(op="get_attr")):
-        owner, _, leaf = str(target).rpartition(".")
-        delattr(module.get_submodule(owner), leaf)
+        _delete(module, str(target))
     for item in inputs:
         drop_unused(module, item)
 
 
-def new_name(module: GraphModule, name: str) -> str:
-    """`name`, or `name` with a number where the module has an attribute of that name."""
-    taken, candidate, count = set(dict(module.named_parameters(remove_duplicate=False))), name, 0
-    while candidate in taken or hasattr(module, candidate):
+def drop_unused_tensors(module: GraphModule) -> None:
+    """Deletes parameters and buffers that no node reads."""
+    used = {node.target for node in module.graph.find_nodes(op="get_attr")}
+    names = [*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers(remove_duplicate=False))]
+    for name in names:
+        if name not in used:
+            _delete(module, name)
+
+
+def _delete(module: GraphModule, name: str) -> None:
+    owner, _, leaf = name.rpartition(".")
+    delattr(module.get_submodule(owner), leaf)
+
+
+def _new_name(module: GraphModule, name: str) -> str:
+    candidate, count = name, 0
+    while hasattr(module, candidate):
         count += 1
         candidate = f"{name}_{count}"
     return candidate

@@ -41,7 +41,7 @@ def gate_of(node: Node, y: Node) -> Gate | None:
             continue
         end = walk.upstream(operand)
         if end.target in walk.ACTIVATION:
-            return Gate(node, operand, end.args[0], None)  # type: ignore[arg-type]
+            return Gate(node, operand, walk.argument(end, 0), None)
         found = _s_silu(end)
         if found is not None:
             return Gate(node, operand, *found)
@@ -59,5 +59,5 @@ def _s_silu(node: Node) -> tuple[Node, Node | None] | None:
     if inner is z:
         return z, None
     if isinstance(inner, Node) and inner.target in walk.MUL and inner.args[0] is z and is_constant(inner.args[1]):
-        return z, inner.args[1]  # type: ignore[return-value]
+        return z, walk.argument(inner, 1)
     return None

@@ -19,51 +19,23 @@ aten = walk.aten
 
 NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 
-SELECTING = frozenset(
-    {
-        aten.alias.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.detach.default,
-        aten.dropout.default,
-        aten.index_select.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.to.device,
-        aten.to.dtype,
-        aten._to_copy.default,
-    }
-)
+SELECTING = walk.COPYING | {aten.index_select.default, aten.select.int, aten.slice.Tensor}
 """Operators that hand on some or all rows of their input."""
 
-_BY_CHANNEL = frozenset(
-    {
-        aten.add.Tensor,
-        aten.add_.Tensor,
-        aten.alias.default,
-        aten.cat.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.detach.default,
-        aten.dropout.default,
-        aten.expand.default,
-        aten.flip.default,
-        aten.gather.default,
-        aten.index.Tensor,
-        aten.index_select.default,
-        aten.mean.dim,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.squeeze.dim,
-        aten.sub.Tensor,
-        aten.sum.dim_IntList,
-        aten.to.device,
-        aten.to.dtype,
-        aten.to.dtype_layout,
-        aten._to_copy.default,
-        aten.unsqueeze.default,
-    }
-)
+_BY_CHANNEL = SELECTING | {
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.cat.default,
+    aten.expand.default,
+    aten.flip.default,
+    aten.gather.default,
+    aten.index.Tensor,
+    aten.mean.dim,
+    aten.squeeze.dim,
+    aten.sub.Tensor,
+    aten.sum.dim_IntList,
+    aten.unsqueeze.default,
+}
 """Operators that are linear and treat every channel alike, if the last axis keeps its size and is not what they act
 on."""
 
@@ -156,7 +128,7 @@ def _backward(stream: Stream, value: Node) -> list[Node]:
         stream.writers.append(value)
         return []
     if value.target in NORM:
-        if list(value.args[1]) != [stream.width]:  # type: ignore[arg-type]
+        if normalised(value) != [stream.width]:
             return _end(stream, value, "it normalises over more than the channels")
         stream.norms.append(value)
         return [walk.argument(value, 0)]
@@ -206,20 +178,26 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
     return _end(stream, user, f"{user.target} is not understood")
 
 
+def normalised(norm: Node) -> list[int]:
+    """Sizes of the axes that a norm normalises over."""
+    return list(walk.padded(norm, 2)[1])
+
+
 def keeps_channels(user: Node, width: int) -> bool:
     """Whether the last axis of `user` is that of its input."""
     value, source = user.meta["val"], user.all_input_nodes[0].meta["val"]
     if value.dim() == 0 or value.shape[-1] != width:
         return False
+    acted_on = walk.padded(user, 2)[1]
     axes: list[int] = []
     if user.target in (aten.mean.dim, aten.sum.dim_IntList, aten.flip.default):
-        axes = list(user.args[1])  # type: ignore[arg-type]
+        axes = list(acted_on)
     elif user.target in (aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.cat.default):
-        axes = [user.args[1] if len(user.args) > 1 else 0]  # type: ignore[list-item]
+        axes = [acted_on or 0]
     elif user.target in (aten.index_select.default, aten.gather.default):
-        axes = [user.args[1]]  # type: ignore[list-item]
+        axes = [acted_on]
     elif user.target == aten.unsqueeze.default:
-        return user.args[1] not in (-1, value.dim() - 1)
+        return acted_on not in (-1, value.dim() - 1)
     elif user.target == aten.index.Tensor:
-        return len(user.args[1]) < source.dim()  # type: ignore[arg-type]
+        return len(acted_on) < source.dim()
     return all(axis not in (-1, source.dim() - 1) for axis in axes)

@@ -14,21 +14,6 @@ from mq_ao.graph import walk
 
 aten = walk.aten
 
-_SAME = frozenset(
-    {
-        aten.alias.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.detach.default,
-        aten.dropout.default,
-        aten.to.device,
-        aten.to.dtype,
-        aten.to.dtype_layout,
-        aten._to_copy.default,
-    }
-)
-"""Operators whose output holds the channels of their input, all of them in order."""
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -60,12 +45,12 @@ def rows_of(node: Node) -> Rows:
         return Rows(node, 0, int(node.meta["val"].shape[-1]))
     source = node.args[0] if node.args else None
     if isinstance(source, Node):
-        if node.target in _SAME:
+        if node.target in walk.COPYING:
             return rows_of(source)
         if node.target is operator.getitem:
             piece = _piece(source, node.args[1])
             if piece is not None:
-                return _within(rows_of(source.args[0]), *piece)  # type: ignore[arg-type]
+                return _within(rows_of(walk.argument(source, 0)), *piece)
         if node.target == aten.slice.Tensor and _is_last(source, node.args[1] if len(node.args) > 1 else 0):
             start, stop, step = [*node.args[2:], *[None] * (5 - len(node.args))][:3]
             size = int(source.meta["val"].shape[-1])

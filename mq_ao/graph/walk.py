@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -16,43 +17,45 @@ getitem = operator.getitem
 LINEAR = frozenset({aten.linear.default})
 CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, aten.conv1d.padding})
 SCAN = frozenset({torch.ops.mq_ao.selective_scan.default})
-SCAN_STATES = (
-    frozenset({torch.ops.mq_ao.scan_states.default}) if hasattr(torch.ops.mq_ao, "scan_states") else frozenset()
-)
+SCAN_STATES = frozenset({torch.ops.mq_ao.scan_states.default})
 ACTIVATION = frozenset({aten.silu.default, aten.silu_.default})
 HADAMARD = frozenset({torch.ops.mq_ao.hadamard.default})
 MUL = frozenset({aten.mul.Tensor})
 ADD = frozenset({aten.add.Tensor})
 SUM = frozenset({aten.sum.dim_IntList})
 
-TRANSPARENT = frozenset(
+COPYING = frozenset(
     {
-        operator.getitem,
         aten.alias.default,
-        aten.chunk.default,
         aten.clone.default,
         aten.contiguous.default,
         aten.detach.default,
         aten.dropout.default,
-        aten.expand.default,
-        aten.flatten.using_ints,
-        aten.permute.default,
-        aten.reshape.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.squeeze.dim,
         aten.to.device,
         aten.to.dtype,
         aten.to.dtype_layout,
         aten._to_copy.default,
-        aten.transpose.int,
-        aten.unflatten.int,
-        aten.unsqueeze.default,
-        aten.view.default,
     }
 )
+"""Operators whose output has the shape and, but for a cast, the values of their input."""
+
+TRANSPARENT = COPYING | {
+    operator.getitem,
+    aten.chunk.default,
+    aten.expand.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.dim,
+    aten.transpose.int,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
 """Operators that move or cast values without mixing or changing them: a walk passes through their first input."""
 
 
@@ -61,6 +64,12 @@ def argument(node: Node, index: int) -> Node:
     value = node.args[index]
     assert isinstance(value, Node), f"argument {index} of {node.name} is {value!r}"
     return value
+
+
+def padded(node: Node, count: int) -> list[Any]:
+    """Positional arguments, padded with None where defaults were left out."""
+    assert not node.kwargs, f"{node.name} has keyword arguments"
+    return [*node.args, *[None] * (count - len(node.args))]
 
 
 def upstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import Block, Match, edit, match, walk
+from mq_ao.graph import Block, edit, match, walk
 from mq_ao.graph.residual import Stream, streams
 from mq_ao.graph.rows import Rows
 from mq_ao.memory import release
+from mq_ao.ops import hadamard_matrix
 from mq_ao.passes.statistics import ChannelStatistics, Request
 
 _LARGE = 2**20
@@ -86,14 +88,9 @@ class Rewrite:
     profiles: list[Profile] = field(default_factory=list)
 
     @property
-    def match(self) -> Match:
-        """The blocks of the graph as it is now."""
-        return match(self.module)
-
-    @property
     def blocks(self) -> tuple[Block, ...]:
-        """Shorthand for `match.blocks`."""
-        return self.match.blocks
+        """The blocks of the graph as it is now."""
+        return match(self.module).blocks
 
     @property
     def streams(self) -> list[Stream]:
@@ -173,6 +170,23 @@ class Rewrite:
         matrix = edit.constant(self.module, walk.argument(user, index))
         self.set_parameter(user, index, edit.by_rows(matrix, change))
 
+    def scale_taps(self, conv: Node, factor: Tensor) -> None:
+        """Multiplies the taps of every channel of a depthwise convolution, (channels, ...)."""
+        taps = self.weight(conv)
+        self.set_weight(conv, taps * factor.view(-1, *[1] * (taps.dim() - 1)))
+
+    def rotate_input(self, reader: Node, value: Node) -> Tensor:
+        """Puts a fast Hadamard transform between a value and what reads it; returns its matrix, float64.
+
+        Raises:
+            MqAoError: the value's width has no Hadamard matrix; nothing is changed then.
+        """
+        matrix = hadamard_matrix.matrix(edit.channels(value))
+        with self.module.graph.inserting_before(reader):
+            rotated = edit.call(self.module, torch.ops.mq_ao.hadamard.default, (value,), like=reader)
+        reader.replace_input_with(value, rotated)
+        return matrix
+
     def largest_by_column(self, linear: Node) -> Tensor:
         """Largest magnitude of every input channel of a linear's weight, (inputs,) float64."""
         weight = edit.constant(self.module, walk.argument(linear, 1))
@@ -185,30 +199,28 @@ class Rewrite:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """An exact rewrite. Subclasses are frozen dataclasses whose fields are the pass's options.
 
     Attributes:
         name: how recipes call it.
         step: its name in METHOD.md, or "".
-        run_time: whether it leaves an operation at run time.
     """
 
     name: ClassVar[str]
     step: ClassVar[str] = ""
-    run_time: ClassVar[bool] = False
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """The statistics it needs of the float graph."""
         return ()
 
+    @abstractmethod
     def apply(self, rewrite: Rewrite) -> None:
         """Rewrites the graph and its statistics in place.
 
         Raises:
             MqAoError: the pass was applied before, where a second application would not be exact or idempotent.
         """
-        raise NotImplementedError
 
     def note(self, rewrite: Rewrite, where: str, detail: str = "") -> None:
         """Records an application."""

@@ -19,7 +19,6 @@ class ExposeState(Pass):
     """y = (h C).sum(-1) + D u as nodes, over `mq_ao::scan_states`. For reference arithmetic: every h is in memory."""
 
     name = "expose_state"
-    run_time = True
 
     def apply(self, rewrite: Rewrite) -> None:
         """Exposes every block's h C."""

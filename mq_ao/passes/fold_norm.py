@@ -39,8 +39,6 @@ class FoldNorm(Pass):
 
     def _fold(self, rewrite: Rewrite, norm: Node, readers: list[Node]) -> None:
         gamma, beta = (edit.operand(rewrite.module, norm, index) for index in (2, 3))
-        if norm.target == aten.rms_norm.default:
-            beta = None
         if gamma is None and beta is None:
             return
         for reader in readers:
@@ -49,13 +47,11 @@ class FoldNorm(Pass):
                 rewrite.set_bias(reader, moved if bias is None else bias + moved)
             if gamma is not None:
                 rewrite.scale_columns(reader, gamma)
-        old = [arg for arg in norm.args[2 : 4 if norm.target == aten.layer_norm.default else 3] if arg is not None]
-        if norm.target == aten.layer_norm.default:
-            norm.args = (*norm.args[:2], None, None, *norm.args[4:])
-        else:
-            norm.args = (*norm.args[:2], None, *norm.args[3:])
+        parameters = 2 if norm.target == aten.layer_norm.default else 1
+        old = [arg for arg in norm.args[2 : 2 + parameters] if isinstance(arg, Node)]
+        norm.args = (*norm.args[:2], *[None] * parameters, *norm.args[2 + parameters :])
         for node in old:
-            edit.drop_unused(rewrite.module, node)  # type: ignore[arg-type]
+            edit.drop_unused(rewrite.module, node)
         self.note(rewrite, walk.module_path(norm) or norm.name, f"into {', '.join(reader.name for reader in readers)}")
 
     def _centre(self, rewrite: Rewrite, stream: Stream) -> None:

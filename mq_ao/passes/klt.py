@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 from mq_ao.ops import hadamard_matrix
+from mq_ao.passes.base import Profile
 from mq_ao.passes.statistics import ChannelStatistics
 
 logger = logging.getLogger(__name__)
@@ -27,17 +29,42 @@ class Basis(StrEnum):
     """A Hadamard matrix with random signs, as QuaRot uses it."""
 
 
-def rotation(statistics: ChannelStatistics, basis: Basis, where: str, seed: int = 0) -> tuple[Tensor, str]:
-    """An orthogonal float64 matrix (channels, channels) for values with these statistics, and what it is, in words.
+@dataclass(frozen=True)
+class Rotation:
+    """A rotation of some channels.
+
+    Attributes:
+        matrix: orthogonal float64 (channels, channels).
+        profile: channel variances before it, after a Hadamard matrix alone, and after it.
+        detail: what it is, and what it does to the variances, in words.
+    """
+
+    matrix: Tensor
+    profile: Profile
+    detail: str
+
+
+def rotation(statistics: ChannelStatistics, basis: Basis, where: str) -> Rotation:
+    """The rotation for values with these statistics.
 
     With too few tokens for a covariance (fewer than 4 a channel) the Hadamard matrix alone is used, after a warning.
 
     Raises:
         MqAoError: there is no Hadamard matrix of that order; or a KLT-enhanced rotation does not flatten the variances.
     """
-    width = statistics.channels
-    h = hadamard_matrix.matrix(width)
-    if basis is Basis.KLT and not statistics.enough_for_covariance:
+    width, covariance = statistics.channels, statistics.covariance()
+    matrix, what = random_hadamard(width), "Hadamard"
+    before, alone = covariance.diagonal(), variances(covariance, matrix)
+    after = alone
+    if basis is Basis.KLT and statistics.enough_for_covariance:
+        matrix, what = torch.linalg.eigh(covariance).eigenvectors @ hadamard_matrix.matrix(width), "KLT and Hadamard"
+        after = variances(covariance, matrix)
+        if not flatness(after) <= FLAT:
+            raise MqAoError(
+                f"the KLT rotation at {where} leaves channel variances {flatness(after):.3g} apart: its covariance is "
+                "not usable, calibrate on other data or use the basis 'hadamard'."
+            )
+    elif basis is Basis.KLT:
         logger.warning(
             "%d tokens are too few for the covariance of %d channels at %s: its rotation is a Hadamard matrix alone. "
             "Calibrate on at least %d tokens.",
@@ -46,24 +73,15 @@ def rotation(statistics: ChannelStatistics, basis: Basis, where: str, seed: int 
             where,
             4 * width,
         )
-        return random_hadamard(width, seed), f"Hadamard: {statistics.count} tokens are too few for {width} channels"
-    if basis is Basis.HADAMARD:
-        return random_hadamard(width, seed), "Hadamard"
-    covariance = statistics.covariance()
-    k = torch.linalg.eigh(covariance).eigenvectors
-    combined = k @ h
-    ratio = flatness(variances(covariance, combined))
-    if not ratio <= FLAT:
-        raise MqAoError(
-            f"the KLT rotation at {where} leaves channel variances {ratio:.3g} apart: its covariance is not usable, "
-            "calibrate on other data or use the basis 'hadamard'."
-        )
-    return combined, "KLT and Hadamard"
+        what = f"Hadamard: {statistics.count} tokens are too few for {width} channels"
+    ratios = [flatness(item) for item in (before, alone, after)]
+    detail = f"{what}; variance max/min {ratios[0]:.4g}, Hadamard alone {ratios[1]:.4g}, now {ratios[2]:.4g}"
+    return Rotation(matrix, Profile(where, before, alone, after), detail)
 
 
-def random_hadamard(width: int, seed: int = 0) -> Tensor:
-    """diag(random signs) H."""
-    signs = torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+def random_hadamard(width: int) -> Tensor:
+    """diag(random signs) H, the same at every call."""
+    signs = torch.randint(0, 2, (width, 1), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     return signs * hadamard_matrix.matrix(width)
 
 

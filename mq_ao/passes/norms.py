@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.edit import channels
-from mq_ao.graph.residual import NORM, SELECTING, keeps_channels
+from mq_ao.graph.residual import NORM, SELECTING, keeps_channels, normalised
 
 _AVERAGING = frozenset({walk.aten.mean.dim, walk.aten.flip.default})
 """With these over other axes than the channels, weight and bias of a norm may still be applied afterwards."""
@@ -14,7 +14,7 @@ _AVERAGING = frozenset({walk.aten.mean.dim, walk.aten.flip.default})
 
 def norms(module: GraphModule) -> list[Node]:
     """RMSNorm and LayerNorm nodes over the last axis, in graph order."""
-    return [node for node in walk.calls(module, NORM) if len(node.args[1]) == 1]  # type: ignore[arg-type]
+    return [node for node in walk.calls(module, NORM) if len(normalised(node)) == 1]
 
 
 def readers_of(norm: Node) -> list[Node] | str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mq_ao.graph import edit
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.smooth_gate import scale_gate
 
@@ -25,7 +26,6 @@ class PlantOutliers(Pass):
     """
 
     name = "plant_outliers"
-    run_time = True
 
     factor: float = 100.0
     share: float = 0.01
@@ -43,17 +43,16 @@ class PlantOutliers(Pass):
 
         for block in rewrite.blocks:
             if block.gate is not None:
-                gate = factors(rewrite.weight(block.out_proj).shape[1])
+                gate = factors(edit.channels(block.out_input))
                 scale_gate(rewrite, block, block.gate, gate)
                 rewrite.scale_columns(block.out_proj, 1 / gate)
-            dt = factors(rewrite.weight(block.dt_proj).shape[1])
+            dt = factors(edit.channels(block.dt))
             rewrite.scale_rows(block.dt_rows, dt)
             rewrite.scale_columns(block.dt_proj, 1 / dt)
-            state = factors(block.c_rows.stop - block.c_rows.start)
+            state = factors(edit.channels(block.c))
             rewrite.scale_rows(block.c_rows, state)
             rewrite.scale_rows(block.b_rows, 1 / state)
-            conv = factors(block.u_rows.stop - block.u_rows.start)
+            conv = factors(edit.channels(block.conv_input))
             rewrite.scale_rows(block.u_rows, conv)
-            taps = rewrite.weight(block.conv1d)
-            rewrite.set_weight(block.conv1d, taps / conv.view(-1, *[1] * (taps.dim() - 1)))
+            rewrite.scale_taps(block.conv1d, 1 / conv)
             self.note(rewrite, block.name, f"x{self.factor:g}")

@@ -47,6 +47,5 @@ def _scans(module: GraphModule, wanted: set[str]) -> list[Node]:
 
 def states_arguments(scan: Node) -> tuple[object, ...]:
     """Arguments of `scan_states` that equal a `selective_scan` node's."""
-    arguments: list[object] = [*scan.args, *[None] * (9 - len(scan.args))]
-    u, delta, a, b, _, _, bias, softplus, state = arguments
+    u, delta, a, b, _, _, bias, softplus, state = walk.padded(scan, 9)
     return u, delta, a, b, bias, bool(softplus), state

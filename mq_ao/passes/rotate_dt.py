@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mq_ao.errors import MqAoError
-from mq_ao.passes.base import Pass, Profile, Rewrite
-from mq_ao.passes.klt import Basis, flatness, random_hadamard, rotation, variances
+from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.klt import Basis, rotation
 from mq_ao.passes.statistics import Request
 
 
@@ -31,24 +31,14 @@ class RotateDt(Pass):
     def apply(self, rewrite: Rewrite) -> None:
         """Rotates every block's dt_proj input; a rank without a Hadamard matrix is left as it is."""
         for block in rewrite.blocks:
-            d = block.dt
-            statistics = rewrite.of(d)
+            statistics = rewrite.of(block.dt)
             try:
-                matrix, what = rotation(statistics, self.basis, block.name)
+                found = rotation(statistics, self.basis, f"{block.name} dt_proj input")
             except MqAoError as error:
                 self.leave_out(rewrite, block.name, str(error))
                 continue
-            covariance = statistics.covariance()
-            after = variances(covariance, matrix)
-            alone = variances(covariance, random_hadamard(len(matrix)))
-            rewrite.profiles.append(Profile(f"{block.name} dt_proj input", covariance.diagonal(), alone, after))
-            rewrite.rotate_rows(block.dt_rows, matrix)
-            rewrite.rotate_columns(block.dt_proj, matrix)
-            rewrite.update(d, statistics.rotated(matrix))
-            self.note(rewrite, block.name, f"{what}; {ratios(covariance.diagonal(), alone, after)}")
-
-
-def ratios(before: object, alone: object, after: object) -> str:
-    """max/min of channel variances before and after, in words."""
-    values = [flatness(item) for item in (before, alone, after)]  # type: ignore[arg-type]
-    return f"variance max/min {values[0]:.4g}, Hadamard alone {values[1]:.4g}, now {values[2]:.4g}"
+            rewrite.profiles.append(found.profile)
+            rewrite.rotate_rows(block.dt_rows, found.matrix)
+            rewrite.rotate_columns(block.dt_proj, found.matrix)
+            rewrite.update(block.dt, statistics.rotated(found.matrix))
+            self.note(rewrite, block.name, found.detail)

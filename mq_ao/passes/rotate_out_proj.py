@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from mq_ao.errors import MqAoError
-from mq_ao.graph import edit
-from mq_ao.ops import hadamard_matrix
 from mq_ao.passes.base import Pass, Rewrite
 
 
@@ -18,20 +14,14 @@ class RotateOutProj(Pass):
 
     name = "rotate_out_proj"
     step = "R2"
-    run_time = True
 
     def apply(self, rewrite: Rewrite) -> None:
         """Rotates every block's out_proj input; a width without a Hadamard matrix is left as it is."""
-        module = rewrite.module
         for block in rewrite.blocks:
-            x = block.out_input
             try:
-                matrix = hadamard_matrix.matrix(edit.channels(x))
+                matrix = rewrite.rotate_input(block.out_proj, block.out_input)
             except MqAoError as error:
                 self.leave_out(rewrite, block.name, str(error))
                 continue
-            with module.graph.inserting_before(block.out_proj):
-                rotated = edit.call(module, torch.ops.mq_ao.hadamard.default, (x,), like=block.out_proj)
-            block.out_proj.replace_input_with(x, rotated)
             rewrite.rotate_columns(block.out_proj, matrix)
             self.note(rewrite, block.name, f"fast transform of {len(matrix)} channels")

@@ -12,9 +12,8 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.graph.residual import Stream
 from mq_ao.graph.rows import Rows
-from mq_ao.passes.base import Pass, Profile, Rewrite
-from mq_ao.passes.klt import Basis, random_hadamard, rotation, variances
-from mq_ao.passes.rotate_dt import ratios
+from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.klt import Basis, rotation
 from mq_ao.passes.statistics import ChannelStatistics, Request
 
 
@@ -48,19 +47,17 @@ class RotateResidual(Pass):
                 continue
             pooled = reduce(ChannelStatistics.merged, (rewrite.of(node) for node in stream.inputs))
             try:
-                matrix, what = rotation(pooled, self.basis, stream.name)
+                found = rotation(pooled, self.basis, stream.name)
             except MqAoError as error:
                 self.leave_out(rewrite, stream.name, str(error))
                 continue
-            covariance = pooled.covariance()
-            after, alone = variances(covariance, matrix), variances(covariance, random_hadamard(len(matrix)))
-            rewrite.profiles.append(Profile(stream.name, covariance.diagonal(), alone, after))
-            change_basis(rewrite, stream, matrix)
+            rewrite.profiles.append(found.profile)
+            change_basis(rewrite, stream, found.matrix)
             for reader in stream.readers:
-                rewrite.rotate_columns(reader, matrix)
+                rewrite.rotate_columns(reader, found.matrix)
             for node in stream.inputs:
                 del rewrite.statistics[node.name]  # of another basis, and large
-            self.note(rewrite, stream.name, f"{what}; {ratios(covariance.diagonal(), alone, after)}")
+            self.note(rewrite, stream.name, found.detail)
 
 
 def change_basis(rewrite: Rewrite, stream: Stream, matrix: Tensor) -> None:

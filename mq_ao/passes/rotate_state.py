@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from mq_ao.errors import MqAoError
-from mq_ao.graph import edit, walk
-from mq_ao.ops import hadamard_matrix
+from mq_ao.graph import walk
 from mq_ao.passes.base import Pass, Rewrite
 
 
@@ -18,22 +15,17 @@ class RotateState(Pass):
 
     name = "rotate_state"
     step = "R4"
-    run_time = True
 
     def apply(self, rewrite: Rewrite) -> None:
         """Rotates every exposed product h C."""
-        module = rewrite.module
         for block in rewrite.blocks:
             if block.product is None:
                 raise MqAoError("rotate_state needs the product h C as a node: put expose_state before it.")
             h = next(item for item in walk.inputs(block.product) if walk.upstream(item) is block.scan)
             try:
-                matrix = hadamard_matrix.matrix(edit.channels(h))
+                matrix = rewrite.rotate_input(block.product, h)
             except MqAoError as error:
                 self.leave_out(rewrite, block.name, str(error))
                 continue
-            with module.graph.inserting_before(block.product):
-                rotated = edit.call(module, torch.ops.mq_ao.hadamard.default, (h,), like=block.product)
-            block.product.replace_input_with(h, rotated)
             rewrite.rotate_rows(block.c_rows, matrix)
             self.note(rewrite, block.name, f"{len(matrix)} states")

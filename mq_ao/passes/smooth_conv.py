@@ -34,9 +34,9 @@ class SmoothConv(Pass):
         """Balances every block's convolution input against the taps."""
         for block in rewrite.blocks:
             u = block.conv_input
-            taps = rewrite.weight(block.conv1d)
-            scales = balance(rewrite.of(u).maximum, taps.flatten(1).abs().amax(1), self.alpha)
+            largest = rewrite.weight(block.conv1d).flatten(1).abs().amax(1)
+            scales = balance(rewrite.of(u).maximum, largest, self.alpha)
             rewrite.scale_rows(block.u_rows, 1 / scales)
-            rewrite.set_weight(block.conv1d, taps * scales.view(-1, *[1] * (taps.dim() - 1)))
+            rewrite.scale_taps(block.conv1d, scales)
             rewrite.update(u, rewrite.of(u).scaled(1 / scales))
             self.note(rewrite, block.name, describe(scales))

@@ -28,7 +28,6 @@ class SmoothGate(Pass):
 
     name = "smooth_gate"
     step = "S2"
-    run_time = True
 
     alpha: float = 0.5
 
@@ -70,7 +69,7 @@ def _scale_sigmoid(rewrite: Rewrite, gate: Gate, factor: Tensor) -> None:
         return
     with module.graph.inserting_before(end):
         dtype = gate.z.meta["val"].dtype
-        scale = edit.get_attr(module, edit.new_name(module, f"{end.name}_scale"), factor.to(dtype), like=end)
+        scale = edit.get_attr(module, f"{end.name}_scale", factor.to(dtype), like=end)
         scaled = edit.call(module, aten.mul.Tensor, (gate.z, scale), like=end)
         sigmoid = edit.call(module, aten.sigmoid.default, (scaled,), like=end)
         activated = edit.call(module, aten.mul.Tensor, (gate.z, sigmoid), like=end)

@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from mq_ao.calibrate import _stderr
+from mq_ao.calibrate import stderr
 from mq_ao.errors import MqAoError
 from mq_ao.graph.walk import module_path
 from mq_ao.passes.accumulators import (
@@ -343,7 +343,7 @@ def _run(
     module: GraphModule, accumulators: Mapping[str, Accumulator], batches: Iterable[tuple[Any, ...]], progress: bool
 ) -> None:
     watch = _Watch(module, accumulators)
-    for batch in track(batches, "collecting statistics", disable=not progress, console=_stderr(), transient=True):
+    for batch in track(batches, "collecting statistics", disable=not progress, console=stderr(), transient=True):
         watch.run_batch(batch)
     for item in accumulators.values():
         if item.channels:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import Role, edit, match, walk
-from mq_ao.lowering.inductor.patterns import DQ_AFFINE, DQ_CHANNEL, Weight, attribute
+from mq_ao.lowering.inductor.patterns import DQ_AFFINE, DQ_CHANNEL, Weight
 from mq_ao.report.data import Size
 
 OTHER = "other"
@@ -54,7 +54,7 @@ def stored(graph: GraphModule, by_node: Mapping[str, str]) -> tuple[Stored, ...]
         parts = frozenset(by_node.get(reader.name, OTHER) for reader in edit.readers(node))
         # torch.export also lists the second name of a tied weight, which nothing reads.
         if parts:
-            result.append(Stored(parts, integers.get(target, attribute(graph, node).nbytes)))
+            result.append(Stored(parts, integers.get(target, edit.constant(graph, node).nbytes)))
     return tuple(result)
 
 
