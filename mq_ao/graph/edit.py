@@ -129,7 +129,10 @@ def drop_unused(module: GraphModule, node: Node) -> None:
 def drop_unused_tensors(module: GraphModule) -> None:
     """Deletes parameters and buffers that no node reads."""
     used = {node.target for node in module.graph.find_nodes(op="get_attr")}
-    names = [*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers(remove_duplicate=False))]
+    names = [
+        *dict(module.named_parameters(remove_duplicate=False)),
+        *dict(module.named_buffers(remove_duplicate=False)),
+    ]
     for name in names:
         if name not in used:
             _delete(module, name)
