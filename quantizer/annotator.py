@@ -6,10 +6,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 from torch.fx import Node
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpecBase, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    SharedQuantizationSpec,
+)
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mq_ao.graph import Role
+from mq_ao.graph.rows import piece_bounds
+from mq_ao.graph.walk import only_user
+from mq_ao.quantizer.backends import Backend
 from mq_ao.quantizer.observers import activation_spec, state_spec, weight_spec
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 from mq_ao.quantizer.states import CarriedState
@@ -21,10 +29,12 @@ class Annotator:
 
     Args:
         planned: weights that are integers already, by node.
+        backend: whose integers activations become.
     """
 
-    def __init__(self, planned: Mapping[Node, QuantizedWeight]) -> None:
+    def __init__(self, planned: Mapping[Node, QuantizedWeight], backend: Backend) -> None:
         self._planned = planned
+        self._backend = backend
         self._edges: dict[tuple[Node, Range], tuple[Node, Node]] = {}
 
     def layer(self, role: Role, node: Node, spec: RoleSpec) -> None:
@@ -44,6 +54,18 @@ class Annotator:
             for user in sorted(operand.users) if operand not in qspecs else ():
                 self._write(user, {operand: self._input(operand, user, spec)})
 
+    def outputs(self, linear: Node, spec: RoleSpec) -> None:
+        """Annotates what a linear gives, piece by piece, where something reads it in float."""
+        split = only_user(linear)
+        pieces = list(split.users) if split is not None and piece_bounds(split) is not None else [linear]
+        for piece in pieces:
+            if all(_is_static(user, piece) for user in piece.users):
+                continue
+            given = piece.meta.get(Q_ANNOTATION_KEY)
+            inputs = {} if given is None else given.input_qspec_map
+            output = activation_spec(spec, self._backend)
+            piece.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(inputs, output, _annotated=True)
+
     def state(self, state: CarriedState, scale: Tensor) -> None:
         """Annotates a carried state where it enters the scan and where it leaves it."""
         for node in (state.initial, state.last):
@@ -60,9 +82,9 @@ class Annotator:
 
     def _input(self, value: Node, user: Node, spec: RoleSpec) -> QuantizationSpecBase | None:
         if spec.activation is not Activation.STATIC:
-            return activation_spec(spec)
+            return activation_spec(spec, self._backend)
         first = self._edges.setdefault((value, spec.range), (value, user))
-        return activation_spec(spec) if first == (value, user) else SharedQuantizationSpec(first)
+        return activation_spec(spec, self._backend) if first == (value, user) else SharedQuantizationSpec(first)
 
     def _write(self, node: Node, qspecs: dict[Node, QuantizationSpecBase | None]) -> None:
         node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=qspecs, _annotated=True)
@@ -72,6 +94,13 @@ def is_annotated(node: Node) -> bool:
     """Whether a quantizer has annotated a node."""
     annotation = node.meta.get(Q_ANNOTATION_KEY)
     return annotation is not None and annotation._annotated
+
+
+def _is_static(user: Node, value: Node) -> bool:
+    """Whether `user` reads `value` in static integers."""
+    annotation = user.meta.get(Q_ANNOTATION_KEY)
+    qspec = None if annotation is None else annotation.input_qspec_map.get(value)
+    return isinstance(qspec, SharedQuantizationSpec) or (isinstance(qspec, QuantizationSpec) and not qspec.is_dynamic)
 
 
 def layer_operands(role: Role, node: Node) -> tuple[Node, Node]:

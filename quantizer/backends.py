@@ -1,53 +1,126 @@
-"""What each backend can execute, role by role."""
+"""What each backend can execute, role by role, and on which integers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torchao.quantization.pt2e.observer import MappingType
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
 from mq_ao.quantizer.specs import LINEAR_ROLES, Activation, RoleSpec, Rounding
 
+
+@dataclass(frozen=True)
+class Integers:
+    """The integers of an activation.
+
+    Attributes:
+        dtype: what holds them.
+        low: smallest one.
+        high: largest one.
+        mapping: whether 0 is in their middle.
+    """
+
+    dtype: torch.dtype
+    low: int
+    high: int
+    mapping: MappingType
+
+    @property
+    def limits(self) -> tuple[int, int, torch.dtype]:
+        """As the q/dq operators take it."""
+        return self.low, self.high, self.dtype
+
+
+UINT8 = Integers(torch.uint8, 0, 255, MappingType.ASYMMETRIC)
+INT8 = Integers(torch.int8, -128, 127, MappingType.ASYMMETRIC)
+SYMMETRIC_INT8 = Integers(torch.int8, -127, 127, MappingType.SYMMETRIC)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend's kernels take.
+
+    Attributes:
+        name: what users call it.
+        roles: activations that it has an integer kernel for, by role.
+        static: integers of a static activation.
+        per_token: integers of a per-token activation.
+        integer_outputs: whether linears with static inputs can only write static integers, so that their outputs
+            are quantized even where nothing that reads them asks for it.
+        group_multiple: what the size of a group of weights must be a multiple of.
+    """
+
+    name: str
+    roles: Mapping[Role, frozenset[Activation]]
+    static: Integers = UINT8
+    per_token: Integers = SYMMETRIC_INT8
+    integer_outputs: bool = False
+    group_multiple: int = field(default=4)
+
+
+_WEIGHTLESS = {role: frozenset({Activation.STATIC}) for role in (Role.SCAN, Role.GATE)}
 _INDUCTOR = {
     **dict.fromkeys(LINEAR_ROLES, frozenset(Activation)),
     Role.CONV1D: frozenset({Activation.STATIC}),
     Role.EMBEDDING: frozenset({Activation.NONE}),
-    Role.SCAN: frozenset({Activation.STATIC}),
-    Role.GATE: frozenset({Activation.STATIC}),
+    **_WEIGHTLESS,
     # In reference arithmetic: the lowering names what it simulates.
     Role.STATE: frozenset({Activation.STATIC}),
     Role.CARRIED_STATE: frozenset({Activation.STATIC}),
 }
+# XNNPACK has no kernel for float activations and integer weights.
+_EXECUTORCH = {
+    **dict.fromkeys(LINEAR_ROLES, frozenset({Activation.STATIC, Activation.PER_TOKEN})),
+    Role.CONV1D: frozenset({Activation.STATIC}),
+    Role.EMBEDDING: frozenset({Activation.NONE}),
+    Role.SCAN: frozenset({Activation.STATIC}),
+}
 
-BACKENDS: Mapping[str, Mapping[Role, frozenset[Activation]]] = {"inductor": _INDUCTOR}
-"""Backend -> role -> activations that it has an integer kernel for."""
+BACKENDS: Mapping[str, Backend] = {
+    "inductor": Backend("inductor", _INDUCTOR),
+    "executorch": Backend(
+        "executorch", _EXECUTORCH, static=INT8, per_token=INT8, integer_outputs=True, group_multiple=32
+    ),
+}
+"""The backends by name."""
 
 
-def check_backend(backend: str) -> str:
-    """Returns `backend`.
+def check_backend(name: str) -> Backend:
+    """The backend of that name.
 
     Raises:
         MqAoError: it is not one of ours; the message lists those.
     """
-    if backend not in BACKENDS:
-        raise MqAoError(f"unknown backend {backend!r}: the backends are {', '.join(BACKENDS)}.")
-    return backend
+    if name not in BACKENDS:
+        raise MqAoError(f"unknown backend {name!r}: the backends are {', '.join(BACKENDS)}.")
+    return BACKENDS[name]
 
 
-def check_executable(backend: str, role: Role, spec: RoleSpec) -> None:
+def check_executable(backend: Backend, role: Role, spec: RoleSpec) -> None:
     """Checks that `backend` runs `role` as `spec` says.
 
     Raises:
         MqAoError: it does not; the message says what it can do.
     """
-    able = BACKENDS[backend].get(role, frozenset())
+    able = backend.roles.get(role, frozenset())
     if spec.activation not in able:
         known = " or ".join(sorted(activation.value for activation in able)) or "nothing"
         raise MqAoError(
-            f"backend {backend!r} has no integer kernel for {role} with activation {spec.activation}: "
+            f"backend {backend.name!r} has no integer kernel for {role} with activation {spec.activation}: "
             f"choose {known}, or leave the role out."
         )
     if role not in LINEAR_ROLES and (spec.bits != 8 or spec.group_size is not None):
-        raise MqAoError(f"backend {backend!r} has no kernel for {role} with {spec.weight}: it takes int8, per channel.")
+        raise MqAoError(
+            f"backend {backend.name!r} has no kernel for {role} with {spec.weight}: it takes int8, per channel."
+        )
     if role not in LINEAR_ROLES and spec.rounding is Rounding.GPTQ:
         raise MqAoError(f"GPTQ is for linears; {role} is none: choose nearest or search.")
+    if spec.group_size is not None and spec.group_size % backend.group_multiple:
+        raise MqAoError(
+            f"backend {backend.name!r} takes groups of a multiple of {backend.group_multiple} weights, not "
+            f"{spec.group_size}: choose one, or None for one scale a channel."
+        )

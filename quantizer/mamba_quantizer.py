@@ -17,7 +17,7 @@ from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
 from mq_ao.quantizer.backends import check_backend, check_executable
 from mq_ao.quantizer.planning import plan_state, plan_weight
 from mq_ao.quantizer.report import Decision, QuantizationReport
-from mq_ao.quantizer.specs import CARRIED, QuantizationConfig, RoleSpec, Rounding
+from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding
 from mq_ao.quantizer.states import CarriedState, carried_states
 from mq_ao.quantizer.weights import QuantizedWeight
 
@@ -125,7 +125,7 @@ class MambaQuantizer(Quantizer):
         self._match = match(model)
         pairs = self._match.by_role()
         self._check_module_names([node for _, node in pairs])
-        annotator = Annotator(self._planned)
+        annotator = Annotator(self._planned, self.backend)
         decisions = [self._decide(annotator, role, node) for role, node in pairs]
         for block in self._match.blocks:
             for role, node, operands in block.operands():
@@ -133,6 +133,11 @@ class MambaQuantizer(Quantizer):
         for scan, state in self._carried_states(self._match).items():
             decisions.append(self._decide_state(annotator, scan, state))
         decisions += [Decision(item.node, "", None, False, item.reason) for item in self._match.rejected]
+        if self.backend.integer_outputs:
+            for role, node in pairs:
+                spec = self._spec(role, node)
+                if role in LINEAR_ROLES and spec is not None and spec.activation is Activation.STATIC:
+                    annotator.outputs(node, spec)
         self._report = QuantizationReport(tuple(decisions))
         return model
 

@@ -19,6 +19,7 @@ from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, Mapp
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.utils import get_new_attr_name_with_prefix
 
+from mq_ao.quantizer.backends import Backend
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight
 
@@ -35,24 +36,28 @@ PER_TOKEN_EPS = torch.finfo(torch.float32).tiny
 """Smallest scale of a token: a token of zeros is quantized to zeros. As in `mq_ao::quantize_per_token`."""
 
 
-def activation_spec(spec: RoleSpec) -> QuantizationSpec | None:
-    """torchao spec of the role's input, or None where it stays in float."""
+def activation_spec(spec: RoleSpec, backend: Backend) -> QuantizationSpec | None:
+    """torchao spec of the role's input in the backend's integers, or None where it stays in float."""
     if spec.activation is Activation.NONE:
         return None
     if spec.activation is Activation.PER_TOKEN:
+        integers = backend.per_token
         observer = AffineQuantizedPlaceholderObserver.with_args(
-            target_dtype=torch.int8,
-            mapping_type=MappingType.SYMMETRIC,
+            target_dtype=integers.dtype,
+            mapping_type=integers.mapping,
             granularity=PerToken(),
             eps=PER_TOKEN_EPS,
             is_dynamic=True,
         )
-        return QuantizationSpec(torch.int8, observer, quant_min=-127, quant_max=127, is_dynamic=True)
+        return QuantizationSpec(
+            integers.dtype, observer, quant_min=integers.low, quant_max=integers.high, is_dynamic=True
+        )
+    integers = backend.static
     return QuantizationSpec(
-        dtype=torch.uint8,
+        dtype=integers.dtype,
         observer_or_fake_quant_ctr=_RANGES[spec.range],
-        quant_min=0,
-        quant_max=255,
+        quant_min=integers.low,
+        quant_max=integers.high,
         qscheme=torch.per_tensor_affine,
     )
 

@@ -19,11 +19,12 @@ from torch.fx import GraphModule
 
 import mq_ao.ops
 from mq_ao.graph import edit, walk
+from mq_ao.lowering.graphs import StateShapes, flat, with_positions
 from mq_ao.lowering.inductor import package
-from mq_ao.lowering.inductor.graphs import StateShapes, export_decode, export_prefill, flat, with_positions
-from mq_ao.lowering.inductor.patterns import simulated_nodes
+from mq_ao.lowering.inductor.methods import export_decode, export_prefill
 from mq_ao.lowering.inductor.program import InductorProgram
 from mq_ao.lowering.inductor.rewrite import Rewriter
+from mq_ao.lowering.patterns import simulated_nodes
 from mq_ao.ops.native.build import compiler
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, replacing
+from mq_ao.lowering.graphs import StateShapes
 from mq_ao.lowering.inductor import package
-from mq_ao.lowering.inductor.graphs import StateShapes
 from mq_ao.models.generate import Sampling, generate, stream
 
 States = tuple[Tensor, Tensor, Tensor]

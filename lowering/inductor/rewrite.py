@@ -6,26 +6,14 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import piece_bounds
-from mq_ao.lowering.inductor.patterns import (
-    DQ_STATE,
-    Q_STATIC,
-    UINT8,
-    Operand,
-    Weight,
-    carried,
-    is_dequantized,
-    merge_dequantize,
-    only_user,
-    per_token_source,
-    requantize,
-)
+from mq_ao.lowering.patterns import Q_STATIC, UINT8, Weight, is_dequantized, merge_dequantize, per_token_source
+from mq_ao.lowering.rewrite import GraphRewriter
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -45,7 +33,7 @@ INTEGER_KERNELS = frozenset(
 _PANEL = 64
 
 
-class Rewriter:
+class Rewriter(GraphRewriter):
     """Edits one converted GraphModule in place; each method handles one pattern.
 
     Args:
@@ -53,9 +41,7 @@ class Rewriter:
     """
 
     def __init__(self, module: GraphModule) -> None:
-        self.module = module
-        self.graph = module.graph
-        self._names: Counter[str] = Counter()
+        super().__init__(module, UINT8)
         self._tokens: dict[Node, tuple[Node, Node]] = {}
 
     def run(self) -> Counter[str]:
@@ -66,13 +52,13 @@ class Rewriter:
         """
         merge_dequantize(self.module)
         for node in walk.calls(self.module, {mq.causal_conv1d.default}):
-            self._conv(node)
+            self.conv(node)
         for node in walk.calls(self.module, walk.SCAN):
-            self._scan(node)
+            self.scan(node)
         for node in walk.calls(self.module, walk.LINEAR):
             self._linear(node)
         for node in walk.calls(self.module, {aten.embedding.default}):
-            self._embedding(node)
+            self.embedding(node)
         self.graph.eliminate_dead_code()  # what else read the gates' outputs
         for node in walk.calls(self.module, {Q_STATIC, mq.quantize_per_token.default}):
             self._gate(node)
@@ -84,29 +70,29 @@ class Rewriter:
     def _linear(self, node: Node) -> None:
         x, weight_node, bias = walk.padded(node, 3)
         weight = Weight.of(self.module, weight_node)
-        known = not is_dequantized(x) or Operand.of(x).static or per_token_source(x) is not None
+        known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
         if weight is None or not known:
             return
         bounds = _wide_pieces(node)
         if bounds is None or bias is not None:
-            self._replace(node, self._product(node, x, weight, bias))
+            self.replace(node, self._product(node, x, weight, bias))
             return
         # Two products where the pieces are used apart: each then quantizes its own output, or not.
         for getitem, start, stop in bounds:
-            self._replace(getitem, self._product(getitem, x, weight.rows(start, stop), None))
+            self.replace(getitem, self._product(getitem, x, weight.rows(start, stop), None))
 
     def _product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Integer product before `at`; quantizes its own output where `at` only feeds one static quantize."""
-        graph, operand = self.graph, Operand.of(x)
+        graph, operand = self.graph, self.operand(x)
         source = per_token_source(x)
         tokens = None if source is None else self._per_token(source, x)
         with graph.inserting_before(at):
-            packed = self._store("packed", mq.qlinear_prepack(weight.values, weight.bits, weight.group_size))
+            packed = self.store("packed", mq.qlinear_prepack(weight.values, weight.bits, weight.group_size))
             scale = self._scale(weight)
             layout = (weight.bits, weight.group_size)
             if not operand.static and tokens is None:
                 return graph.call_function(mq.wlinear.default, (x, packed, scale, bias, *layout))
-            following = requantize(at)
+            following = self.following(at)
             out = (None, 0) if following is None else (following.args[1], following.args[2])
             if tokens is not None:
                 kernel, inputs = mq.qlinear_per_token.default, tokens
@@ -114,7 +100,7 @@ class Rewriter:
                 kernel, inputs = mq.qlinear.default, operand.arguments
             product = graph.call_function(kernel, (*inputs, packed, scale, bias, *out, *layout))
         if following is not None:
-            self._take_over(following, product)
+            self.take_over(following, product)
         return product
 
     def _per_token(self, source: Node, before: Node) -> tuple[Node, Node]:
@@ -122,61 +108,21 @@ class Rewriter:
         if source not in self._tokens:
             with self.graph.inserting_before(before):
                 quantize = self.graph.call_function(mq.quantize_per_token.default, (source,))
-                self._tokens[source] = self._outputs(quantize)
+                self._tokens[source] = self.outputs(quantize)
         return self._tokens[source]
-
-    def _conv(self, node: Node) -> None:
-        x, weight_node, bias, state, activation = walk.padded(node, 5)
-        weight, operand = Weight.of(self.module, weight_node), Operand.of(x)
-        if weight is None or not operand.static:
-            return
-        y = _output(node, 0)
-        following = None if y is None else requantize(y)
-        out = (None, 0) if following is None else (following.args[1], following.args[2])
-        with self.graph.inserting_before(node):
-            values, scale = self._store("taps", weight.values), self._store("scale", weight.scale)
-            args = (*operand.arguments, values, scale, bias, state, activation, *out)
-            self._replace(node, self.graph.call_function(mq.qcausal_conv1d.default, args))
-        if following is not None and y is not None:
-            self._take_over(following, y)
-
-    def _scan(self, node: Node) -> None:
-        u, delta, a, b, c, skip, bias, softplus, initial = walk.padded(node, 9)
-        state, state_scale = carried(initial)
-        operands = [Operand.of(value) for value in (u, delta, b, c)]
-        y, last = _output(node, 0), _output(node, 1)
-        following = None if y is None else requantize(y)
-        if following is None and state_scale is None and not any(operand.static for operand in operands):
-            return
-        out = (None, 0) if following is None else (following.args[1], following.args[2])
-        first, second, *rest = (operand.arguments for operand in operands)
-        with self.graph.inserting_before(node):
-            args = (*first, *second, a, *rest[0], *rest[1], skip, bias, bool(softplus), state, state_scale, *out)
-            self._replace(node, self.graph.call_function(mq.qselective_scan.default, args))
-        if state_scale is not None and last is not None:
-            self._carry(last, state)
-        if following is not None and y is not None:
-            self._take_over(following, y)
-
-    def _carry(self, last: Node, state: Node) -> None:
-        """The graph takes and gives the integers that a scan reads (`state`) and writes (`last`)."""
-        for dequantize in walk.calls(self.module, {DQ_STATE}):
-            if carried(dequantize)[0] is last:
-                self._take_over(dequantize, last)
-        source = walk.upstream(state)
-        source.meta["val"] = source.meta["val"].to(torch.int8)
 
     def _gate(self, quantize: Node) -> None:
         """Gate, rotation and quantize step of out_proj's input as one operator."""
         x: Any = quantize.args[0]
         rotated = x.target in walk.HADAMARD
         product = x.args[0] if rotated else x
-        if product.target not in walk.MUL or only_user(x) is not quantize or (rotated and only_user(product) is not x):
+        alone = walk.only_user(x) is quantize and (not rotated or walk.only_user(product) is x)
+        if product.target not in walk.MUL or not alone:
             return
         gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
         if gate is None:
             return
-        y, z = Operand.of(gate.y), Operand.of(gate.z)
+        y, z = self.operand(gate.y), self.operand(gate.z)
         if walk.upstream(y.node).target not in walk.SCAN | {mq.qselective_scan.default}:
             return
         with self.graph.inserting_before(quantize):
@@ -187,45 +133,14 @@ class Rewriter:
                 new = self.graph.call_function(mq.qgate.default, (*args, *quantize.args[1:3]))
             else:
                 new = self.graph.call_function(mq.qgate_per_token.default, args)
-        self._replace(quantize, new)
-
-    def _embedding(self, node: Node) -> None:
-        weight = Weight.of(self.module, node.args[0])
-        if weight is None:
-            return
-        with self.graph.inserting_before(node):
-            values, scale = self._store("rows", weight.values), self._store("scale", weight.scale[:, None])
-            rows = self.graph.call_function(aten.embedding.default, (values, node.args[1]))
-            scales = self.graph.call_function(aten.embedding.default, (scale, node.args[1]))
-            self._replace(node, self.graph.call_function(aten.mul.Tensor, (rows, scales)))
-
-    def _replace(self, old: Node, new: Node) -> None:
-        new.meta = dict(old.meta)
-        old.replace_all_uses_with(new)
-        self.graph.erase_node(old)
-
-    def _take_over(self, quantize: Node, producer: Node) -> None:
-        """`producer` now gives the integers that `quantize` gave."""
-        quantize.replace_all_uses_with(producer)
-        self.graph.erase_node(quantize)
-
-    def _outputs(self, node: Node) -> tuple[Node, Node]:
-        first, second = (self.graph.call_function(walk.getitem, (node, index)) for index in (0, 1))
-        return first, second
+        self.replace(quantize, new)
 
     def _scale(self, weight: Weight) -> Node:
         """Scales as the linear kernels read them: those of one group next to each other."""
         if not weight.group_size:
-            return self._store("scale", weight.scale)
-        stored = self._store("scale", weight.scale.t())
+            return self.store("scale", weight.scale)
+        stored = self.store("scale", weight.scale.t())
         return self.graph.call_function(aten.t.default, (stored,))
-
-    def _store(self, kind: str, value: Tensor) -> Node:
-        """A get_attr node for a new buffer."""
-        name = f"int8_{kind}_{self._names[kind]}"
-        self._names[kind] += 1
-        self.module.register_buffer(name, value.contiguous())
-        return self.graph.get_attr(name)
 
 
 def count_integer_kernels(module: GraphModule) -> Counter[str]:
@@ -243,14 +158,9 @@ def count_integer_kernels(module: GraphModule) -> Counter[str]:
     return counts
 
 
-def _output(node: Node, index: int) -> Node | None:
-    """The getitem of one result of a node."""
-    return next((user for user in node.users if user.args[1:] == (index,)), None)
-
-
 def _wide_pieces(node: Node) -> list[tuple[Node, int, int]] | None:
     """(getitem, start, stop) of a linear that is only read in wide pieces along its last axis, else None."""
-    split = only_user(node)
+    split = walk.only_user(node)
     bounds = None if split is None else piece_bounds(split)
     if split is None or bounds is None or any((stop - start) % _PANEL for start, stop in bounds):
         return None

@@ -88,6 +88,11 @@ def downstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Itera
             yield user
 
 
+def only_user(node: Node) -> Node | None:
+    """The only reader of `node`, or None."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def inputs(node: Node) -> Iterator[Node]:
     """Tensor-like inputs of a node, in order, lists flattened."""
     for arg in (*node.args, *node.kwargs.values()):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import Role, edit, match, walk
-from mq_ao.lowering.inductor.patterns import DQ_AFFINE, DQ_CHANNEL, Weight
+from mq_ao.lowering.patterns import DQ_AFFINE, DQ_CHANNEL, Weight
 from mq_ao.report.data import Size
 
 OTHER = "other"

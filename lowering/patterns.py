@@ -20,7 +20,10 @@ Q_STATIC = qd.quantize_per_tensor.default
 DQ_AFFINE = torch.ops.torchao.dequantize_affine
 DQ_STATE = torch.ops.mq_ao.dequantize_state.default
 DEQUANTIZE = frozenset({DQ_CHANNEL, DQ_STATIC, DQ_AFFINE, DQ_STATE})
-UINT8 = (0, 255, torch.uint8)
+Limits = tuple[int, int, torch.dtype]
+UINT8: Limits = (0, 255, torch.uint8)
+INT8: Limits = (-128, 127, torch.int8)
+"""Smallest and largest integer and dtype of static activations."""
 _LIMITS = {(-127, 127): 8, (-8, 7): 4}
 
 
@@ -29,7 +32,7 @@ class Operand:
     """A float value, or integers with one scale and zero point.
 
     Attributes:
-        node: the float value, or its uint8 integers.
+        node: the float value, or its integers.
         scale: of the integers; 1 for a float value.
         zero_point: of the integers; 0 for a float value.
         static: whether these are integers.
@@ -41,9 +44,9 @@ class Operand:
     static: bool = False
 
     @classmethod
-    def of(cls, node: Any) -> Operand:
-        """What an operator reads at `node`."""
-        if isinstance(node, Node) and node.target == DQ_STATIC and node.args[3:] == UINT8:
+    def of(cls, node: Any, limits: Limits = UINT8) -> Operand:
+        """What an operator that takes such integers reads at `node`."""
+        if isinstance(node, Node) and node.target == DQ_STATIC and node.args[3:] == limits:
             args: tuple[Any, ...] = node.args
             return cls(*args[:3], static=True)
         return cls(node)
@@ -124,15 +127,10 @@ def carried(node: object) -> tuple[Any, Any]:
     return value, scale
 
 
-def requantize(value: Node) -> Node | None:
-    """The one static quantize that is all that reads `value`, or None."""
-    user = only_user(value)
-    return user if user is not None and user.target == Q_STATIC and user.args[3:] == UINT8 else None
-
-
-def only_user(node: Node) -> Node | None:
-    """The only reader of `node`, or None."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def requantize(value: Node, limits: Limits = UINT8) -> Node | None:
+    """The one static quantize to such integers that is all that reads `value`, or None."""
+    user = walk.only_user(value)
+    return user if user is not None and user.target == Q_STATIC and user.args[3:] == limits else None
 
 
 def merge_dequantize(module: GraphModule) -> None:

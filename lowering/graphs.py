@@ -1,4 +1,4 @@
-"""From a lowered language-model graph to the two graphs that are compiled: prefill and decode."""
+"""From a lowered language-model graph to the graphs of a program's methods."""
 
 from __future__ import annotations
 
@@ -123,22 +123,6 @@ def flat(module: GraphModule) -> GraphModule:
     return GraphModule(module, graph)
 
 
-def export_prefill(module: GraphModule, shapes: StateShapes) -> ExportedProgram:
-    """Exports `(input_ids, conv_state, ssm_state, positions)` with any batch, length and count."""
-    batch, length = Dim("batch", min=1), Dim("length", min=1)
-    ids = torch.zeros(2, 8, dtype=torch.int64)
-    dynamic = ({0: batch, 1: length}, {1: batch}, {1: batch}, {0: Dim("count", min=1)})
-    args = (ids, *shapes.zeros(2), torch.arange(3))
-    return _export(module, args, dynamic)
-
-
-def export_decode(module: GraphModule, shapes: StateShapes) -> ExportedProgram:
-    """Exports `(input_ids, conv_state, ssm_state)` at length 1, with any batch."""
-    batch = Dim("batch", min=1)
-    args = (torch.zeros(2, 1, dtype=torch.int64), *shapes.zeros(2))
-    return _export(module, args, ({0: batch}, {1: batch}, {1: batch}))
-
-
 class _Callable(torch.nn.Module):
     """Gives a flat GraphModule a signature that torch.export can name inputs by."""
 
@@ -151,6 +135,13 @@ class _Callable(torch.nn.Module):
         return self.graph_module(*inputs)
 
 
-def _export(module: GraphModule, args: tuple[Tensor, ...], dynamic: tuple[dict[int, Dim], ...]) -> ExportedProgram:
+def export(module: GraphModule, args: tuple[Tensor, ...], dynamic: tuple[dict[int, Dim], ...]) -> ExportedProgram:
+    """Exports a flat graph.
+
+    Args:
+        module: see `flat`.
+        args: example inputs.
+        dynamic: which of their sizes vary, by axis.
+    """
     with torch.no_grad():
-        return torch.export.export(_Callable(module), args, dynamic_shapes=(dynamic,))
+        return torch.export.export(_Callable(module), args, dynamic_shapes=(dynamic,) if args else None)

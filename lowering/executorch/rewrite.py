@@ -1,0 +1,115 @@
+"""Rewrites a converted graph into what XNNPACK takes whole, and calls of the native operators between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from mq_ao.graph import edit, walk
+from mq_ao.graph.gate import Gate, gate_of
+from mq_ao.graph.rows import piece_bounds
+from mq_ao.lowering.patterns import DEQUANTIZE, INT8
+from mq_ao.lowering.rewrite import GraphRewriter
+
+aten = torch.ops.aten
+mq = torch.ops.mq_ao
+
+
+class Rewriter(GraphRewriter):
+    """Edits one converted GraphModule in place; each method handles one pattern.
+
+    Linears keep their q/dq nodes, by which XNNPACK's partitioner knows them.
+
+    Args:
+        module: result of `convert_pt2e`, with q/dq nodes on int8.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module, INT8)
+
+    def run(self) -> None:
+        """Rewrites everything."""
+        for node in walk.calls(self.module, {mq.causal_conv1d.default}):
+            self.conv(node)
+        for node in walk.calls(self.module, walk.SCAN):
+            self.scan(node)
+        for node in walk.calls(self.module, {aten.embedding.default}):
+            self.embedding(node)
+        for node in walk.calls(self.module, walk.LINEAR):
+            self._linear(node)
+        for node in walk.calls(self.module, {aten.rms_norm.default}):
+            self._norm(node)
+        for node in walk.calls(self.module, walk.MUL):
+            self._gate(node)
+        self.graph.eliminate_dead_code()
+        self.module.recompile()
+        self.module.delete_all_unused_submodules()
+
+    def _linear(self, node: Node) -> None:
+        """One linear for every piece of an output that is split: XNNPACK cannot slice values of dynamic length."""
+        split = walk.only_user(node)
+        bounds = None if split is None else piece_bounds(split)
+        if split is None or bounds is None:
+            return
+        x, weight, bias = walk.padded(node, 3)
+        for piece in list(split.users):
+            start, stop = bounds[piece.args[1]]
+            with self.graph.inserting_before(piece):
+                args = [x, self._rows(weight, start, stop)]
+                if bias is not None:
+                    args.append(self._rows(bias, start, stop))
+                self.replace(piece, self.graph.call_function(aten.linear.default, tuple(args)))
+
+    def _rows(self, value: Node, start: int, stop: int) -> Node:
+        """Rows of a parameter, or of what dequantizes one."""
+        if value.op == "get_attr":
+            return self.store("part", edit.constant(self.module, value)[start:stop])
+        assert value.target in DEQUANTIZE, f"{value.name} is neither a parameter nor dequantized"
+        args = [self._rows(arg, start, stop) if isinstance(arg, Node) else arg for arg in value.args]
+        return self.graph.call_function(value.target, tuple(args), dict(value.kwargs))
+
+    def _norm(self, node: Node) -> None:
+        """x / sqrt(mean(x^2) + eps), the mean as a product with a constant: XNNPACK has no mean of the last axis."""
+        x, shape, weight, eps = walk.padded(node, 4)
+        if len(shape) != 1:
+            return
+        epsilon = torch.finfo(torch.float32).eps if eps is None else eps
+        call = self.graph.call_function
+        with self.graph.inserting_before(node):
+            ones = self.constant("mean", torch.full((1, shape[0]), 1.0 / shape[0]))
+            mean = call(aten.linear.default, (call(aten.mul.Tensor, (x, x)), ones))
+            inverse = call(
+                aten.rsqrt.default, (call(aten.add.Tensor, (mean, self.constant("eps", torch.tensor([epsilon])))),)
+            )
+            result = call(aten.mul.Tensor, (x, inverse))
+            if weight is not None:
+                result = call(aten.mul.Tensor, (result, weight))
+        self.replace(node, result)
+
+    def _gate(self, product: Node) -> None:
+        """Gate and rotation as one native operator."""
+        gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
+        if gate is None or walk.upstream(gate.y).target not in walk.SCAN | {mq.qselective_scan.default}:
+            return
+        following = walk.only_user(product)
+        rotated = following is not None and following.target in walk.HADAMARD and len(following.args) == 1
+        last = following if rotated and following is not None else product
+        self._replace_gate(gate, last, rotated)
+
+    def _replace_gate(self, gate: Gate, last: Node, rotated: bool) -> None:
+        with self.graph.inserting_before(last):
+            args: tuple[Any, ...] = (gate.y, gate.z, gate.scale, rotated)
+            self.replace(last, self.graph.call_function(mq.gate.default, args))
+
+    def constant(self, kind: str, value: Tensor) -> Node:
+        """A get_attr node for a constant, one for all equal ones."""
+        name = f"constant_{kind}_{value.numel()}"
+        known = getattr(self.module, name, None)
+        if known is not None and not torch.equal(known, value):
+            return self.store(kind, value)
+        if known is None:
+            self.module.register_buffer(name, value)
+        return self.graph.get_attr(name)

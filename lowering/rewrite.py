@@ -1,0 +1,121 @@
+"""What every lowering does to a converted graph: q/dq around convolution, scan and embedding becomes integers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from mq_ao.graph import walk
+from mq_ao.lowering.patterns import DQ_STATE, Limits, Operand, Weight, carried, requantize
+
+aten = torch.ops.aten
+mq = torch.ops.mq_ao
+
+
+class GraphRewriter:
+    """Edits one converted GraphModule in place; each method handles one pattern.
+
+    Args:
+        module: result of `convert_pt2e`.
+        limits: of the integers that the backend's kernels take.
+    """
+
+    def __init__(self, module: GraphModule, limits: Limits) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.limits = limits
+        self._names: Counter[str] = Counter()
+
+    def operand(self, node: Any) -> Operand:
+        """What a kernel of the backend reads at `node`."""
+        return Operand.of(node, self.limits)
+
+    def following(self, value: Node | None) -> Node | None:
+        """The one static quantize that is all that reads `value`, or None."""
+        return None if value is None else requantize(value, self.limits)
+
+    def conv(self, node: Node) -> None:
+        """A convolution of static integers, which quantizes its own output where only that is read."""
+        x, weight_node, bias, state, activation = walk.padded(node, 5)
+        weight, operand = Weight.of(self.module, weight_node), self.operand(x)
+        if weight is None or not operand.static:
+            return
+        y = _output(node, 0)
+        following = self.following(y)
+        out = (None, 0) if following is None else (following.args[1], following.args[2])
+        with self.graph.inserting_before(node):
+            values, scale = self.store("taps", weight.values), self.store("scale", weight.scale)
+            args = (*operand.arguments, values, scale, bias, state, activation, *out)
+            self.replace(node, self.graph.call_function(mq.qcausal_conv1d.default, args))
+        if following is not None and y is not None:
+            self.take_over(following, y)
+
+    def scan(self, node: Node) -> None:
+        """A scan with integers among its operands, output and carried states."""
+        u, delta, a, b, c, skip, bias, softplus, initial = walk.padded(node, 9)
+        state, state_scale = carried(initial)
+        operands = [self.operand(value) for value in (u, delta, b, c)]
+        y, last = _output(node, 0), _output(node, 1)
+        following = self.following(y)
+        if following is None and state_scale is None and not any(operand.static for operand in operands):
+            return
+        out = (None, 0) if following is None else (following.args[1], following.args[2])
+        first, second, *rest = (operand.arguments for operand in operands)
+        with self.graph.inserting_before(node):
+            args = (*first, *second, a, *rest[0], *rest[1], skip, bias, bool(softplus), state, state_scale, *out)
+            self.replace(node, self.graph.call_function(mq.qselective_scan.default, args))
+        if state_scale is not None and last is not None:
+            self._carry(last, state)
+        if following is not None and y is not None:
+            self.take_over(following, y)
+
+    def _carry(self, last: Node, state: Node) -> None:
+        """The graph takes and gives the integers that a scan reads (`state`) and writes (`last`)."""
+        for dequantize in walk.calls(self.module, {DQ_STATE}):
+            if carried(dequantize)[0] is last:
+                self.take_over(dequantize, last)
+        source = walk.upstream(state)
+        source.meta["val"] = source.meta["val"].to(torch.int8)
+
+    def embedding(self, node: Node) -> None:
+        """A gather of integer rows, times the scales of these rows."""
+        weight = Weight.of(self.module, node.args[0])
+        if weight is None:
+            return
+        with self.graph.inserting_before(node):
+            values, scale = self.store("rows", weight.values), self.store("scale", weight.scale[:, None])
+            rows = self.graph.call_function(aten.embedding.default, (values, node.args[1]))
+            scales = self.graph.call_function(aten.embedding.default, (scale, node.args[1]))
+            self.replace(node, self.graph.call_function(aten.mul.Tensor, (rows, scales)))
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Puts `new` in the place of `old`."""
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def take_over(self, quantize: Node, producer: Node) -> None:
+        """`producer` now gives the integers that `quantize` gave."""
+        quantize.replace_all_uses_with(producer)
+        self.graph.erase_node(quantize)
+
+    def outputs(self, node: Node) -> tuple[Node, Node]:
+        """Both results of a node."""
+        first, second = (self.graph.call_function(walk.getitem, (node, index)) for index in (0, 1))
+        return first, second
+
+    def store(self, kind: str, value: Tensor) -> Node:
+        """A get_attr node for a new buffer."""
+        name = f"int8_{kind}_{self._names[kind]}"
+        self._names[kind] += 1
+        self.module.register_buffer(name, value.contiguous())
+        return self.graph.get_attr(name)
+
+
+def _output(node: Node, index: int) -> Node | None:
+    """The getitem of one result of a node."""
+    return next((user for user in node.users if user.args[1:] == (index,)), None)
