@@ -5,6 +5,8 @@ Native kernels are used at once if they were built before; otherwise the first c
 
 from mq_ao.ops import (
     causal_conv1d,
+    gate,
+    grids,
     hadamard,
     hadamard_matrix,
     packing,
@@ -23,6 +25,8 @@ load_cached()
 
 __all__ = [
     "causal_conv1d",
+    "gate",
+    "grids",
     "hadamard",
     "hadamard_matrix",
     "load_cached",

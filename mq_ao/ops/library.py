@@ -8,11 +8,15 @@ the reference.
 
 `mq_ao::<name>_reference` is the reference as an operator of its own. A native kernel calls it for inputs that it does
 not take itself (float64, or bad input, for which the reference raises the error).
+
+`mq_ao::<name>.out` writes into tensors that the caller gives: ExecuTorch puts it in the place of `mq_ao::<name>` when
+it plans a program's memory, and its runtime then finds the kernel of `native/executorch` by that name.
 """
 
 from __future__ import annotations
 
 import logging
+import string
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +63,32 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
 
     _kernels.impl(name, kernel)
     _kernels.impl(f"{name}_reference", reference)
+    _define_out(name, schema)
+
+
+def _define_out(name: str, schema: str) -> None:
+    """Defines `mq_ao::name.out`: the same arguments, and a tensor for each result, which is resized and written."""
+    parsed = torch._C.parse_schema(f"mq_ao::{name}{schema}")
+    count = len(parsed.returns)
+    names = ["out"] if count == 1 else [f"out{i}" for i in range(count)]
+    aliases = [f"Tensor({letter}!)" for letter in string.ascii_lowercase[:count]]
+    outs = ", ".join(f"{alias} {out}" for alias, out in zip(aliases, names, strict=True))
+    results = aliases[0] if count == 1 else f"({', '.join(aliases)})"
+    arguments = schema[: schema.rindex("->")].rstrip().removesuffix(")")
+    schemas.define(f"{name}.out{arguments}, *, {outs}) -> {results}")
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        targets = [kwargs.pop(out) for out in names]
+        values = getattr(torch.ops.mq_ao, name).default(*args, **kwargs)
+        for target, value in zip(targets, [values] if count == 1 else values, strict=True):
+            require(
+                target.dtype == value.dtype,
+                f"{name}: the tensor for a result of {value.dtype} must have that dtype, it has {target.dtype}.",
+            )
+            target.resize_(value.shape).copy_(value)
+        return targets[0] if count == 1 else tuple(targets)
+
+    _kernels.impl(f"{name}.out", kernel)
 
 
 def require(condition: bool | SymBool, message: str) -> None:

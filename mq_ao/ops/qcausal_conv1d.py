@@ -1,4 +1,4 @@
-"""`mq_ao::qcausal_conv1d`: depthwise causal convolution on a uint8 input and int8 taps, channel-last."""
+"""`mq_ao::qcausal_conv1d`: depthwise causal convolution on an 8-bit input and int8 taps, channel-last."""
 
 from __future__ import annotations
 
@@ -7,23 +7,8 @@ from torch import Tensor
 
 from mq_ao.ops import library
 from mq_ao.ops.causal_conv1d import causal_conv1d
+from mq_ao.ops.grids import BYTES, check_grid, check_output, output_dtype, requantize
 from mq_ao.ops.library import require
-
-
-def check_output(name: str, out_scale: float | None, out_zero_point: int) -> None:
-    """Raises MqAoError where operator `name` cannot round its output as asked."""
-    if out_scale is not None:
-        require(out_scale > 0, f"{name}: out_scale must be positive, it is {out_scale}.")
-        require(0 <= out_zero_point <= 255, f"{name}: out_zero_point must lie in 0..255, it is {out_zero_point}.")
-
-
-def requantize(y: Tensor, out_scale: float | None, out_zero_point: int) -> Tensor:
-    """Rounds to uint8 as `quantized_decomposed.quantize_per_tensor`, NaN to 0; float32 as it is without a scale."""
-    if out_scale is None:
-        return y
-    # Times the reciprocal, which is rounded to float32.
-    q = torch.round(y * (1.0 / out_scale)) + out_zero_point
-    return q.clamp(0, 255).nan_to_num(0.0).to(torch.uint8)
 
 
 def _check(
@@ -37,9 +22,8 @@ def _check(
     out_zero_point: int,
 ) -> None:
     """Raises MqAoError on what `causal_conv1d` does not check for itself."""
-    require(x.dtype == torch.uint8, f"qcausal_conv1d: x must be uint8, it is {x.dtype}.")
-    require(x_scale > 0, f"qcausal_conv1d: x_scale must be positive, it is {x_scale}.")
-    require(0 <= x_zero_point <= 255, f"qcausal_conv1d: x_zero_point must lie in 0..255, it is {x_zero_point}.")
+    require(x.dtype in BYTES, f"qcausal_conv1d: x must be uint8 or int8, it is {x.dtype}.")
+    check_grid("qcausal_conv1d: x", x.dtype, x_scale, x_zero_point)
     require(weight.dtype == torch.int8, f"qcausal_conv1d: weight must be int8, it is {weight.dtype}.")
     require(
         activation in (None, "silu"),
@@ -50,7 +34,7 @@ def _check(
         f"qcausal_conv1d: weight_scale must be float32 ({weight.shape[0]},), it is {weight_scale.dtype} "
         f"{tuple(weight_scale.shape)}.",
     )
-    check_output("qcausal_conv1d", out_scale, out_zero_point)
+    check_output("qcausal_conv1d", x, out_scale, out_zero_point)
 
 
 def qcausal_conv1d(
@@ -70,9 +54,9 @@ def qcausal_conv1d(
     Integer sums are exact in float32 (below 2^24), here as in the native kernel.
 
     Args:
-        x: (batch, length, channels) uint8.
+        x: (batch, length, channels) uint8 or int8.
         x_scale: step of x.
-        x_zero_point: value of x that stands for 0.
+        x_zero_point: value of x that stands for 0, within x's dtype.
         weight: (channels, d_conv) int8, symmetric.
         weight_scale: (channels,) float32.
         bias: (channels,) float32.
@@ -80,17 +64,18 @@ def qcausal_conv1d(
             rounded to x's grid and range. Zeros if None.
         activation: None or "silu".
         out_scale: None for float32 output; else y is rounded as by `quantized_decomposed.quantize_per_tensor`.
-        out_zero_point: within 0..255.
+        out_zero_point: within x's dtype.
 
     Returns:
-        y (batch, length, channels), float32, or uint8 with `out_scale`; and the last d_conv - 1 dequantized inputs,
+        y (batch, length, channels), float32, or of x's dtype with `out_scale`; and the last d_conv - 1 dequantized inputs,
         float32, oldest first.
 
     Raises:
         MqAoError: types or shapes do not fit together, the length is 0, or the activation is unknown.
     """
     _check(x, x_scale, x_zero_point, weight, weight_scale, activation, out_scale, out_zero_point)
-    low, high = -x_zero_point, 255 - x_zero_point
+    limits = torch.iinfo(x.dtype)
+    low, high = limits.min - x_zero_point, limits.max - x_zero_point
     state = None if initial_state is None else (initial_state * (1 / x_scale)).round().clamp(low, high)
     values = x.float() - x_zero_point
     sums, last = causal_conv1d(values, weight.float(), None, state, None)
@@ -99,7 +84,7 @@ def qcausal_conv1d(
         y = y + bias
     if activation == "silu":
         y = torch.nn.functional.silu(y)
-    return requantize(y, out_scale, out_zero_point), last * x_scale
+    return requantize(y, x.dtype, out_scale, out_zero_point), last * x_scale
 
 
 def _fake(
@@ -116,7 +101,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     _check(x, x_scale, x_zero_point, weight, weight_scale, activation, out_scale, out_zero_point)
     state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.float32 if out_scale is None else torch.uint8), state
+    return x.new_empty(x.shape, dtype=output_dtype(x, out_scale)), state
 
 
 library.define(

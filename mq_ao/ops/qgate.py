@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops import library
-from mq_ao.ops.hadamard import check_order, rotate
+from mq_ao.ops.gate import check_rows, gated
 from mq_ao.ops.library import require
 from mq_ao.ops.qlinear import TOKEN_ZERO_POINT, quantize_per_token
 
@@ -25,22 +25,11 @@ def _check_zero_point(name: str, zero_point: int) -> None:
 
 
 def _check(y: Tensor, y_zero_point: int, z: Tensor, z_zero_point: int, s: Tensor | None, hadamard: bool) -> None:
-    message = f"a gate takes y and z of one shape (..., n), not {tuple(y.shape)} and {tuple(z.shape)}."
-    require(y.dim() >= 1 and y.dim() == z.dim(), message)
-    for size, other in zip(y.shape, z.shape, strict=True):
-        require(size == other, message)
-    require(y.shape[-1] > 0, "a gate needs at least one value in a row, but the last axis is empty.")
+    check_rows(y, z, s, hadamard)
     for name, x, zero_point in (("y", y, y_zero_point), ("z", z, z_zero_point)):
         require(x.dtype in (torch.float32, torch.uint8), f"a gate takes {name} in float32 or uint8, not in {x.dtype}.")
         if x.dtype == torch.uint8:
             _check_zero_point(f"{name}_zero_point", zero_point)
-    if s is not None:
-        require(
-            s.dtype == torch.float32 and s.dim() == 1 and s.shape[0] == y.shape[-1],
-            f"s must be a float32 vector of {y.shape[-1]} values, not {s.dtype} {tuple(s.shape)}.",
-        )
-    if hadamard:
-        check_order(y)
 
 
 def _check_output(out_scale: float, out_zero_point: int) -> None:
@@ -64,8 +53,7 @@ def _gate(
 ) -> Tensor:
     """What is quantized: float32 (..., n), contiguous."""
     y, z = _dequantize(y, y_scale, y_zero_point), _dequantize(z, z_scale, z_zero_point)
-    x = y * (z * torch.sigmoid(z if s is None else s * z))
-    return rotate(x) if hadamard else x.contiguous()
+    return gated(y, z, s, hadamard)
 
 
 def _reference(

@@ -10,25 +10,12 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops import library
+from mq_ao.ops.grids import check_output, dequantize, output_dtype, requantize
 from mq_ao.ops.library import require
-from mq_ao.ops.qcausal_conv1d import check_output, requantize
 from mq_ao.ops.selective_scan import _check, selective_scan
 
 _LARGEST_STEP = 127
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
-
-
-def _dequantize(name: str, q: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Operand `name` as float32."""
-    require(
-        q.dtype in (torch.uint8, torch.float32),
-        f"qselective_scan: {name} must be uint8 or float32, it is {q.dtype}.",
-    )
-    if q.dtype == torch.float32:
-        return q
-    require(scale > 0, f"qselective_scan: {name}_scale must be positive, it is {scale}.")
-    require(0 <= zero_point <= 255, f"qselective_scan: {name}_zero_point must lie in 0..255, it is {zero_point}.")
-    return (q.to(torch.float32) - zero_point) * scale
 
 
 def _check_state(A: Tensor, initial_state: Tensor | None, state_scale: Tensor | None) -> None:
@@ -67,8 +54,9 @@ def _float_operands(
     out_zero_point: int,
 ) -> list[Tensor]:
     """u, delta, B and C as float32; raises MqAoError on operands that do not fit together."""
-    floats = [_dequantize(*named) for named in (("u", *u), ("delta", *delta), ("B", *B), ("C", *C))]
-    check_output("qselective_scan", out_scale, out_zero_point)
+    named = (("u", *u), ("delta", *delta), ("B", *B), ("C", *C))
+    floats = [dequantize(f"qselective_scan: {name}", *grid) for name, *grid in named]
+    check_output("qselective_scan", u[0], out_scale, out_zero_point)
     x, dt, b, c = floats
     _check(x, dt, A, b, c, D, delta_bias, initial_state)
     _check_state(A, initial_state, state_scale)
@@ -113,8 +101,8 @@ def qselective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Reference: `selective_scan` of the dequantized operands, then rounding.
 
-    Each of u, delta, B and C is uint8, of value `(q - zero_point) * scale` in float32, or float32, when its scale and
-    zero point are not looked at. Zero points lie in 0..255.
+    Each of u, delta, B and C is uint8 or int8, of value `(q - zero_point) * scale` in float32, or float32, when its
+    scale and zero point are not looked at. Zero points lie within the operand's dtype.
 
     Args:
         u: (batch, length, channels).
@@ -134,11 +122,11 @@ def qselective_scan(
             floating point without.
         state_scale: (channels, d_state) float32, positive: the step of each carried state. None for float32 states.
         out_scale: None for float32 output; else y is rounded as by `quantized_decomposed.quantize_per_tensor`.
-        out_zero_point: within 0..255.
+        out_zero_point: within y's dtype.
 
     Returns:
-        y (batch, length, channels), float32, or uint8 with `out_scale`; and the state after the last step (batch,
-        channels, d_state), float32, or int8 with `state_scale`. Both contiguous.
+        y (batch, length, channels), float32, or with `out_scale` int8 where u is int8 and else uint8; and the state
+        after the last step (batch, channels, d_state), float32, or int8 with `state_scale`. Both contiguous.
 
     Raises:
         MqAoError: types, shapes or grids do not fit together, or the length is 0.
@@ -162,7 +150,7 @@ def qselective_scan(
     y, last_state = selective_scan(x, dt, A.to(torch.float32), b, c, D, delta_bias, delta_softplus, state)
     if state_scale is not None:
         last_state = quantize_state(last_state, state_scale)
-    return requantize(y, out_scale, out_zero_point), last_state
+    return requantize(y, output_dtype(u, out_scale), out_scale, out_zero_point), last_state
 
 
 def _fake(
@@ -200,7 +188,7 @@ def _fake(
         out_scale,
         out_zero_point,
     )
-    y = u.new_empty(u.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
+    y = u.new_empty(u.shape, dtype=output_dtype(u, out_scale))
     state_dtype = torch.float32 if state_scale is None else torch.int8
     return y, u.new_empty((u.shape[0], *A.shape), dtype=state_dtype)
 

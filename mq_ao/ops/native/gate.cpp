@@ -1,4 +1,4 @@
-// mq_ao::qgate and mq_ao::qgate_per_token for PyTorch's CPU dispatch key; the schemas are defined in Python.
+// mq_ao::gate, mq_ao::qgate and mq_ao::qgate_per_token for PyTorch's CPU dispatch key; the schemas are defined in Python.
 
 #include "gate.h"
 
@@ -34,8 +34,7 @@ void for_gated_rows(const Tensor& y, double y_scale, int64_t y_zero_point, const
   const auto run = [&]<typename Y, typename Z>(const Y*, const Z*) {
     const gate::Gate<Y, Z> gated{operand<Y>(y_rows, y_scale, y_zero_point), operand<Z>(z_rows, z_scale, z_zero_point),
                                  data_or_null(s_), n, hadamard ? hadamard::find_plan(n) : nullptr};
-    // A thread is woken for 16384 values, some microseconds of work.
-    at::parallel_for(0, y_rows.size(0), std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
+    gate::for_ranges(y_rows.size(0), n, TorchThreads(), [&](int64_t begin, int64_t end) {
       const Scratch<float> row(n), work(gated.work_size());
       const Scratch<uint8_t> spare(qgemm::padded_inputs(n));
       for (int64_t i = begin; i < end; ++i) {
@@ -51,6 +50,19 @@ void for_gated_rows(const Tensor& y, double y_scale, int64_t y_zero_point, const
     float_z ? run(floats, floats) : run(floats, bytes);
   else
     float_z ? run(bytes, floats) : run(bytes, bytes);
+}
+
+Tensor float_gate(const Tensor& y, const Tensor& z, const OptionalTensor& s, bool hadamard) {
+  if (y.scalar_type() != at::kFloat || z.scalar_type() != at::kFloat || !is_native(y, 0, z, 0, s, hadamard))
+    return call_reference<decltype(float_gate)>("gate", y, z, s, hadamard);
+  const int64_t n = y.size(-1);
+  const Tensor y_rows = dense_rows(y.reshape({-1, n})), z_rows = dense_rows(z.reshape({-1, n}));
+  const OptionalTensor s_ = float_contiguous(s);
+  const Tensor x = at::empty(y.sizes(), y.options());
+  const gate::Gate<float, float> gated{operand<float>(y_rows, 1.0, 0), operand<float>(z_rows, 1.0, 0),
+                                       data_or_null(s_), n, hadamard ? hadamard::find_plan(n) : nullptr};
+  gate::run_rows(gated, y_rows.size(0), x.mutable_data_ptr<float>(), TorchThreads());
+  return x;
 }
 
 Tensor qgate(const Tensor& y, double y_scale, int64_t y_zero_point, const Tensor& z, double z_scale,
@@ -91,6 +103,7 @@ std::tuple<Tensor, Tensor> qgate_per_token(const Tensor& y, double y_scale, int6
 }
 
 TORCH_LIBRARY_IMPL(mq_ao, CPU, m) {
+  m.impl("gate", float_gate);
   m.impl("qgate", qgate);
   m.impl("qgate_per_token", qgate_per_token);
 }

@@ -1,11 +1,12 @@
 // The gate of a Mamba block, with rotation and quantization, row by row: the portable core, without torch types.
 //
-//   x = y * z * sigmoid(s * z),   x <- x @ matrix(n) if rotated,   q = quantized x
+//   x = y * z * sigmoid(s * z),   x <- x @ matrix(n) if rotated,   q = quantized x where integers are asked for
 // A row stays in the first-level cache from the gate to the integers.
 #pragma once
 
 #include "hadamard.h"
 #include "qgemm.h"
+#include "tasks.h"
 
 namespace mq_ao::gate {
 
@@ -48,7 +49,7 @@ struct Gate {
 
   int64_t work_size() const { return plan ? plan->work_size() : 0; }
 
-  // One row of what is quantized.
+  // One row as floats.
   void run(int64_t row, float* x, float* work) const {
     for_vectors(n, [&](int64_t i, auto lanes) {
       const Vec v = z.at(row, i, lanes), smooth = s ? v * load(s + i, lanes) : v;
@@ -57,6 +58,21 @@ struct Gate {
     if (plan) hadamard::rotate(*plan, x, work);
   }
 };
+
+// Calls part(begin, end) for ranges of rows of n values.
+template <typename Threads, typename Part>
+void for_ranges(int64_t rows, int64_t n, Threads&& threads, Part&& part) {
+  for_row_ranges(rows, n, 16384, threads, part);
+}
+
+// All rows as floats; `x` is dense.
+template <typename Y, typename Z, typename Threads>
+void run_rows(const Gate<Y, Z>& gate, int64_t rows, float* x, Threads&& threads) {
+  for_ranges(rows, gate.n, threads, [&](int64_t begin, int64_t end) {
+    const Scratch<float> work(gate.work_size());
+    for (int64_t i = begin; i < end; ++i) gate.run(i, x + i * gate.n, work.get());
+  });
+}
 
 // One row by one scale for all.
 inline void quantize_row(const float* x, int64_t n, const qgemm::Requantizer& requantize, uint8_t* q) {

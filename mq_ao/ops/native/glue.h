@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "scan.h"
+#include "tasks.h"
 
 namespace mq_ao {
 
@@ -45,19 +46,13 @@ inline bool is_native_dtype(const Tensor& t) {
   return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16;
 }
 
-// Calls task(batch element, first channel, channel count) for all of (batch, channels), in parallel.
-template <typename Task>
-void for_channel_ranges(int64_t batch, int64_t length, int64_t channels, Task&& task) {
-  const int64_t range = kRangeBlocks * kLanes, ranges = ceil_div(channels, range);
-  // A thread is woken for 32768 outputs, some microseconds of work.
-  const int64_t grain = std::max<int64_t>(1, 32768 / (range * length));
-  at::parallel_for(0, batch * ranges, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % ranges * range;
-      task(i / ranges, first, std::min(range, channels - first));
-    }
-  });
-}
+// PyTorch's threads, as tasks.h calls them.
+struct TorchThreads {
+  template <typename Part>
+  void operator()(int64_t count, int64_t grain, Part&& part) const {
+    at::parallel_for(0, count, grain, part);
+  }
+};
 
 // Runs the Python reference of an operator: it takes every dtype, and says what is wrong with bad input.
 template <typename Signature, typename... Args>

@@ -2,7 +2,7 @@
 
 #include "qconv.h"
 
-#include "glue.h"
+#include "qglue.h"
 
 namespace mq_ao {
 namespace {
@@ -14,7 +14,7 @@ bool is_native(
     const OptionalTensor& bias, const OptionalTensor& initial_state, const Activation& activation) {
   if (x.dim() != 3 || weight.dim() != 2 || x.size(1) == 0 || weight.size(1) == 0) return false;
   const int64_t channels = x.size(2);
-  return x.scalar_type() == at::kByte && is_grid(x_scale, x_zero_point) && weight.scalar_type() == at::kChar &&
+  return is_byte(x) && is_grid(is_signed(x), x_scale, x_zero_point) && weight.scalar_type() == at::kChar &&
       weight_scale.scalar_type() == at::kFloat && weight_scale.numel() == channels && weight.size(0) == channels &&
       has_shape(bias, {channels}) && has_shape(initial_state, {x.size(0), weight.size(1) - 1, channels}) &&
       (!activation || *activation == "silu");
@@ -25,27 +25,26 @@ std::tuple<Tensor, Tensor> qcausal_conv1d(
     const OptionalTensor& bias, const OptionalTensor& initial_state, Activation activation,
     std::optional<double> out_scale, int64_t out_zero_point) {
   if (!is_native(x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation) ||
-      (out_scale && !is_grid(*out_scale, out_zero_point)))
+      (out_scale && !is_grid(is_signed(x), *out_scale, out_zero_point)))
     return call_reference<decltype(qcausal_conv1d)>(
         "qcausal_conv1d", x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation, out_scale,
         out_zero_point);
   const Tensor x_ = dense_rows(x), weight_ = weight.contiguous(), scale_ = weight_scale.contiguous();
   const OptionalTensor bias_ = float_contiguous(bias), state = float_contiguous(initial_state);
   const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2), taps = weight.size(1);
-  Tensor y = at::empty(x.sizes(), x.options().dtype(out_scale ? at::kByte : at::kFloat));
+  Tensor y = at::empty(x.sizes(), x.options().dtype(out_scale ? x.scalar_type() : at::kFloat));
   Tensor last_state = at::empty({batch, taps - 1, channels}, x.options().dtype(at::kFloat));
   const QConvInputs in{{batch, length, channels, taps},
-                       rows<const uint8_t>(x_),
-                       float(x_scale),
-                       float(x_zero_point),
+                       byte_rows(x_),
+                       Grid(is_signed(x), x_scale, x_zero_point),
                        weight_.const_data_ptr<int8_t>(),
                        scale_.const_data_ptr<float>(),
                        data_or_null(bias_),
                        data_or_null(state),
                        activation.has_value()};
-  const QOutput out(y.data_ptr(), y.stride(0), y.stride(1), out_scale, out_zero_point);
+  const QOutput out(y.data_ptr(), y.stride(0), y.stride(1), is_signed(x), out_scale, out_zero_point);
   float* last = last_state.data_ptr<float>();
-  for_channel_ranges(batch, length, channels, [&](int64_t b, int64_t first, int64_t count) {
+  for_channel_ranges(batch, length, channels, TorchThreads(), [&](int64_t b, int64_t first, int64_t count) {
     qconv_task(in, b, first, count, out, last);
   });
   return {y, last_state};

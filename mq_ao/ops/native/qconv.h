@@ -1,6 +1,6 @@
 // Depthwise causal convolution on 8-bit operands: the portable core, without torch types.
 //
-// Channels lie in the vector lanes. Products of a uint8 input (less its zero point) and an int8 tap are below 2^16 and
+// Channels lie in the vector lanes. Products of an 8-bit input (less its zero point) and an int8 tap are below 2^16 and
 // their sums below 2^24, so float lanes hold them exactly: the sum is the integer sum, and only the scale, the bias
 // and the activation round.
 #pragma once
@@ -14,8 +14,8 @@ namespace mq_ao {
 
 struct QConvInputs {
   ConvShape shape;
-  Rows<const uint8_t> x;
-  float x_scale, zero_point;
+  Rows<const uint8_t> x;       // 8-bit numbers on `grid`
+  Grid grid;
   const int8_t* weight;        // (channels, d_conv)
   const float* weight_scale;   // (channels)
   const float* bias;           // (channels) or null
@@ -23,15 +23,15 @@ struct QConvInputs {
   bool silu;
 };
 
-// Row p of the padded sequence in steps of x_scale, less the zero point: integers. The state's rows are multiples of
-// x_scale when they come from this operator; rounding takes them back to their integers.
+// Row p of the padded sequence in steps of x's scale, less the zero point: integers. The state's rows are multiples of
+// that scale when they come from this operator; rounding takes them back to their integers.
 inline Vec qpadded_row(const QConvInputs& in, int64_t b, int64_t p, int64_t c, int lanes) {
   const int64_t history = in.shape.d_conv - 1;
-  if (p >= history) return load(in.x.at(b, p - history) + c, lanes) - in.zero_point;
+  if (p >= history) return load_centered(in.x.at(b, p - history) + c, in.grid, lanes);
   if (!in.initial_state) return Vec{};
-  const Vec steps = load(in.initial_state + (b * history + p) * in.shape.channels + c, lanes) * (1.0f / in.x_scale);
+  const Vec steps = load(in.initial_state + (b * history + p) * in.shape.channels + c, lanes) * (1.0f / in.grid.scale);
   // Far outside the quantized range the magic rounding would fail; such a state is not ours, and is clamped to it.
-  const Vec integral = at_least(at_most(round_small(steps), 255.0f - in.zero_point), -in.zero_point);
+  const Vec integral = at_least(at_most(round_small(steps), 255.0f - in.grid.zero_point), -in.grid.zero_point);
   return steps != steps ? steps : integral;
 }
 
@@ -42,13 +42,13 @@ void qconv_block(
     const QConvInputs& in, int64_t b, int64_t c, Lanes lanes, int64_t start, int64_t stop, const Vec* weight,
     Vec* window, const QOutput& y) {
   const int64_t taps = Taps ? Taps : in.shape.d_conv, steps = stop - start;
-  const Vec factor = load(in.weight_scale + c, lanes) * in.x_scale;
+  const Vec factor = load(in.weight_scale + c, lanes) * in.grid.scale;
   const Vec bias = in.bias ? load(in.bias + c, lanes) : Vec{};
   for (int64_t p = 0; p < taps - 1; ++p) window[p] = qpadded_row(in, b, start + p, c, lanes);
   for (int64_t t = 0; t < steps; ++t) {
     // As in load_steps: rows are too far apart for hardware prefetchers.
     __builtin_prefetch(in.x.at(b, std::min(stop + t, in.shape.length - 1)) + c);
-    window[t + taps - 1] = load(in.x.at(b, start + t) + c, lanes) - in.zero_point;
+    window[t + taps - 1] = load_centered(in.x.at(b, start + t) + c, in.grid, lanes);
   }
   for (int64_t t = 0; t < steps; ++t) {
     Vec sum{};
@@ -85,7 +85,7 @@ inline void qconv_task(
       });
   for (int64_t p = 0; p < taps - 1; ++p)
     for (int64_t c = first; c < first + count; c += kLanes) {
-      const Vec row = qpadded_row(in, b, length + p, c, lanes_at(c)) * in.x_scale;
+      const Vec row = qpadded_row(in, b, length + p, c, lanes_at(c)) * in.grid.scale;
       store(row, last_state + (b * (taps - 1) + p) * channels + c, lanes_at(c));
     }
 }

@@ -4,6 +4,7 @@
 // for every combination of types.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "qgemm.h"
@@ -35,25 +36,48 @@ inline Vec to_float(SignedByteVec q) {
 }
 #endif
 
-inline Vec load(const uint8_t* p, int count) {
+// The grid of 8-bit numbers q, which stand for (q - zero_point) * scale. Loops know uint8 alone: an int8 number with
+// its highest bit flipped is the number plus 128 as uint8, and its zero point moves along.
+struct Grid {
+  float scale = 1.0f, zero_point = 0.0f;
+  uint8_t flip = 0;
+
+  Grid() = default;  // of float32 operands, which have none
+  Grid(bool is_signed, double scale, int64_t zero_point)
+      : scale(float(scale)), zero_point(float(zero_point + (is_signed ? 128 : 0))), flip(is_signed ? 0x80 : 0) {}
+};
+
+// Whether scale and zero point make a grid of uint8 or int8 numbers.
+inline bool is_grid(bool is_signed, double scale, int64_t zero_point) {
+  const int64_t lowest = is_signed ? -128 : 0;
+  return scale > 0 && zero_point >= lowest && zero_point <= lowest + 255;
+}
+
+// Numbers less their zero point.
+inline Vec load_centered(const uint8_t* p, const Grid& grid, int count) {
   ByteVec bytes{};
   // A copy of constant size is one instruction; one of any size is a call.
   if (count == kLanes)
     std::memcpy(&bytes, p, sizeof bytes);
   else
     std::memcpy(&bytes, p, size_t(count));
-  return to_float(bytes);
+  return to_float(bytes ^ grid.flip) - grid.zero_point;
 }
 
-// Whether (q - zero_point) * scale is a grid of uint8 numbers.
-inline bool is_grid(double scale, int64_t zero_point) { return scale > 0 && zero_point >= 0 && zero_point <= 255; }
+// n numbers as float32.
+inline void dequantize(const uint8_t* q, const Grid& grid, int64_t n, float* values) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int lanes = int(std::min<int64_t>(kLanes, n - i));
+    store(load_centered(q + i, grid, lanes) * grid.scale, values + i, lanes);
+  }
+}
 
-// (batch, length, channels) of uint8, whose value is (q - zero_point) * scale, or of float32. Strides in elements.
+// (batch, length, channels) of 8-bit numbers on a grid, or of float32. Strides in elements.
 struct QRows {
   const void* data;
   int64_t batch, time;
   bool integer;
-  float scale, zero_point;
+  Grid grid;
 };
 inline const void* row_address(const QRows& rows, int64_t b, int64_t t, int64_t c) {
   const int64_t offset = b * rows.batch + t * rows.time + c;
@@ -61,23 +85,25 @@ inline const void* row_address(const QRows& rows, int64_t b, int64_t t, int64_t 
 }
 inline Vec load_row(const QRows& rows, int64_t b, int64_t t, int64_t c, int lanes) {
   const void* p = row_address(rows, b, t, c);
-  if (rows.integer) return (load(static_cast<const uint8_t*>(p), lanes) - rows.zero_point) * rows.scale;
+  if (rows.integer) return load_centered(static_cast<const uint8_t*>(p), rows.grid, lanes) * rows.grid.scale;
   return load(static_cast<const float*>(p), lanes);
 }
 
-// A result of that shape: float32, or uint8 where the caller gives a scale.
+// A result of that shape: float32, or 8-bit numbers where the caller gives a scale.
 struct QOutput {
   void* data;
   int64_t batch, time;
   bool integer;
+  uint8_t flip;
   qgemm::Requantizer requantize;
 
-  QOutput(void* data, int64_t batch, int64_t time, std::optional<double> scale, int64_t zero_point)
+  QOutput(void* data, int64_t batch, int64_t time, bool is_signed, std::optional<double> scale, int64_t zero_point)
       : data(data),
         batch(batch),
         time(time),
         integer(scale.has_value()),
-        requantize({data, integer, float(1.0 / scale.value_or(1.0)), int32_t(zero_point)}) {}
+        flip(is_signed ? 0x80 : 0),
+        requantize({data, integer, float(1.0 / scale.value_or(1.0)), int32_t(zero_point + (is_signed ? 128 : 0))}) {}
 };
 inline const void* row_address(const QOutput& rows, int64_t b, int64_t t, int64_t c) {
   const int64_t offset = b * rows.batch + t * rows.time + c;
@@ -86,7 +112,7 @@ inline const void* row_address(const QOutput& rows, int64_t b, int64_t t, int64_
 inline void store_row(Vec v, const QOutput& rows, int64_t b, int64_t t, int64_t c, int lanes) {
   const int64_t offset = b * rows.batch + t * rows.time + c;
   if (!rows.integer) return store(v, static_cast<float*>(rows.data) + offset, lanes);
-  const ByteVec bytes = rows.requantize(v);
+  const ByteVec bytes = rows.requantize(v) ^ rows.flip;
   uint8_t* p = static_cast<uint8_t*>(rows.data) + offset;
   if (lanes == kLanes)
     std::memcpy(p, &bytes, sizeof bytes);

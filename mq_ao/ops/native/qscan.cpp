@@ -1,43 +1,39 @@
 // mq_ao::qselective_scan and mq_ao::scan_states for PyTorch's CPU dispatch key; the schemas are defined in Python.
 
-#include "qrows.h"
+#include "qglue.h"
 #include "scan_glue.h"
 
 namespace mq_ao {
 namespace {
 
-// An activation as the operator takes it: uint8 with its scale and zero point, or float32.
+// An activation as the operator takes it: 8-bit with its scale and zero point, or float32.
 struct Operand {
   Tensor values;
   double scale;
   int64_t zero_point;
 
-  bool integer() const { return values.scalar_type() == at::kByte; }
+  bool integer() const { return is_byte(values); }
   bool native() const {
-    return integer() ? is_grid(scale, zero_point) : values.scalar_type() == at::kFloat;
+    return integer() ? is_grid(is_signed(values), scale, zero_point) : values.scalar_type() == at::kFloat;
   }
+  Grid grid() const { return Grid(is_signed(values), scale, zero_point); }
 };
 
 QRows channel_rows(const Operand& x) {
   const Tensor& t = x.values;
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), x.integer(), float(x.scale), float(x.zero_point)};
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), x.integer(), x.grid()};
 }
 
 // B or C as float32. They are small, and every channel reads them.
 Tensor float_matrix(const Tensor& dense, const Operand& given) {
   if (!given.integer()) return dense;
   const Tensor values = at::empty(dense.sizes(), dense.options().dtype(at::kFloat));
-  const Rows<const uint8_t> from = rows<const uint8_t>(dense);
+  const Rows<const uint8_t> from = byte_rows(dense);
   const Rows<float> to = rows<float>(values);
   const int64_t groups = dense.dim() == 4 ? dense.size(2) : 1, d_state = dense.size(-1);
   for (int64_t b = 0; b < dense.size(0); ++b)
     for (int64_t t = 0; t < dense.size(1); ++t)
-      for (int64_t g = 0; g < groups; ++g)
-        for (int64_t n = 0; n < d_state; n += kLanes) {
-          const int lanes = int(std::min<int64_t>(kLanes, d_state - n));
-          const Vec steps = load(from.at(b, t, g) + n, lanes) - float(given.zero_point);
-          store(steps * float(given.scale), to.at(b, t, g) + n, lanes);
-        }
+      for (int64_t g = 0; g < groups; ++g) dequantize(from.at(b, t, g), given.grid(), d_state, to.at(b, t, g));
   return values;
 }
 
@@ -56,7 +52,7 @@ std::tuple<Tensor, Tensor> qselective_scan(
   const Operand qB{B, B_scale, B_zero_point}, qC{C, C_scale, C_zero_point};
   const ScanTensors given{u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state};
   if (!qu.native() || !qdelta.native() || !qB.native() || !qC.native() || !given.shapes_fit() ||
-      !good_states(A, initial_state, state_scale) || (out_scale && !is_grid(*out_scale, out_zero_point)))
+      !good_states(A, initial_state, state_scale) || (out_scale && !is_grid(is_signed(u), *out_scale, out_zero_point)))
     return call_reference<decltype(qselective_scan)>(
         "qselective_scan", u, u_scale, u_zero_point, delta, delta_scale, delta_zero_point, A, B, B_scale, B_zero_point,
         C, C_scale, C_zero_point, D, delta_bias, delta_softplus, initial_state, state_scale, out_scale, out_zero_point);
@@ -67,7 +63,7 @@ std::tuple<Tensor, Tensor> qselective_scan(
   const OptionalTensor start = initial_state && step ? initial_state->contiguous() : in.initial_state;
   in.B = float_matrix(in.B, qB);
   in.C = float_matrix(in.C, qC);
-  Tensor y = at::empty(u.sizes(), u.options().dtype(out_scale ? at::kByte : at::kFloat));
+  Tensor y = at::empty(u.sizes(), u.options().dtype(!out_scale ? at::kFloat : is_signed(u) ? at::kChar : at::kByte));
   Tensor last_state = at::empty({u.size(0), A.size(0), A.size(1)}, A.options().dtype(step ? at::kChar : at::kFloat));
 
   const QStates<const void> first{start ? start->const_data_ptr() : nullptr, data_or_null(step)};
@@ -75,8 +71,8 @@ std::tuple<Tensor, Tensor> qselective_scan(
       in.shape(), channel_rows({in.u, u_scale, u_zero_point}), channel_rows({in.delta, delta_scale, delta_zero_point}),
       rows<const float>(in.B), rows<const float>(in.C), in.A.const_data_ptr<float>(), data_or_null(in.D),
       data_or_null(in.delta_bias), first, delta_softplus};
-  const QOutput out(y.data_ptr(), y.stride(0), y.stride(1), out_scale, out_zero_point);
-  run_scan(operands, out, QStates<void>{last_state.data_ptr(), first.scale});
+  const QOutput out(y.data_ptr(), y.stride(0), y.stride(1), is_signed(u), out_scale, out_zero_point);
+  run_scan(operands, out, QStates<void>{last_state.data_ptr(), first.scale}, TorchThreads());
   return {y, last_state};
 }
 

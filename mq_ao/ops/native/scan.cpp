@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> selective_scan(
   Tensor last_state = at::empty({u.size(0), A.size(0), A.size(1)}, u.options().dtype(at::kFloat));
   const auto run = [&](auto type) {
     using T = decltype(type);
-    run_scan(in.inputs<T>(), rows<T>(y), last_state.data_ptr<float>());
+    run_scan(in.inputs<T>(), rows<T>(y), last_state.data_ptr<float>(), TorchThreads());
   };
   u.scalar_type() == at::kFloat ? run(float{}) : run(BFloat16{});
   return {y, last_state};

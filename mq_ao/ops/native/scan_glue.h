@@ -1,4 +1,4 @@
-// What the registrations of the scans share: their operands as tensors, and the tasks on threads.
+// What the registrations of the scans share: their operands as tensors.
 #pragma once
 
 #include "glue.h"
@@ -56,24 +56,5 @@ struct ScanTensors {
             delta_softplus};
   }
 };
-
-// Writes y and the last state; see scan_task for the types.
-template <typename In, typename Output, typename LastState>
-void run_scan(const In& in, const Output& y, const LastState& last_state) {
-  const ScanShape& s = in.shape;
-  if (s.length == 1 && s.d_state % kLanes == 0) {
-    const ScanTasks tasks{s, kLanes};
-    // A thread is woken for 32768 states, some microseconds of work.
-    const int64_t grain = std::max<int64_t>(1, 32768 / (kLanes * s.d_state));
-    at::parallel_for(0, tasks.count(), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) scan_step(in, tasks.task(i), y, last_state);
-    });
-    return;
-  }
-  const ScanTasks tasks{s, kRangeBlocks * kLanes};
-  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) scan_task(in, tasks.task(i), y, last_state);
-  });
-}
 
 }  // namespace mq_ao
