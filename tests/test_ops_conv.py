@@ -202,9 +202,9 @@ def test_bad_input_says_what_is_wrong(fault: str) -> None:
 @pytest.mark.parametrize("length", [1, 5])
 def test_opcheck(length: int) -> None:
     operands = Case(2, length, 8, 4, True, True, "silu", "dense", 0).operands()
-    torch.library.opcheck(conv, tuple(operands))
+    torch.library.opcheck(conv.default, tuple(operands))
     bare = Case(2, length, 8, 3, False, False, None, "sliced", 0).operands()
-    torch.library.opcheck(conv, (*(x.requires_grad_() for x in bare[:2]), *bare[2:]))
+    torch.library.opcheck(conv.default, (*(x.requires_grad_() for x in bare[:2]), *bare[2:]))
 
 
 class Conv(torch.nn.Module):

@@ -124,9 +124,9 @@ def test_a_state_with_nan_gives_nan() -> None:
 def test_opcheck() -> None:
     w = operands(2, 6, 20, 4)
     torch.library.opcheck(
-        op, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], w["bias"], torch.zeros(2, 3, 20), "silu")
+        op.default, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], w["bias"], torch.zeros(2, 3, 20), "silu")
     )
-    torch.library.opcheck(op, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], None, None, "silu", 0.1, 9))
+    torch.library.opcheck(op.default, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], None, None, "silu", 0.1, 9))
 
 
 def test_results_do_not_depend_on_threads() -> None:

@@ -244,7 +244,7 @@ def test_results_do_not_depend_on_threads(length: int) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_opcheck(length: int, quantized: bool) -> None:
     case = Case(2, length, 2, 8, 16, (True,) * 4, "sliced", 0)
-    torch.library.opcheck(scan, (), QCase(case, (quantized,) * 4, quantized, quantized).arguments())
+    torch.library.opcheck(scan.default, (), QCase(case, (quantized,) * 4, quantized, quantized).arguments())
 
 
 class Scan(torch.nn.Module):

@@ -253,11 +253,11 @@ def test_groups_must_divide_the_channels() -> None:
 @pytest.mark.parametrize("length", [1, 5])
 def test_opcheck(length: int, groups: int | None) -> None:
     operands = Case(2, length, groups, 8, 16, (True, True, True, True), "dense", 0).operands()
-    torch.library.opcheck(scan, tuple(operands))
+    torch.library.opcheck(scan.default, tuple(operands))
     bare = Case(2, length, groups, 8, 16, (False,) * 4, "sliced", 0).operands()
     for x in bare[:5]:
         x.requires_grad_()
-    torch.library.opcheck(scan, tuple(bare))
+    torch.library.opcheck(scan.default, tuple(bare))
 
 
 class Scan(torch.nn.Module):

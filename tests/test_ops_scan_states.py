@@ -100,7 +100,7 @@ def test_bad_input_says_what_is_wrong(fault: str) -> None:
 @pytest.mark.parametrize("length", [1, 5])
 def test_opcheck(length: int, groups: int | None) -> None:
     operands, _, _ = split(Case(2, length, groups, 8, 16, (True,) * 4, "sliced", 0))
-    torch.library.opcheck(states, tuple(operands))
+    torch.library.opcheck(states.default, tuple(operands))
 
 
 class States(torch.nn.Module):

@@ -58,7 +58,7 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if args[0].device.type == "cpu" and not NativeState.loaded and load_native():
-            return getattr(torch.ops.mq_ao, name)(*args, **kwargs)
+            return getattr(torch.ops.mq_ao, name).default(*args, **kwargs)
         return reference(*args, **kwargs)
 
     _kernels.impl(name, kernel)
