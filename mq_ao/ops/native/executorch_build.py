@@ -47,7 +47,7 @@ def _toolkit() -> Toolkit:
     return Toolkit(
         compile=(
             # The kernels share the runtime's threads; its c10 headers stand for themselves.
-            *("-DET_USE_THREADPOOL", "-DC10_USING_CUSTOM_GENERATED_MACROS"),
+            *("-DET_USE_THREADPOOL", "-DET_EVENT_TRACER_ENABLED", "-DC10_USING_CUSTOM_GENERATED_MACROS"),
             *(f"-I{_CORES}", f"-I{_HERE}", f"-I{include}"),
             f"-I{include / 'executorch/runtime/core/portable_type/c10'}",
         ),
