@@ -79,6 +79,8 @@ string reason(Error error) {
 template <typename Exception = std::runtime_error>
 void check(Error error, const string& what) {
   if (error != Error::Ok) throw Exception(what + ": " + reason(error));
+  // What succeeds may have logged all the same.
+  first_error.clear();
 }
 
 template <typename Exception = std::runtime_error, typename T>
@@ -165,7 +167,6 @@ class LanguageModel {
 
   // The last vocab_size numbers of what a method returns: the logits of the last position.
   std::span<const float> run(const char* method, const std::vector<executorch::extension::TensorPtr>& inputs) {
-    first_error.clear();
     const auto outputs =
         value(module_.execute(method, std::vector<EValue>(inputs.begin(), inputs.end())), string(method) + " failed");
     if (inputs.empty()) return {};
