@@ -26,6 +26,11 @@ def operands(batch: int, length: int, channels: int, taps: int, seed: int = 0) -
     }
 
 
+def as_signed(q: Tensor) -> Tensor:
+    """uint8 numbers less 128, as int8."""
+    return (q.to(torch.int16) - 128).to(torch.int8)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.sampled_from([1, 3]),
@@ -33,9 +38,14 @@ def operands(batch: int, length: int, channels: int, taps: int, seed: int = 0) -
     channels=st.sampled_from([1, 5, 16, 40, 130]),
     taps=st.sampled_from([1, 2, 3, 4, 5, 9]),
     zero_point=st.integers(0, 255),
+    signed=st.booleans(),
 )
-def test_sums_are_the_exact_integers(batch: int, length: int, channels: int, taps: int, zero_point: int) -> None:
+def test_sums_are_the_exact_integers(
+    batch: int, length: int, channels: int, taps: int, zero_point: int, signed: bool
+) -> None:
     w = operands(batch, length, channels, taps)
+    if signed:
+        w["x"], zero_point = as_signed(w["x"]), zero_point - 128
     ones = torch.ones(channels)
     y, _ = op(w["x"], 1.0, zero_point, w["weight"], ones)
     padded = torch.nn.functional.pad(w["x"].long() - zero_point, (0, 0, taps - 1, 0))
@@ -96,6 +106,30 @@ def test_rounded_output(
     assert (q.int() - reference("qcausal_conv1d")(*args, 0.06, zero_point)[0].int()).abs().max() <= 1
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.sampled_from([1, 3]),
+    length=st.sampled_from([1, 2, 33, 65]),
+    channels=st.sampled_from([1, 5, 16, 130]),
+    taps=st.sampled_from([1, 2, 4, 9]),
+    zero_point=st.integers(0, 255),
+    byte_output=st.booleans(),
+    with_state=st.booleans(),
+)
+def test_int8_is_uint8_less_128(
+    batch: int, length: int, channels: int, taps: int, zero_point: int, byte_output: bool, with_state: bool
+) -> None:
+    w = operands(batch, length, channels, taps)
+    # Some states lie outside of the grid, and are clamped to it.
+    state = torch.randn(batch, taps - 1, channels) * 4 if with_state else None
+    rest = (w["weight"], w["weight_scale"], w["bias"], state, "silu", 0.06 if byte_output else None)
+    for call in (op, reference("qcausal_conv1d")):
+        y, last = call(as_signed(w["x"]), 0.037, zero_point - 128, *rest, 90 - 128)
+        unsigned, unsigned_last = call(w["x"], 0.037, zero_point, *rest, 90)
+        assert torch.equal(y, as_signed(unsigned) if byte_output else unsigned)
+        assert y.dtype == (torch.int8 if byte_output else torch.float32) and torch.equal(last, unsigned_last)
+
+
 def test_a_sequence_in_two_parts_gives_the_same_bits_as_in_one() -> None:
     w = operands(2, 50, 48, 4)
     args = (0.021, 90, w["weight"], w["weight_scale"], w["bias"])
@@ -126,7 +160,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         op.default, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], w["bias"], torch.zeros(2, 3, 20), "silu")
     )
-    torch.library.opcheck(op.default, (w["x"], 0.1, 7, w["weight"], w["weight_scale"], None, None, "silu", 0.1, 9))
+    rest = (w["weight"], w["weight_scale"], None, None, "silu", 0.1, 9)
+    torch.library.opcheck(op.default, (w["x"], 0.1, 7, *rest))
+    torch.library.opcheck(op.default, (as_signed(w["x"]), 0.1, 7, *rest))
 
 
 def test_results_do_not_depend_on_threads() -> None:
@@ -145,7 +181,7 @@ def test_results_do_not_depend_on_threads() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(1, 5, 16)}, "x must be uint8"),
+        ({"x": torch.zeros(1, 5, 16)}, "x must be uint8 or int8"),
         ({"weight": torch.zeros(16, 4)}, "weight must be int8"),
         ({"weight_scale": torch.ones(15)}, "weight_scale must be float32 .16,."),
         ({"bias": torch.ones(3)}, "bias|Size|size"),
@@ -172,3 +208,13 @@ def test_bad_grids_are_named(grid: tuple[float, int, float | None, int], message
     scale, zero_point, *out = grid
     with pytest.raises(MqAoError, match=message):
         op(w["x"], scale, zero_point, w["weight"], w["weight_scale"], None, None, None, *out)
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "out_zero_point", "message"),
+    [(128, 0, "x_zero_point must lie in -128..127"), (0, -129, "out_zero_point must lie in -128..127")],
+)
+def test_bad_grids_of_int8_are_named(zero_point: int, out_zero_point: int, message: str) -> None:
+    w = operands(1, 5, 16, 4)
+    with pytest.raises(MqAoError, match=message):
+        op(as_signed(w["x"]), 0.1, zero_point, w["weight"], w["weight_scale"], None, None, None, 0.1, out_zero_point)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -37,29 +37,42 @@ def to_grid(x: Tensor) -> tuple[Tensor, float, int]:
     return quantize(x, scale, zero_point, 0, 255, torch.uint8), scale, zero_point
 
 
+def as_signed(q: Tensor) -> Tensor:
+    """uint8 numbers less 128, as int8."""
+    return (q.to(torch.int16) - 128).to(torch.int8)
+
+
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """x as `Case` would have drawn it: dense, a slice of wider rows, or transposed."""
     if layout == "transposed":
         return x.transpose(1, -1).contiguous().transpose(1, -1)
     if layout == "sliced":
-        return torch.nn.functional.pad(x.flatten(2), (2, 3), value=200)[..., 2:-3].reshape(x.shape)
+        return torch.nn.functional.pad(x.flatten(2), (2, 3), value=100)[..., 2:-3].reshape(x.shape)
     return x
 
 
 @dataclass(frozen=True)
 class QCase:
-    """A drawn call: the floats of `case`, those of NAMES that `integer` tells on their grids."""
+    """A drawn call: the floats of `case`, those of NAMES that `integer` tells on their grids, of uint8 or int8."""
 
     case: Case
     integer: tuple[bool, bool, bool, bool]
     int8_state: bool
     byte_output: bool
+    signed: tuple[bool, bool, bool, bool] = (False,) * 4
+
+    @property
+    def signed_output(self) -> bool:
+        """Whether an 8-bit output is int8: as u is."""
+        return self.integer[0] and self.signed[0]
 
     def arguments(self) -> dict[str, Any]:
         u, delta, A, B, C, D, bias, softplus, state = self.case.operands()
         arguments: dict[str, Any] = {"A": A, "D": D, "delta_bias": bias, "delta_softplus": softplus}
-        for name, x, integer in zip(NAMES, (u, delta, B, C), self.integer, strict=True):
+        for name, x, integer, signed in zip(NAMES, (u, delta, B, C), self.integer, self.signed, strict=True):
             q, scale, zero_point = to_grid(x)
+            if signed:
+                q, zero_point = as_signed(q), zero_point - 128
             arguments |= {
                 name: laid_out(q, self.case.layout) if integer else x,
                 f"{name}_scale": scale,
@@ -72,13 +85,12 @@ class QCase:
             arguments["state_scale"] = step
             arguments["initial_state"] = None if state is None else quantize_state(state, step)
         if self.byte_output:
-            arguments |= {"out_scale": 0.05, "out_zero_point": 117}
+            arguments |= {"out_scale": 0.05, "out_zero_point": 117 - 128 * self.signed_output}
         return arguments
 
 
-qcases = st.builds(
-    QCase, case=cases, integer=st.tuples(*[st.booleans()] * 4), int8_state=st.booleans(), byte_output=st.booleans()
-)
+four = st.tuples(*[st.booleans()] * 4)
+qcases = st.builds(QCase, case=cases, integer=four, int8_state=st.booleans(), byte_output=st.booleans(), signed=four)
 WHOLE = QCase(Case(2, 70, None, 40, 16, (True,) * 4, "dense", 3), (True,) * 4, False, False)
 SHORT = QCase(Case(2, 5, 2, 8, 16, (True,) * 4, "sliced", 3), (True,) * 4, True, True)
 
@@ -87,7 +99,7 @@ def exact(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Output and last state in float64 of the operands' values, which are float32 numbers."""
     values = {name: arguments[name] for name in NAMES}
     for name, q in values.items():
-        if q.dtype == torch.uint8:
+        if q.dtype != torch.float32:
             values[name] = (q.float() - arguments[f"{name}_zero_point"]) * arguments[f"{name}_scale"]
     start = arguments["initial_state"]
     if start is not None and "state_scale" in arguments:
@@ -115,7 +127,8 @@ def test_matches_float64_and_the_reference(qcase: QCase) -> None:
     y_error = FLOAT32 * y_exact.abs().max()
     if qcase.byte_output:
         scale, zero_point = arguments["out_scale"], arguments["out_zero_point"]
-        assert_rounded(y, y_exact / scale + zero_point, 0, 255, y_error / scale)
+        limits = torch.iinfo(y.dtype)
+        assert_rounded(y, y_exact / scale + zero_point, limits.min, limits.max, y_error / scale)
         assert (y.int() - y_reference.int()).abs().max() <= 1
     else:
         assert_near(y, y_exact, FLOAT32)
@@ -133,15 +146,29 @@ def test_matches_float64_and_the_reference(qcase: QCase) -> None:
 @settings(max_examples=40, deadline=None)
 @given(qcase=qcases)
 def test_output_and_state_are_the_roundings_of_the_float_ones(qcase: QCase) -> None:
-    arguments = qcase.arguments() | {"out_scale": 0.03, "out_zero_point": 90}
+    limits = torch.iinfo(torch.int8 if qcase.signed_output else torch.uint8)
+    zero_point = limits.min + 90
+    arguments = qcase.arguments() | {"out_scale": 0.03, "out_zero_point": zero_point}
     y, state = scan(**arguments)
     step = arguments.pop("state_scale", None)
     floats = arguments | {"out_scale": None}
     if step is not None and floats["initial_state"] is not None:
         floats["initial_state"] = floats["initial_state"] * step
     y_float, state_float = scan(**floats)
-    assert torch.equal(y, quantize(y_float, 0.03, 90, 0, 255, torch.uint8))
+    assert torch.equal(y, quantize(y_float, 0.03, zero_point, limits.min, limits.max, y.dtype))
     assert torch.equal(state, state_float if step is None else quantize_state(state_float, step))
+
+
+@settings(max_examples=40, deadline=None)
+@given(qcase=qcases)
+def test_int8_is_uint8_less_128(qcase: QCase) -> None:
+    signed, unsigned = (replace(qcase, signed=(flag,) * 4) for flag in (True, False))
+    for call in (scan, reference):
+        (y, state), (y_unsigned, state_unsigned) = (call(**case.arguments()) for case in (signed, unsigned))
+        if qcase.byte_output and signed.signed_output:
+            assert y.dtype == torch.int8
+            y_unsigned = as_signed(y_unsigned)
+        assert torch.equal(y, y_unsigned) and torch.equal(state, state_unsigned)
 
 
 @pytest.mark.parametrize("cut", [1, 31, 50, 69])
@@ -212,6 +239,7 @@ def test_roundings_are_half_to_even_and_clamped() -> None:
 
 @pytest.mark.parametrize("length", [1, 40])
 def test_nan_reaches_float_results_and_is_zero_in_integer_ones(length: int) -> None:
+    # As u is float, the output is uint8.
     arguments = QCase(Case(1, length, None, 40, 16, (True,) * 4, "dense", 1), (False, *[True] * 3), True, True)
     poisoned = arguments.arguments()
     poisoned["u"] = poisoned["u"].clone()
@@ -244,7 +272,8 @@ def test_results_do_not_depend_on_threads(length: int) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_opcheck(length: int, quantized: bool) -> None:
     case = Case(2, length, 2, 8, 16, (True,) * 4, "sliced", 0)
-    torch.library.opcheck(scan.default, (), QCase(case, (quantized,) * 4, quantized, quantized).arguments())
+    signed = (quantized, False, quantized, False)
+    torch.library.opcheck(scan.default, (), QCase(case, (quantized,) * 4, quantized, quantized, signed).arguments())
 
 
 class Scan(torch.nn.Module):
@@ -279,10 +308,16 @@ def test_compiles() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
-    "dtype": ({"u": Tensor.double}, "u must be uint8 or float32"),
-    "signed": ({"B": lambda x: x.to(torch.int8)}, "B must be uint8 or float32"),
+    "dtype": ({"u": Tensor.double}, "u must be uint8, int8 or float32"),
+    "wide": ({"B": lambda x: x.to(torch.int16)}, "B must be uint8, int8 or float32"),
     "scale": ({"delta_scale": lambda _: 0.0}, "delta_scale must be positive"),
     "zero point": ({"C_zero_point": lambda _: 256}, "C_zero_point must lie in 0..255"),
+    "signed zero point": ({"B": as_signed, "B_zero_point": lambda _: 128}, "B_zero_point must lie in -128..127"),
+    "unsigned zero point": ({"B_zero_point": lambda _: -1}, "B_zero_point must lie in 0..255"),
+    "signed output": (
+        {"u": as_signed, "u_zero_point": lambda _: 0, "out_zero_point": lambda _: 128},
+        "out_zero_point must lie in -128..127",
+    ),
     "out_scale": ({"out_scale": lambda _: -1.0}, "out_scale must be positive"),
     "out_zero_point": ({"out_zero_point": lambda _: -1}, "out_zero_point must lie in 0..255"),
     "length": ({n: lambda x: x[:, :0] for n in NAMES}, "length 0"),

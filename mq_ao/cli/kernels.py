@@ -11,6 +11,9 @@ from mq_ao.cli.console import out, step
 
 def build_kernels(
     force: Annotated[bool, typer.Option("--force", help="Build even if an up-to-date build is cached.")] = False,
+    executorch: Annotated[
+        bool, typer.Option("--executorch", help="Build the library for ExecuTorch's runtime instead of PyTorch's.")
+    ] = False,
 ) -> None:
     """Build the native kernels for this machine (about half a minute; cached).
 
@@ -20,8 +23,14 @@ def build_kernels(
 
     mq-ao build-kernels --force
     """
-    with step("building the native kernels"):
-        from mq_ao.ops.native.build import build
+    if executorch:
+        from mq_ao.ops.native.executorch_build import build as build_executorch
 
-        path = build(force=force)
+        with step("building the ExecuTorch kernels"):
+            path = build_executorch(force=force)
+    else:
+        with step("building the native kernels"):
+            from mq_ao.ops.native.build import build
+
+            path = build(force=force)
     out().print(path, markup=False, highlight=False, soft_wrap=True)

@@ -67,8 +67,8 @@ def qcausal_conv1d(
         out_zero_point: within x's dtype.
 
     Returns:
-        y (batch, length, channels), float32, or of x's dtype with `out_scale`; and the last d_conv - 1 dequantized inputs,
-        float32, oldest first.
+        y (batch, length, channels), float32, or of x's dtype with `out_scale`; and the last d_conv - 1 dequantized
+        inputs, float32, oldest first.
 
     Raises:
         MqAoError: types or shapes do not fit together, the length is 0, or the activation is unknown.

@@ -54,8 +54,8 @@ def _float_operands(
     out_zero_point: int,
 ) -> list[Tensor]:
     """u, delta, B and C as float32; raises MqAoError on operands that do not fit together."""
-    named = (("u", *u), ("delta", *delta), ("B", *B), ("C", *C))
-    floats = [dequantize(f"qselective_scan: {name}", *grid) for name, *grid in named]
+    named = (("u", u), ("delta", delta), ("B", B), ("C", C))
+    floats = [dequantize(f"qselective_scan: {name}", *grid) for name, grid in named]
     check_output("qselective_scan", u[0], out_scale, out_zero_point)
     x, dt, b, c = floats
     _check(x, dt, A, b, c, D, delta_bias, initial_state)

@@ -1,0 +1,163 @@
+"""Shared libraries of C++ kernels, built on the user's machine and cached.
+
+The cache key covers everything that changes the binary: the sources, the compiler, its flags, the CPU's vector
+extensions and the versions of what is linked. `MQ_AO_CACHE` moves the cache; `CXX` chooses the compiler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mq_ao.errors import MqAoError
+
+# No -ffast-math: NaN must reach the output, results must not depend on what the compiler reorders, and some compilers
+# let it switch off denormals for the whole process. The kernels ask for the two things they need: fused multiply-add,
+# and mathematics without errno and traps.
+CORE_FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+ARCH_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def cache_dir() -> Path:
+    """Folder that holds builds: `$MQ_AO_CACHE`, else `$XDG_CACHE_HOME/mq_ao`, else `~/.cache/mq_ao`."""
+    if "MQ_AO_CACHE" in os.environ:
+        return Path(os.environ["MQ_AO_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mq_ao"
+
+
+def compiler() -> str:
+    """Path of the C++ compiler.
+
+    Raises:
+        MqAoError: there is none.
+    """
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    for name in wanted:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise MqAoError(
+        f"no C++ compiler found (looked for {', '.join(wanted)}): install g++ (Debian: apt install g++) "
+        "or set CXX to one."
+    )
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """What a library needs of the package that it plugs into.
+
+    Attributes:
+        compile: flags for every source.
+        link: flags after the objects.
+    """
+
+    compile: tuple[str, ...]
+    link: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SharedLibrary:
+    """A library to build.
+
+    Attributes:
+        name: file name.
+        sources: compiled side by side.
+        headers: what the sources include, for the key.
+        flags: of the compiler, beside those of `toolkit`.
+        versions: of the packages that are linked.
+        toolkit: called only when something is compiled, for it may be slow.
+    """
+
+    name: str
+    sources: tuple[Path, ...]
+    headers: tuple[Path, ...]
+    flags: tuple[str, ...]
+    versions: tuple[str, ...]
+    toolkit: Callable[[], Toolkit]
+
+    def cached(self) -> str | None:
+        """Path of an up-to-date build in the cache, or None."""
+        try:
+            path = self._path(compiler())
+        except MqAoError:
+            return None
+        return str(path) if path.is_file() else None
+
+    def build(self, *, force: bool = False) -> str:
+        """Builds the library unless an up-to-date build is cached.
+
+        Args:
+            force: build even if a cached build exists.
+
+        Returns:
+            Path of the shared library.
+
+        Raises:
+            MqAoError: no compiler, the compiler failed, or the cache folder is not writable.
+        """
+        cxx = compiler()
+        path = self._path(cxx)
+        if path.is_file() and not force:
+            return str(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=path.parent))
+        except OSError as error:
+            raise MqAoError(
+                f"cannot write kernels to {path.parent}: {error}; set MQ_AO_CACHE to a folder you own."
+            ) from error
+        try:
+            self._compile(cxx, work, path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return str(path)
+
+    def _path(self, cxx: str) -> Path:
+        digest = hashlib.sha256()
+        for path in (*self.sources, *self.headers):
+            digest.update(path.name.encode() + path.read_bytes())
+        # The macros of -march=native tell apart compiler versions, and machines that share a home folder.
+        target = subprocess.run(
+            [cxx, ARCH_FLAG, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
+        )
+        digest.update("".join(sorted(target.stdout.splitlines(keepends=True))).encode())
+        digest.update(repr((cxx, self.flags, ARCH_FLAG, *self.versions, sys.platform)).encode())
+        return cache_dir() / digest.hexdigest()[:16] / self.name
+
+    def _compile(self, cxx: str, work: Path, path: Path) -> None:
+        toolkit = self.toolkit()
+        objects = []
+        running = []
+        for source in self.sources:
+            target = str(work / (source.stem + ".o"))
+            objects.append(target)
+            command = [cxx, *self.flags, ARCH_FLAG, *toolkit.compile, "-fPIC", "-c", str(source), "-o", target]
+            running.append((command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+        # All compilers run side by side; each is waited for, so that none outlives a failure of another.
+        results = [(command, process, process.communicate()[1]) for command, process in running]
+        for command, process, stderr in results:
+            _check(command, process.returncode, stderr)
+        built = work / path.name
+        link = [cxx, "-shared", *objects, *toolkit.link, "-o", str(built)]
+        done = subprocess.run(link, capture_output=True, text=True, check=False)
+        _check(link, done.returncode, done.stderr)
+        os.replace(built, path)
+
+
+def _check(command: list[str], returncode: int, stderr: str) -> None:
+    if returncode == 0:
+        return
+    tail = "\n".join(stderr.splitlines()[-30:])
+    raise MqAoError(
+        f"building the native kernels failed with exit code {returncode}; choose another compiler with CXX, or mend "
+        f"what this says:\n{shlex.join(command)}\n{tail}\n"
+    )
