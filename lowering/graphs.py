@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401  (registers the q/dq operators)
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import CodeGen
 
 from mq_ao.errors import MqAoError
@@ -126,22 +127,44 @@ def flat(module: GraphModule) -> GraphModule:
 class _Callable(torch.nn.Module):
     """Gives a flat GraphModule a signature that torch.export can name inputs by."""
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, operators: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self.graph_module = module
+        self._operators = operators
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the graph."""
-        return self.graph_module(*inputs)
+        if not self._operators:
+            return self.graph_module(*inputs)
+        return _Replacing(self.graph_module, self._operators).run(*inputs)
 
 
-def export(module: GraphModule, args: tuple[Tensor, ...], dynamic: tuple[dict[int, Dim], ...]) -> ExportedProgram:
+class _Replacing(Interpreter):
+    """Runs a graph with other functions in the place of some operators."""
+
+    def __init__(self, module: GraphModule, operators: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__(module)
+        self._operators = operators
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the operator, or what stands for it."""
+        return super().call_function(self._operators.get(target, target), args, kwargs)
+
+
+def export(
+    module: GraphModule,
+    args: tuple[Tensor, ...],
+    dynamic: tuple[dict[int, Dim], ...],
+    operators: Mapping[Any, Callable[..., Any]] | None = None,
+) -> ExportedProgram:
     """Exports a flat graph.
 
     Args:
         module: see `flat`.
         args: example inputs.
         dynamic: which of their sizes vary, by axis.
+        operators: functions that are traced in the place of operators.
     """
+    shapes = (dynamic,) if args else None
     with torch.no_grad():
-        return torch.export.export(_Callable(module), args, dynamic_shapes=(dynamic,) if args else None)
+        return torch.export.export(_Callable(module, operators or {}), args, dynamic_shapes=shapes)

@@ -48,7 +48,7 @@ class Operand:
         """What an operator that takes such integers reads at `node`."""
         if isinstance(node, Node) and node.target == DQ_STATIC and node.args[3:] == limits:
             args: tuple[Any, ...] = node.args
-            return cls(*args[:3], static=True)
+            return cls(args[0], args[1], args[2], True)
         return cls(node)
 
     @property

@@ -19,9 +19,10 @@ from mq_ao.capture import export
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
 from mq_ao.graph import match
-from mq_ao.lowering import inductor
+from mq_ao.lowering import executorch, inductor
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
+from mq_ao.models.program import Program
 from mq_ao.quantizer import MambaQuantizer, QuantizationReport
 from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe, get_recipe
@@ -36,6 +37,7 @@ class Report:
 
     Attributes:
         recipe: the recipe that was applied.
+        backend: whose integers the activations are.
         match: blocks, head and embeddings of the float graph, as text.
         transforms: what the rewrites did, and where they were left out.
         quantization: the quantizer's decisions.
@@ -44,6 +46,7 @@ class Report:
     """
 
     recipe: Recipe
+    backend: str
     match: str
     transforms: tuple[passes.Transform, ...]
     quantization: QuantizationReport
@@ -52,7 +55,7 @@ class Report:
 
     def __str__(self) -> str:
         left_out = [str(item) for item in self.transforms if item.status is passes.Status.LEFT_OUT]
-        lines = [str(self.recipe), f"calibrated on {self.batches} batches"]
+        lines = [str(self.recipe), f"for {self.backend}, calibrated on {self.batches} batches"]
         if self.transforms:
             lines.append(f"{len(self.transforms) - len(left_out)} rewrites applied, {len(left_out)} left out")
         return "\n".join([*lines, *left_out, str(self.quantization)])
@@ -93,19 +96,32 @@ class QuantizedProgram:
             page.write(build.page_data(self.converted, self._report, self._source, title), path)
         return self._report
 
-    def lower(self, backend: str = "inductor") -> inductor.InductorProgram:
+    def lower(self, backend: str | None = None, options: executorch.Options | None = None) -> Program:
         """Compiles the graph.
 
+        Args:
+            backend: the one that the graph was quantized for; None: that one.
+            options: batch, longest prefill and more, for `executorch`.
+
         Raises:
-            MqAoError: unknown backend, nothing quantized, or not a language model (for those use
+            MqAoError: unknown or other backend, nothing quantized, or not a language model (for those use
                 `mq_ao.lowering.inductor.lower` on `.converted`).
         """
-        check_backend(backend)
+        wanted = self._report.backend
+        if backend is not None and check_backend(backend).name != wanted:
+            raise MqAoError(
+                f"this graph was quantized for {wanted}, whose integers are not those of {backend}: "
+                f"call mq_ao.quantize(..., backend={backend!r})."
+            )
         if self._vocab_size is None:
             raise MqAoError(
                 "only language models become saved programs: call mq_ao.lowering.inductor.lower(q.converted, inputs)."
             )
         info = {"recipe": self._report.recipe.name, "vocab_size": self._vocab_size}
+        if wanted == "executorch":
+            return executorch.lower(self.converted, info, options)
+        if options is not None:
+            raise MqAoError("options are for programs of executorch.")
         return inductor.lower_language_model(self.converted, info)
 
 
@@ -125,6 +141,7 @@ def quantize(
     calibration: Iterable[Tensor | tuple[Any, ...]],
     recipe: str | Recipe = "mambaquant-w8a8",
     *,
+    backend: str = "inductor",
     progress: bool = False,
 ) -> QuantizedProgram:
     """Captures, rewrites, calibrates and converts a trained model.
@@ -134,15 +151,20 @@ def quantize(
         calibration: inputs of the model, one element a batch: a tensor (batch, length) of token ids, or a tuple of
             positional inputs. Not data that the result is evaluated on. A generator is read once.
         recipe: name of a recipe (`mq_ao.recipes.RECIPES`), a recipe file, or a recipe.
+        backend: what runs the result: "inductor" (this machine's CPU) or "executorch" (a `.pte` for edge devices).
+            Activations become the integers that its kernels take.
         progress: show progress bars on stderr.
 
     Returns:
         The quantized graph, with its report.
 
     Raises:
-        MqAoError: unknown recipe, bad calibration data, NaN or Inf on the way, or no Mamba block in the model.
+        MqAoError: unknown recipe or backend, a spec that the backend has no kernel for, bad calibration data, NaN or
+            Inf on the way, or no Mamba block in the model.
     """
     chosen = get_recipe(recipe)
+    # Before anything takes long: it says what the backend has no kernel for.
+    quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
     check_weights(model)
     lengths: list[int] = []
     batches = _batches(model, calibration, lengths)
@@ -156,7 +178,6 @@ def quantize(
     rewrite = passes.apply(graph, chosen.passes, given, progress=progress)
     source = build.Source.of(type(model).__name__, stored, rewrite, first)
     description = match(graph).describe()
-    quantizer = MambaQuantizer().set_global(chosen.scheme)
     if requests := quantizer.requests(graph):
         quantizer.set_statistics(passes.collect(graph, requests, given, progress=progress))
     prepared = prepare_pt2e(graph, quantizer)
@@ -164,22 +185,28 @@ def quantize(
     release()
     converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     vocab_size = model.config.vocab_size if isinstance(model, MambaLM) else None
-    report = Report(chosen, description, tuple(rewrite.transforms), quantizer.report, count, sum(lengths))
+    report = Report(
+        chosen, quantizer.backend.name, description, tuple(rewrite.transforms), quantizer.report, count, sum(lengths)
+    )
     return QuantizedProgram(converted, report, vocab_size, source)
 
 
-def compile_float(model: MambaLM) -> inductor.InductorProgram:
+def compile_float(model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None) -> Program:
     """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
     info = {"recipe": "float32", "vocab_size": model.config.vocab_size}
+    if check_backend(backend).name == "executorch":
+        return executorch.lower_float(capture(model, ()), info, options)
     return inductor.compile_float_language_model(capture(model, ()), info)
 
 
-def load(path: str | Path) -> inductor.InductorProgram:
-    """Loads a program that `save` wrote.
+def load(path: str | Path) -> Program:
+    """Loads a program that `save` wrote: `.pt2` (inductor) or `.pte` (executorch).
 
     Raises:
         MqAoError: the file is missing, damaged, not ours, or of another version.
     """
+    if Path(path).suffix == ".pte":
+        return executorch.ExecutorchProgram.load(path)
     return inductor.InductorProgram.load(path)
 
 

@@ -15,8 +15,7 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mq_ao.graph import Role
-from mq_ao.graph.rows import piece_bounds
-from mq_ao.graph.walk import only_user
+from mq_ao.graph.rows import pieces
 from mq_ao.quantizer.backends import Backend
 from mq_ao.quantizer.observers import activation_spec, state_spec, weight_spec
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
@@ -56,9 +55,8 @@ class Annotator:
 
     def outputs(self, linear: Node, spec: RoleSpec) -> None:
         """Annotates what a linear gives, piece by piece, where something reads it in float."""
-        split = only_user(linear)
-        pieces = list(split.users) if split is not None and piece_bounds(split) is not None else [linear]
-        for piece in pieces:
+        parts = pieces(linear)
+        for piece in [linear] if parts is None else [value for value, _, _ in parts]:
             if all(_is_static(user, piece) for user in piece.users):
                 continue
             given = piece.meta.get(Q_ANNOTATION_KEY)

@@ -9,38 +9,52 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 
+from mq_ao.lowering.executorch.options import Options, Scan
+from mq_ao.lowering.executorch.portable import OPERATORS
 from mq_ao.lowering.executorch.states import keep_states
 from mq_ao.lowering.graphs import export, flat, with_positions
 
 aten = torch.ops.aten
+METHODS = ("prefill", "decode", "reset")
 
 
 def export_methods(
-    module: GraphModule, states: Mapping[str, Tensor], batch: int, max_length: int
+    module: GraphModule, states: Mapping[str, Tensor], options: Options, max_count: int
 ) -> dict[str, ExportedProgram]:
     """Exports the methods of a language model's graph `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
 
-    `prefill(input_ids (batch, length), positions (count,)) -> logits (batch, count, vocab)`, length and count up to
-    max_length; `decode(input_ids (batch, 1)) -> logits (batch, 1, vocab)`; `reset() -> 0` sets the states to zero.
+    `prefill(input_ids (batch, length), positions (count,)) -> logits (batch, count, vocab_size)` of the tokens at
+    `positions`; `decode(input_ids (batch, 1)) -> logits (batch, 1, vocab_size)`; `reset() -> 0` sets the states to
+    zero. Token ids and positions are int64, logits float32.
+
+    Args:
+        module: the graph; it is not changed.
+        states: buffers by name, see `states.buffers`.
+        options: batch and longest prefill.
+        max_count: most positions in one call.
     """
-    length, count = Dim("length", min=1, max=max_length), Dim("count", min=1, max=max_length)
-    ids, positions = torch.zeros(batch, min(8, max_length), dtype=torch.int64), torch.arange(min(3, max_length))
+    batch, longest = options.batch, options.max_length
+    length, count = Dim("length", min=1, max=longest), Dim("count", min=1, max=max_count)
+    ids, positions = torch.zeros(batch, min(8, longest), dtype=torch.int64), torch.arange(min(3, max_count))
+    operators = OPERATORS if options.scan is Scan.PORTABLE else {}
     prefill, decode = with_positions(module), flat(module)
     for graph in (prefill, decode):
         keep_states(graph, states)
+    # A size of 1 is taken for a constant, and a range of one size is one.
+    dynamic = ({1: length} if longest > 1 else {}, {0: count} if max_count > 1 else {})
     return {
-        "prefill": export(prefill, (ids, positions), ({1: length}, {0: count})),
-        "decode": export(decode, (ids[:, :1].clone(),), ({},)),
+        "prefill": export(prefill, (ids, positions), dynamic, operators),
+        "decode": export(decode, (ids[:, :1].clone(),), ({},), operators),
         "reset": export(_reset(states), (), ()),
     }
 
 
 def _reset(states: Mapping[str, Tensor]) -> GraphModule:
-    root = torch.nn.Module()
-    graph = Graph()
+    root, graph = torch.nn.Module(), Graph()
     for name, value in states.items():
         root.register_buffer(name, value)
         state = graph.get_attr(name)
         graph.call_function(aten.copy_.default, (state, graph.call_function(aten.zeros_like.default, (state,))))
+    # A method gives something.
     graph.output((graph.call_function(aten.scalar_tensor.default, (0.0,)),))
     return GraphModule(root, graph)

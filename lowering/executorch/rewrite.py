@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import edit, walk
-from mq_ao.graph.gate import Gate, gate_of
-from mq_ao.graph.rows import piece_bounds
+from mq_ao.graph.gate import gate_of
+from mq_ao.graph.rows import pieces
 from mq_ao.lowering.patterns import DEQUANTIZE, INT8
 from mq_ao.lowering.rewrite import GraphRewriter
 
@@ -25,38 +25,49 @@ class Rewriter(GraphRewriter):
 
     Args:
         module: result of `convert_pt2e`, with q/dq nodes on int8.
+        native: whether our operators take integers; if not, they stay in float.
     """
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, native: bool) -> None:
         super().__init__(module, INT8)
+        self._native = native
 
     def run(self) -> None:
         """Rewrites everything."""
-        for node in walk.calls(self.module, {mq.causal_conv1d.default}):
-            self.conv(node)
-        for node in walk.calls(self.module, walk.SCAN):
-            self.scan(node)
+        if self._native:
+            self._operators()
+        else:
+            self._float_taps()
         for node in walk.calls(self.module, {aten.embedding.default}):
             self.embedding(node)
         for node in walk.calls(self.module, walk.LINEAR):
             self._linear(node)
         for node in walk.calls(self.module, {aten.rms_norm.default}):
             self._norm(node)
-        for node in walk.calls(self.module, walk.MUL):
-            self._gate(node)
         self.graph.eliminate_dead_code()
         self.module.recompile()
         self.module.delete_all_unused_submodules()
 
+    def _operators(self) -> None:
+        for node in walk.calls(self.module, {mq.causal_conv1d.default}):
+            self.conv(node)
+        for node in walk.calls(self.module, walk.SCAN):
+            self.scan(node)
+        for node in walk.calls(self.module, walk.MUL):
+            self._gate(node)
+
+    def _float_taps(self) -> None:
+        """Taps in float: there is no operator for quantized ones whose output is not quantized at once."""
+        for node in walk.calls(self.module, walk.CONV):
+            weight = walk.argument(node, 1)
+            if weight.target in DEQUANTIZE:
+                with self.graph.inserting_before(node):
+                    node.replace_input_with(weight, self.store("taps", edit.constant(self.module, weight)))
+
     def _linear(self, node: Node) -> None:
         """One linear for every piece of an output that is split: XNNPACK cannot slice values of dynamic length."""
-        split = walk.only_user(node)
-        bounds = None if split is None else piece_bounds(split)
-        if split is None or bounds is None:
-            return
         x, weight, bias = walk.padded(node, 3)
-        for piece in list(split.users):
-            start, stop = bounds[piece.args[1]]
+        for piece, start, stop in pieces(node) or []:
             with self.graph.inserting_before(piece):
                 args = [x, self._rows(weight, start, stop)]
                 if bias is not None:
@@ -66,7 +77,8 @@ class Rewriter(GraphRewriter):
     def _rows(self, value: Node, start: int, stop: int) -> Node:
         """Rows of a parameter, or of what dequantizes one."""
         if value.op == "get_attr":
-            return self.store("part", edit.constant(self.module, value)[start:stop])
+            # A copy: the serialiser writes a view from the start of its storage, whatever its offset.
+            return self.store("part", edit.constant(self.module, value)[start:stop].clone())
         assert value.target in DEQUANTIZE, f"{value.name} is neither a parameter nor dequantized"
         args = [self._rows(arg, start, stop) if isinstance(arg, Node) else arg for arg in value.args]
         return self.graph.call_function(value.target, tuple(args), dict(value.kwargs))
@@ -97,9 +109,6 @@ class Rewriter(GraphRewriter):
         following = walk.only_user(product)
         rotated = following is not None and following.target in walk.HADAMARD and len(following.args) == 1
         last = following if rotated and following is not None else product
-        self._replace_gate(gate, last, rotated)
-
-    def _replace_gate(self, gate: Gate, last: Node, rotated: bool) -> None:
         with self.graph.inserting_before(last):
             args: tuple[Any, ...] = (gate.y, gate.z, gate.scale, rotated)
             self.replace(last, self.graph.call_function(mq.gate.default, args))

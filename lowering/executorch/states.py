@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,10 +26,14 @@ def buffers(shapes: StateShapes, batch: int) -> dict[str, torch.Tensor]:
     }
 
 
-def keep_states(module: GraphModule, states: dict[str, torch.Tensor]) -> None:
-    """Edits `(input_ids, conv_state, ssm_state, ...) -> (logits, conv_state, ssm_state)` into `(input_ids, ...) -> logits`.
+def keep_states(module: GraphModule, states: Mapping[str, torch.Tensor]) -> None:
+    """Edits a graph with explicit states into one that keeps them: `(input_ids, ...) -> logits`.
 
     Every layer reads its own buffers and writes them at the end.
+
+    Args:
+        module: `(input_ids, conv_state, ssm_state, ...) -> (logits, conv_state, ssm_state)`, flat.
+        states: see `buffers`; they become the module's.
 
     Raises:
         MqAoError: a state is read or given back otherwise than layer by layer.
@@ -44,8 +49,8 @@ def keep_states(module: GraphModule, states: dict[str, torch.Tensor]) -> None:
         for name, stack in zip((CONV, SSM), stacks, strict=True):
             source = placeholders[name]
             current = _layers(source, name)
-            for layer, value in enumerate(_stacked(stack, name)):
-                graph.call_function(aten.copy_.default, (current[layer], value))
+            for layer, last in enumerate(_stacked(stack, name)):
+                graph.call_function(aten.copy_.default, (current[layer], last))
     output.args = ((logits,),)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.target == aten.copy_.default)
     for name in (CONV, SSM):
@@ -55,7 +60,8 @@ def keep_states(module: GraphModule, states: dict[str, torch.Tensor]) -> None:
 
 def _layers(source: Node, name: str) -> dict[int, Node]:
     """A get_attr node in the place of every `source[layer]`."""
-    graph, found = source.graph, {}
+    graph = source.graph
+    found: dict[int, Node] = {}
     for user in list(source.users):
         if user.target == aten.sym_size.int:
             continue

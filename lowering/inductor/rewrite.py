@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.gate import gate_of
-from mq_ao.graph.rows import piece_bounds
+from mq_ao.graph.rows import pieces
 from mq_ao.lowering.patterns import Q_STATIC, UINT8, Weight, is_dequantized, merge_dequantize, per_token_source
 from mq_ao.lowering.rewrite import GraphRewriter
 
@@ -160,8 +160,5 @@ def count_integer_kernels(module: GraphModule) -> Counter[str]:
 
 def _wide_pieces(node: Node) -> list[tuple[Node, int, int]] | None:
     """(getitem, start, stop) of a linear that is only read in wide pieces along its last axis, else None."""
-    split = walk.only_user(node)
-    bounds = None if split is None else piece_bounds(split)
-    if split is None or bounds is None or any((stop - start) % _PANEL for start, stop in bounds):
-        return None
-    return [(user, *bounds[user.args[1]]) for user in split.users]
+    found = pieces(node)
+    return found if found is not None and not any((stop - start) % _PANEL for _, start, stop in found) else None

@@ -11,12 +11,14 @@ from mq_ao.cli.console import ready_kernels, step
 from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
-    from mq_ao.lowering.inductor import InductorProgram
     from mq_ao.models import MambaLM
+    from mq_ao.models.program import Program
     from mq_ao.text import Codec
 
 MODEL_HELP = '"demo", a folder (transformers, mamba_ssm or mq-ao layout), or a hub id.'
-ANY_HELP = f"A saved .pt2 program, {MODEL_HELP}"
+ANY_HELP = f"A saved .pt2 or .pte program, {MODEL_HELP}"
+PROGRAM_SUFFIX = {"inductor": ".pt2", "executorch": ".pte"}
+"""How the saved programs of a backend end."""
 TOKENIZER_HELP = "Folder or hub id of the tokenizer, where the model is not byte-level and brings none."
 
 
@@ -32,7 +34,7 @@ class Opened:
     """
 
     source: str
-    run: MambaLM | InductorProgram
+    run: MambaLM | Program
     vocab_size: int
     tokenizer: str | None
 
@@ -69,7 +71,7 @@ class Opened:
 
 def is_program(source: str) -> bool:
     """Whether a name means a saved program."""
-    return Path(source).suffix == ".pt2"
+    return Path(source).suffix in PROGRAM_SUFFIX.values()
 
 
 def open_float(source: str) -> MambaLM:
@@ -96,7 +98,8 @@ def open_any(source: str, tokenizer: str | None = None) -> Opened:
     if not is_program(source):
         model = open_float(source)
         return Opened(source, model, model.config.vocab_size, tokenizer)
-    ready_kernels()
+    if Path(source).suffix == PROGRAM_SUFFIX["inductor"]:
+        ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load
 

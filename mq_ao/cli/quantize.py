@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
-from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_float
+from mq_ao.cli.opened import MODEL_HELP, PROGRAM_SUFFIX, TOKENIZER_HELP, Opened, open_float
+from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
+
+if TYPE_CHECKING:
+    from mq_ao.lowering.executorch import Options
 
 
 def quantize(
     *,
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Program to write, ending in .pt2.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Program to write: .pt2 for inductor, .pte for executorch.")
+    ],
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -27,7 +33,13 @@ def quantize(
     ] = None,
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file (.yaml, .json).")] = "mambaquant-w8a8",
     tokens: Annotated[int, typer.Option(help="Calibration tokens, spread evenly over the file.")] = 16384,
-    backend: Annotated[str, typer.Option(help="What to compile with.")] = "inductor",
+    backend: Annotated[
+        str, typer.Option(help="inductor: this machine's CPU; executorch: a .pte for edge devices.")
+    ] = "inductor",
+    max_length: Annotated[int, typer.Option(help="executorch: tokens that prefill takes at most in one call.")] = 1024,
+    scan: Annotated[
+        str, typer.Option(help="executorch: native (our operators) or portable (any runtime, float, slow).")
+    ] = "native",
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     report: Annotated[Path | None, typer.Option(help="Page to write with what was done, ending in .html.")] = None,
 ) -> None:
@@ -40,19 +52,19 @@ def quantize(
     mq-ao quantize state-spaces/mamba-130m-hf --calibration wiki.txt --tokens 32768 -o mamba-w8a8.pt2
 
     mq-ao quantize ./my-mamba --calibration ids.npy --recipe mine.yaml -o mine.pt2
+
+    mq-ao quantize demo --backend executorch -o demo.pte
     """
-    check_output(output, ".pt2")
+    check_output(output, _suffix(backend))
     if report is not None:
         check_output(report, ".html")
     with step("starting"):
         from mq_ao import api
-        from mq_ao.errors import MqAoError
         from mq_ao.models import demo
-        from mq_ao.quantizer.backends import check_backend
         from mq_ao.recipes import get_recipe
         from mq_ao.text import TOKEN_FILES, calibration_batches, read_tokens
     chosen = get_recipe(recipe)
-    check_backend(backend)
+    options = _options(backend, max_length, scan)
     if calibration is None:
         if model != "demo":
             raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
@@ -61,13 +73,13 @@ def quantize(
     opened = Opened(model, loaded, loaded.config.vocab_size, tokenizer)
     codec = None if calibration.suffix in TOKEN_FILES else opened.codec
     batches = calibration_batches(read_tokens(calibration, opened.vocab_size, codec), tokens)
-    quantized = api.quantize(loaded, batches, chosen, progress=True)
+    quantized = api.quantize(loaded, batches, chosen, backend=backend, progress=True)
     err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
     if report is not None:
         with step("writing the report"):
             quantized.report(html=report, title=model)
     with step(f"compiling ({backend})"):
-        program = quantized.lower(backend)
+        program = quantized.lower(options=options)
     program.save(output)
     counts = kernel_counts(program.integer_kernels)
     console = out()
@@ -78,3 +90,17 @@ def quantize(
     )
     share = program.weight_bytes / opened.weight_bytes
     console.print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")
+
+
+def _suffix(backend: str) -> str:
+    if backend not in PROGRAM_SUFFIX:
+        raise MqAoError(f"unknown backend {backend!r}: the backends are {', '.join(PROGRAM_SUFFIX)}.")
+    return PROGRAM_SUFFIX[backend]
+
+
+def _options(backend: str, max_length: int, scan: str) -> Options | None:
+    if backend != "executorch":
+        return None
+    from mq_ao.lowering.executorch.options import Options
+
+    return Options(max_length=max_length, scan=scan)

@@ -78,6 +78,16 @@ def piece_bounds(split: Node) -> list[tuple[int, int]] | None:
     return list(zip([stop - size for stop, size in zip(stops, sizes, strict=True)], stops, strict=True))
 
 
+def pieces(linear: Node) -> list[tuple[Node, int, int]] | None:
+    """(value, start, stop) of every range of channels of a linear, if it is only read as such, else None."""
+    split = walk.only_user(linear)
+    bounds = None if split is None else piece_bounds(split)
+    if split is None or bounds is None:
+        return None
+    indices: list[tuple[Node, Any]] = [(user, user.args[1]) for user in split.users]
+    return [(user, *bounds[index]) for user, index in indices]
+
+
 def _piece(split: Node, index: Any) -> tuple[int, int] | None:
     bounds = piece_bounds(split)
     return None if bounds is None else bounds[index]

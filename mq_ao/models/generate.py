@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
 
-Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Step = Callable[..., tuple[Tensor, Any, Any]]
 """`(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`."""
 
 
@@ -91,8 +92,8 @@ def stream(step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Samplin
         raise MqAoError(f"max_new_tokens is {max_new_tokens}: give 0 or a positive number.")
     sampling = sampling or Sampling()
     generator = sampling.generator(input_ids.device)
-    conv_state: Tensor | None = None
-    ssm_state: Tensor | None = None
+    conv_state: Any = None
+    ssm_state: Any = None
     tokens = input_ids
     for _ in range(max_new_tokens):
         logits, conv_state, ssm_state = step(tokens, conv_state, ssm_state)

@@ -1,0 +1,120 @@
+"""Converted graph in, ExecuTorch program out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from torch._inductor.constant_folding import constant_fold
+from torch.fx import GraphModule
+
+from mq_ao.errors import MqAoError
+from mq_ao.graph import edit, walk
+from mq_ao.lowering.executorch.delegates import Delegation, delegation
+from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_LENGTH, VOCAB_SIZE, versions
+from mq_ao.lowering.executorch.methods import METHODS, export_methods
+from mq_ao.lowering.executorch.options import Options, Scan
+from mq_ao.lowering.executorch.program import ExecutorchProgram
+from mq_ao.lowering.executorch.rewrite import Rewriter
+from mq_ao.lowering.executorch.states import buffers
+from mq_ao.lowering.graphs import StateShapes
+from mq_ao.lowering.patterns import DEQUANTIZE, simulated_nodes
+
+logger = logging.getLogger(__name__)
+
+
+def lower(converted: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
+    """See the package's `lower`."""
+    program = _lower(converted, info, options)
+    if not any("int" in kind for kind in program.integer_kernels):
+        raise MqAoError(
+            "no linear of this program runs in integers: quantize for this backend, with "
+            'mq_ao.quantize(..., backend="executorch") or MambaQuantizer(backend="executorch").'
+        )
+    return program
+
+
+def lower_float(module: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
+    """See the package's `lower_float`."""
+    return _lower(module, info, options)
+
+
+def rewrite(module: GraphModule, options: Options) -> GraphModule:
+    """A copy of a captured or converted graph in the operators that XNNPACK and our library have.
+
+    Args:
+        module: captured, or converted with q/dq nodes on int8; it is not changed.
+        options: what runs the scan.
+    """
+    module = copy.deepcopy(module)
+    Rewriter(module, native=options.scan is Scan.NATIVE).run()
+    for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
+        module.graph.erase_node(node)
+    # XNNPACK takes weights in integers.
+    constant_fold(module, lambda node: node.target not in DEQUANTIZE)
+    edit.drop_unused_tensors(module)
+    return module.requires_grad_(False)
+
+
+def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
+    graph = rewrite(module, options)
+    shapes = StateShapes.of(graph)
+    vocab_size = int(info["vocab_size"])
+    max_count = options.max_count(vocab_size)
+    programs = export_methods(graph, buffers(shapes, options.batch), options, max_count)
+    edge = to_edge_transform_and_lower(programs, partitioner=[XnnpackPartitioner()])
+    methods = {name: delegation(edge.exported_program(name)) for name in METHODS}
+    described = {
+        **info,
+        **versions(),
+        "format": FORMAT,
+        "batch": options.batch,
+        "max_length": options.max_length,
+        "max_count": max_count,
+        "scan": str(options.scan),
+        "states": {"n_layer": shapes.n_layer, "conv": shapes.conv, "ssm": shapes.ssm},
+        "integer_kernels": _integer_kernels(methods["prefill"]),
+        "simulated": [name for name in simulated_nodes(graph) if not name.startswith("linear")],
+        "methods": {name: item.to_dict() for name, item in methods.items()},
+    }
+    for name, item in methods.items():
+        if item.linears_outside:
+            logger.warning("XNNPACK did not take %d linears of %s: they run in float", item.linears_outside, name)
+    return _write(edge, described)
+
+
+def _integer_kernels(method: Delegation) -> dict[str, int]:
+    """Calls of integer kernels in one prefill: linears in XNNPACK by their kind, and our operators."""
+    ours = {name: count for name, count in method.outside.items() if name.startswith("mq_ao::q")}
+    return {**{f"xnnpack linear, {kind}": count for kind, count in method.integer_linears.items()}, **ours}
+
+
+def _write(edge: EdgeProgramManager, info: Mapping[str, Any]) -> ExecutorchProgram:
+    constants = {INFO: json.dumps(info), MAX_LENGTH: info["max_length"], VOCAB_SIZE: info["vocab_size"]}
+    # Anew: what is said of delegates is known only now.
+    edge = EdgeProgramManager({name: edge.exported_program(name) for name in METHODS}, constants)
+    planning = MemoryPlanningPass(share_mutable_buffers=True)
+    program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
+    folder = tempfile.mkdtemp(prefix="mq_ao_")
+    path = Path(folder) / "program.pte"
+    try:
+        with path.open("wb") as file:
+            program.write_to_file(file)
+        result = ExecutorchProgram.load(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    # The file stays on disk while the program lives, so that save() only copies it.
+    weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    return result

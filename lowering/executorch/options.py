@@ -1,0 +1,51 @@
+"""What an ExecuTorch program is made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mq_ao.errors import MqAoError
+
+_LOGITS = 2**22
+"""Logits that prefill gives at most in one call: their memory is planned for the largest number."""
+
+
+class Scan(StrEnum):
+    """What runs convolution, scan and rotation."""
+
+    NATIVE = "native"
+    """Our operators: an app has to link them, or load the library that `mq-ao build-kernels --executorch` builds."""
+    PORTABLE = "portable"
+    """ExecuTorch's own operators alone, in float: any runtime with XNNPACK runs it, slowly."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an ExecuTorch program is made for.
+
+    Attributes:
+        batch: sequences in every call.
+        max_length: tokens that prefill takes at most in one call; longer prompts are fed in pieces.
+        scan: what runs convolution, scan and rotation.
+
+    Raises:
+        MqAoError: batch or max_length is below 1, or scan is not known.
+    """
+
+    batch: int = 1
+    max_length: int = 1024
+    scan: Scan = Scan.NATIVE
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "max_length"):
+            if getattr(self, name) < 1:
+                raise MqAoError(f"{name} is {getattr(self, name)}: give at least 1.")
+        try:
+            object.__setattr__(self, "scan", Scan(self.scan))
+        except ValueError:
+            raise MqAoError(f"unknown scan {self.scan!r}: it is one of {', '.join(Scan)}.") from None
+
+    def max_count(self, vocab_size: int) -> int:
+        """Tokens that one prefill gives logits of at most."""
+        return max(1, min(self.max_length, _LOGITS // (self.batch * vocab_size)))

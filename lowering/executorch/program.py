@@ -1,0 +1,218 @@
+"""A program for ExecuTorch, run by the runtime of its Python package."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mq_ao.errors import MqAoError
+from mq_ao.files import check_output, replacing
+from mq_ao.lowering.executorch.info import FORMAT, INFO
+from mq_ao.lowering.executorch.options import Scan
+from mq_ao.models.generate import Sampling, generate, stream
+from mq_ao.ops.native import executorch_build
+
+
+class KeptState:
+    """Stands for a state that a program keeps itself: what its last call gave, to be given to the next."""
+
+
+States = tuple[Tensor, KeptState, KeptState]
+
+
+class ExecutorchProgram:
+    """A language model in a `.pte` file, with the interface of a compiled one.
+
+    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. The
+    program keeps its states in its own memory: without a state a call starts from zeros, and the state that a call
+    gives stands for what the program keeps. It can be given to the very next call alone.
+
+    Args:
+        path: the file, which stays open as long as the program lives.
+        program: the file, loaded by ExecuTorch's runtime.
+        info: what it says of itself.
+    """
+
+    def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
+        self._path = path
+        self._program = program
+        self._info = info
+        self._state = KeptState()
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExecutorchProgram:
+        """Loads a program saved by `save`; the native operators are loaded or built first, where it needs them.
+
+        Raises:
+            MqAoError: the file is missing, damaged, not ours or of another version, or executorch or the native
+                operators are missing.
+        """
+        path = Path(path)
+        program, info = open_program(path)
+        if info["scan"] == Scan.NATIVE:
+            executorch_build.load()
+            executorch_build.share_packed_weights()
+        return cls(path, program, info)
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """Recipe, versions, shapes, delegates and kernel counts."""
+        return self._info
+
+    @property
+    def integer_kernels(self) -> Mapping[str, int]:
+        """Calls of integer kernels in one prefill, by kind; empty for a float program."""
+        return self._info["integer_kernels"]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the file: weights and scales, and the little that lies around them."""
+        return self._path.stat().st_size
+
+    def __call__(self, input_ids: Tensor, conv_state: Any = None, ssm_state: Any = None) -> States:
+        """Logits of all tokens: (batch, length, vocab_size) float32, and what stands for the state after the last."""
+        self._enter(input_ids, conv_state)
+        pieces = [
+            self._prefill(piece, torch.arange(piece.shape[1])) for piece in input_ids.split(self._info["max_count"], 1)
+        ]
+        return self._leave(torch.cat(pieces, dim=1))
+
+    def prefill(self, input_ids: Tensor, conv_state: Any = None, ssm_state: Any = None) -> States:
+        """Logits of the last token only: (batch, 1, vocab_size), and what stands for the state after it."""
+        self._enter(input_ids, conv_state)
+        for piece in input_ids.split(self._info["max_length"], 1):
+            logits = self._prefill(piece, torch.tensor([piece.shape[1] - 1]))
+        return self._leave(logits)
+
+    def decode(self, input_ids: Tensor, conv_state: Any, ssm_state: Any = None) -> States:
+        """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and the state."""
+        self._enter(input_ids, conv_state)
+        if input_ids.shape[1] != 1:
+            raise MqAoError(f"decode takes one token a sequence, not {input_ids.shape[1]}: use prefill.")
+        return self._leave(self._run("decode", input_ids))
+
+    def reset(self) -> None:
+        """Sets the states to zero; every prompt that is given without a state does."""
+        self._run("reset")
+        self._state = KeptState()
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
+        """Yields the next tokens one by one; see `models.generate.stream`."""
+        return stream(self.prefill, input_ids, max_new_tokens, sampling)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
+        """Prompt and continuation; see `models.generate.generate`."""
+        return generate(self.prefill, input_ids, max_new_tokens, sampling)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the program to a `.pte` file, under a temporary name that is renamed when it is complete.
+
+        Raises:
+            MqAoError: the path cannot be written.
+        """
+        with replacing(check_output(path, ".pte")) as temporary:
+            shutil.copyfile(self._path, temporary)
+
+    def _prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
+        if ids.shape[1] == 1:
+            return self._run("decode", ids)
+        return self._run("prefill", ids, positions)
+
+    def _enter(self, input_ids: Tensor, state: Any) -> None:
+        """Checks the input, and starts from zeros where no state is given."""
+        batch, vocab_size = self._info["batch"], self._info["vocab_size"]
+        if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+            raise MqAoError(f"input_ids must be (batch, length) int64; got {tuple(input_ids.shape)} {input_ids.dtype}.")
+        if input_ids.shape[0] != batch:
+            raise MqAoError(
+                f"this program was made for a batch of {batch}, not {input_ids.shape[0]}: lower it again with that "
+                "batch in its options."
+            )
+        if input_ids.numel() == 0:
+            raise MqAoError(f"input_ids is empty, of shape {tuple(input_ids.shape)}: give at least one token.")
+        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+            raise MqAoError(
+                f"input_ids holds {int(input_ids.min())}..{int(input_ids.max())}, outside the vocabulary of "
+                f"{vocab_size} tokens."
+            )
+        if state is None:
+            self.reset()
+        elif state is not self._state:
+            raise MqAoError(
+                "this program keeps the state of its last call alone: give what that call gave, or None to start anew."
+            )
+
+    def _leave(self, logits: Tensor) -> States:
+        self._state = KeptState()
+        return logits, self._state, self._state
+
+    def _run(self, method: str, *inputs: Tensor) -> Tensor:
+        """Runs a method; the first time it is loaded, and packs its weights."""
+        try:
+            (result,) = self._program.load_method(method).execute([tensor.contiguous() for tensor in inputs])
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise MqAoError(f"ExecuTorch cannot run {method!r} of {self._path}: {reason}") from error
+        return result
+
+
+def open_program(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A file as ExecuTorch's runtime loads it, and what it says of itself; its operators are not asked for.
+
+    Args:
+        path: the file.
+        options: of `executorch.runtime.Runtime.load_program`.
+
+    Raises:
+        MqAoError: the file is missing, damaged, not ours or of another version, or executorch is not installed.
+    """
+    if not path.is_file():
+        raise MqAoError(f"there is no file {path}.")
+    runtime = _runtime()
+    foreign = f"{path} is not a program that mq_ao made: make one with `mq-ao quantize --backend executorch`."
+    with _quiet():
+        try:
+            program = runtime.load_program(path, **options)
+        except RuntimeError:
+            raise MqAoError(foreign) from None
+        if INFO not in program.method_names:
+            raise MqAoError(foreign)
+        info = json.loads(program.load_method(INFO).execute([])[0])
+    if info["format"] != FORMAT:
+        raise MqAoError(f"{path} has format {info['format']}, and this mq-ao reads {FORMAT}: quantize the model again.")
+    return program, info
+
+
+def _runtime() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "This API is experimental"
+            import executorch.kernels.quantized  # noqa: F401  (registers the q/dq kernels)
+            from executorch.runtime import Runtime
+    except ImportError as error:
+        raise MqAoError(
+            'a .pte program needs the executorch package: install it with pip install "mq-ao[executorch]".'
+        ) from error
+    return Runtime.get()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the runtime's own complaints about a file, which say less than ours, off stderr."""
+    saved = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -1,0 +1,45 @@
+"""What every lowered language model can do, whatever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mq_ao.models.generate import Sampling
+
+
+class Program(Protocol):
+    """A lowered language model; see `InductorProgram` and `ExecutorchProgram`."""
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """Recipe, versions, shapes and kernel counts."""
+
+    @property
+    def integer_kernels(self) -> Mapping[str, int]:
+        """Calls of integer kernels in one forward pass; empty for a float program."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights and scales."""
+
+    def __call__(self, input_ids: Tensor, conv_state: Any = None, ssm_state: Any = None) -> tuple[Tensor, Any, Any]:
+        """Logits of all tokens (batch, length, vocab_size), and the states after them."""
+
+    def prefill(self, input_ids: Tensor, conv_state: Any = None, ssm_state: Any = None) -> tuple[Tensor, Any, Any]:
+        """Logits of the last token (batch, 1, vocab_size), and the states after it."""
+
+    def decode(self, input_ids: Tensor, conv_state: Any, ssm_state: Any) -> tuple[Tensor, Any, Any]:
+        """One token a sequence: (batch, 1) -> logits (batch, 1, vocab_size), and the states."""
+
+    def stream(self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
+        """Yields the next tokens one by one."""
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
+        """Prompt and continuation."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes the program to a file."""
