@@ -12,13 +12,14 @@ import torch
 
 import mq_ao
 from mq_ao import MqAoError
+from mq_ao.lowering.executorch import Options
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.ops.native.shared_library import ARCH_FLAG, compiler
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "executorch_runner"
 TOKENS = 24
-LONG = "a long text, in pieces: " * 40
-"""Longer than the longest prefill of a program."""
+PIECE = 8
+"""Longest prefill of the tests' program: most prompts go in pieces."""
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +60,7 @@ def lowered(folder: Path, vocab_size: int) -> Path:
     calibration = [torch.randint(0, vocab_size, (2, 32)) for _ in range(4)]
     q = mq_ao.quantize(model, calibration=calibration, recipe="mambaquant-w8a8", backend="executorch")
     path = folder / f"tiny-{vocab_size}.pte"
-    q.lower().save(path)
+    q.lower(options=Options(max_length=PIECE)).save(path)
     return path
 
 
@@ -88,7 +89,8 @@ def assert_refused(done: subprocess.CompletedProcess[bytes], message: str) -> No
     assert line.startswith("runner: ") and message in line
 
 
-@pytest.mark.parametrize("prompt", ["def ", "x", "é—", LONG])
+# With the token before it: one piece, a whole one, one and a single token, two whole ones and more.
+@pytest.mark.parametrize("prompt", ["x", "é—", "import ", "class A:", "return self.value"])
 def test_the_text_is_what_python_generates(runner: Path, program: Path, prompt: str) -> None:
     ids = torch.tensor([[0, *prompt.encode()]])
     made = mq_ao.load(program).generate(ids, max_new_tokens=TOKENS)[0, ids.shape[1] :]

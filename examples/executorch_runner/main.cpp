@@ -193,7 +193,10 @@ class Sampler {
     if (temperature_ == 0) return likeliest - logits.begin();
     double sum = 0;
     cumulative_.clear();
-    for (const float logit : logits) cumulative_.push_back(sum += std::exp((double(logit) - *likeliest) / temperature_));
+    for (const float logit : logits) {
+      sum += std::exp((double(logit) - *likeliest) / temperature_);
+      cumulative_.push_back(sum);
+    }
     // Not std::discrete_distribution, which draws otherwise in every standard library.
     const double drawn = double(random_() >> 11) * 0x1p-53 * sum;
     return std::upper_bound(cumulative_.begin(), cumulative_.end() - 1, drawn) - cumulative_.begin();
