@@ -18,7 +18,7 @@ def render(results: Results) -> list[Table | str]:
 def _times(results: Results) -> Table:
     base = results.contenders[results.quantized[0]]
     table = Table(title=f"{results.model}: medians (times that of {base.name})", title_justify="left")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")  # long names of recipes give way to figures
     for tokens in results.lengths:
         table.add_column(f"{tokens} tokens\nms", justify="right", no_wrap=True)
     for name in ("decode\nms a token", "weights\nMB", "peak MB\n(libraries)", "logits\noff by"):

@@ -27,7 +27,7 @@ def bench(
     *,
     model: Annotated[
         list[str] | None,
-        typer.Option(help=f"mamba-130m (random weights), {MODEL_HELP} May be repeated. [default: demo and mamba-130m]"),
+        typer.Option(help=f"mamba-130m (random weights), {MODEL_HELP} May be repeated. Default: demo and mamba-130m."),
     ] = None,
     tokens: Annotated[str, typer.Option(help="Prefill lengths, comma-separated.")] = "128,1024,4096",
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens a decode measurement.")] = 64,
@@ -38,13 +38,13 @@ def bench(
     ] = 60.0,
     peers: Annotated[
         str | None,
-        typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. [default: all installed ones]"),
+        typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. Default: all installed ones."),
     ] = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="How ours is quantized: a name or a file. May be repeated. [default: rtn-w8a8]"),
+        typer.Option(help="How ours is quantized: a name or a file. May be repeated. Default: rtn-w8a8."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. [default: all cores]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. Default: all cores.")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the scan kernel against an int8 matmul.")] = False,
     quantize: Annotated[
         bool, typer.Option("--quantize", help="Measure time and memory of quantizing itself, a process each.")
