@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,21 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from mq_ao.bench import prepare, runner
 from mq_ao.bench.contender import Contender, Eager, Program
-from mq_ao.bench.prepare import FP32, FP32_EAGER, INT8, Peer, parse_peers, random_ids
+from mq_ao.bench.prepare import FP32, FP32_EAGER, INT8, Peer, int8_names, parse_peers, random_ids
+from mq_ao.bench.quantizing import QuantizingCost, measure_quantizing
 from mq_ao.bench.results import Measured, Results
 from mq_ao.bench.runner import Bench, Plan
-from mq_ao.bench.table import render
-from mq_ao.bench.worker import Kind, Memory, Spec, Worker
+from mq_ao.bench.table import render, render_quantizing
+from mq_ao.bench.worker import Kind, Memory, Spec, Worker, call_alone
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.models.saving import save_pretrained
+from mq_ao.recipes import RECIPES
 
 from .conftest import VOCAB, tokens
 
@@ -138,6 +142,35 @@ def test_a_workers_failures_name_it(folder: Path) -> None:
             worker.prefill([1, 2])
 
 
+def test_quantizing_costs_time_and_memory(folder: Path, tiny: MambaLM) -> None:
+    cost = measure_quantizing(str(folder), "mambaquant-w8a8", 600, threads=1)
+    weights = sum(parameter.nbytes for parameter in tiny.parameters())
+    assert (cost.model, cost.recipe, cost.tokens) == (str(folder), "mambaquant-w8a8", 1024)  # whole windows
+    assert cost.seconds > 0 and cost.float_bytes == weights
+    # Statistics, ranges and graphs take more than the weights, and are counted.
+    assert cost.peak - cost.libraries > weights
+    content = json.loads(json.dumps(cost.to_dict()))
+    assert content["peak_of_float"] == pytest.approx(cost.peak / weights)
+    assert content["peak_without_libraries_of_float"] == pytest.approx((cost.peak - cost.libraries) / weights)
+    with pytest.raises(MqAoError, match="none, rtn-w8a8: .*none"):
+        measure_quantizing("none", "rtn-w8a8", 512, threads=1)
+
+
+def test_the_cost_of_quantizing_as_text() -> None:
+    text = as_text(render_quantizing([QuantizingCost("m", "rtn-w8a8", 16384, 12.34, 5 * 10**8, 10**8, 12 * 10**8)]))
+    for wanted in ("rtn-w8a8", "16384", "12.3", "500.0", "1200 (100)", "2.40x", "2.20x"):
+        assert wanted in text, wanted
+
+
+def test_a_function_in_a_process_of_its_own() -> None:
+    assert call_alone("sum", sum, [1, 2, 3]) == 6
+    assert call_alone("where", os.getpid) != os.getpid()
+    with pytest.raises(MqAoError, match="bad: ValueError: invalid literal"):
+        call_alone("bad", int, "x")
+    with pytest.raises(MqAoError, match="gone: its process ended with code 3 "):
+        call_alone("gone", os._exit, 3)
+
+
 class FakeWorker:
     """Answers at once, and notes who was asked for what."""
 
@@ -223,6 +256,13 @@ def results() -> Results:
     return Results("model", (100, 400), 64, contenders)
 
 
+def as_text(parts: Sequence[Table | str]) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    for part in parts:
+        console.print(part)
+    return console.export_text()
+
+
 def test_figures(results: Results) -> None:
     figures = {figure.name: figure.value for figure in results.figures()}
     assert figures[f"{INT8} against {FP32}, prefill of 100 tokens"] == 3.0
@@ -232,6 +272,40 @@ def test_figures(results: Results) -> None:
     assert figures[f"{FP32} against llama.cpp Q8_0, prefill of 100 tokens"] == 2.0
     assert figures[f"{INT8}: prefill time of 400 against 100 tokens"] == 4.0
     assert figures[f"resident weights of {INT8} against {FP32}"] == pytest.approx(0.3)
+
+
+def test_several_recipes(results: Results) -> None:
+    first, second = int8_names([RECIPES["rtn-w8a8"], RECIPES["mambaquant-w8a8"]])
+    assert (first, second) == ("int8 (rtn-w8a8)", "int8 (mambaquant-w8a8)")
+    memory = Memory(120, 1, 2)
+    # The second round was slow for both, and the second recipe did not run a third.
+    ours = {
+        first: Measured(first, {100: [1.0, 4.0, 1.0], 400: [4.0]}, [0.1], memory),
+        second: Measured(second, {100: [0.5, 2.2], 400: [3.0]}, [0.12], Memory(240, 1, 2)),
+    }
+    others = {name: row for name, row in results.contenders.items() if name != INT8}
+    results = Results("model", (100, 400), 64, others | ours)
+    assert results.quantized == (first, second)
+    figures = {figure.name: figure.value for figure in results.figures()}
+    assert figures[f"time of {second} against {first}, prefill of 100 tokens"] == pytest.approx((0.5 + 0.55) / 2)
+    assert figures[f"time of {second} against {first}, prefill of 400 tokens"] == 0.75
+    assert figures[f"time of {second} against {first}, decode"] == pytest.approx(1.2)
+    assert figures[f"{second} against {FP32}, prefill of 400 tokens"] == 4.0
+    assert figures[f"{first}: prefill time of 400 against 100 tokens"] == 4.0
+    assert figures[f"resident weights of {second} against {FP32}"] == pytest.approx(0.6)
+    # Int8 programs are not set against each other, nor fp32 against them, as contenders of other kinds are.
+    assert not any(name.startswith((f"{first} against {second}", f"{FP32} against int8")) for name in figures)
+    text = as_text(render(results))
+    for wanted in (f"times that of {first}", f"time of {second} against {first}, decode: 1.2x", "1350 (1.35x)"):
+        assert wanted in text, wanted
+    ours[second].failure = "it crashed"
+    assert results.own_failure == "it crashed"
+
+
+def test_recipes_of_one_name_are_refused() -> None:
+    with pytest.raises(MqAoError, match="two recipes are called rtn-w8a8: give each once"):
+        int8_names([RECIPES["rtn-w8a8"]] * 2)
+    assert int8_names([RECIPES["rtn-w8a8"]]) == [INT8]
 
 
 def test_only_our_own_failures_are_failures_of_the_bench(results: Results) -> None:
@@ -250,10 +324,7 @@ def test_results_as_json_and_as_text(results: Results) -> None:
         "samples_ms": [3000.0, 9000.0, 2000.0],
     }
     assert fp32["memory_bytes"] == {"weight_bytes": 400, "libraries": 10_000_000, "peak": 90_000_000}
-    console = Console(width=160, record=True, file=io.StringIO())
-    for part in render(results):
-        console.print(part)
-    text = console.export_text()
+    text = as_text(render(results))
     for wanted in (FP32, "3000 (3.00x)", "100 (1.00x)", "it crashed", "fewer rounds (1 at 100 tokens"):
         assert wanted in text, wanted
 

@@ -216,6 +216,36 @@ def test_bench_of_ours_and_installed_peers(mq_ao: CommandLine, files: Files) -> 
 
 
 @pytest.mark.usefixtures("threads")
+def test_bench_of_two_recipes(mq_ao: CommandLine, files: Files, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("{name: mine, scheme: {in_proj: {activation: per_token}}}")
+    plan = ("--tokens", "4", "--decode-tokens", "2", "--repeats", "1", "--threads", "1", "--peers", "none")
+    recipes = ("--recipe", "rtn-w8a8", "--recipe", tmp_path / "mine.yaml")
+    run = mq_ao("bench", "--model", files.model, *plan, *recipes, "--json", tmp_path / "bench.json")
+    assert run.code == 0, run.err
+    content = json.loads((tmp_path / "bench.json").read_text())
+    (model,) = content["models"]
+    assert content["recipes"] == ["rtn-w8a8", "mine"]
+    rows = {row["name"]: row for row in model["contenders"]}
+    assert list(rows) == ["fp32 eager", "fp32 compiled", "int8 (rtn-w8a8)", "int8 (mine)"]
+    assert all(row["failure"] is None for row in rows.values()), rows
+    # Both are what their recipes say: one has int8 weights everywhere, the other in one role.
+    weights = [rows[f"int8 ({name})"]["memory_bytes"]["weight_bytes"] for name in ("rtn-w8a8", "mine")]
+    assert weights[0] < weights[1] < rows["fp32 compiled"]["memory_bytes"]["weight_bytes"]
+    figure = "time of int8 (mine) against int8 (rtn-w8a8), decode"
+    assert model["ratios"][figure] > 0 and figure in run.out
+
+
+@pytest.mark.usefixtures("threads")
+def test_bench_of_quantizing(mq_ao: CommandLine, files: Files) -> None:
+    recipes = ("--recipe", "rtn-w8a8", "--recipe", "mambaquant-w8a8", "--calibration-tokens", "512")
+    run = mq_ao("bench", "--quantize", "--model", files.model, *recipes, "--threads", "1", "--json", "-")
+    assert run.code == 0, run.err
+    rows = json.loads(run.out)["quantizing"]
+    assert [(row["recipe"], row["tokens"]) for row in rows] == [("rtn-w8a8", 512), ("mambaquant-w8a8", 512)]
+    assert all(row["seconds"] > 0 and row["peak"] > row["libraries"] > row["float_bytes"] for row in rows)
+
+
+@pytest.mark.usefixtures("threads")
 def test_bench_of_kernels(mq_ao: CommandLine, tmp_path: Path) -> None:
     target = tmp_path / "kernels.json"
     run = mq_ao("bench", "--kernels", "--threads", "1", "--json", target)
@@ -305,6 +335,8 @@ def test_bad_bench_arguments(mq_ao: CommandLine, tmp_path: Path) -> None:
     assert "at least one token" in error(mq_ao("bench", "--tokens", "0,128"))
     assert "unknown peer 'onnx'" in error(mq_ao("bench", "--peers", "onnx"))
     assert "unknown recipe" in error(mq_ao("bench", "--recipe", "magic"))
+    assert "unknown recipe" in error(mq_ao("bench", "--quantize", "--recipe", "rtn-w8a8", "--recipe", "magic"))
+    assert "two recipes are called rtn-w8a8" in error(mq_ao("bench", "--recipe", "rtn-w8a8", "--recipe", "rtn-w8a8"))
     assert "does not exist" in error(mq_ao("bench", "--json", tmp_path / "no" / "bench.json"))
 
 

@@ -127,10 +127,10 @@ def test_variants_of_the_model(changes: dict[str, bool]) -> None:
     assert relative(logits(rewrite.module, model), logits(model, model)) < EXACT
 
 
-@pytest.mark.parametrize("name", [name for name in passes.PASSES if name != "rotate_state"])
+@pytest.mark.parametrize("name", passes.PASSES)
 def test_a_second_application_is_refused(name: str) -> None:
     model = random_model()
-    needs = {"rotate_residual": ["fold_norm"]}
+    needs = {"rotate_residual": ["fold_norm"], "rotate_state": ["expose_state"]}
     graph = passes.apply(capture(model, ()), [*needs.get(name, []), name], batches(model)).module
     with pytest.raises(MqAoError, match=f"pass {name} was applied to this graph before"):
         passes.apply(graph, [name], batches(model))
@@ -227,11 +227,13 @@ def test_too_few_tokens_fall_back_to_hadamard(caplog: pytest.LogCaptureFixture) 
 
 
 def test_sizes_without_a_hadamard_matrix_are_left_out_and_named() -> None:
-    model = random_model(d_model=46, dt_rank=3)
-    names = ["fold_norm", "rotate_residual", "rotate_dt", "rotate_out_proj"]
+    model = random_model(d_model=46, dt_rank=3, d_state=6)
+    names = ["fold_norm", "rotate_residual", "rotate_dt", "rotate_out_proj", "expose_state", "rotate_state"]
     rewrite = passes.apply(capture(model, ()), names, batches(model))
-    left = {item.step for item in rewrite.transforms if item.status is Status.LEFT_OUT}
-    assert {"R1", "R5"} <= left
+    reasons = {item.step: item.detail for item in rewrite.transforms if item.status is Status.LEFT_OUT}
+    # d_model 46, dt_rank 3, d_inner 92 and d_state 6: no Paley order, nor a power of two times one.
+    for step, size in {"R1": 46, "R5": 3, "R2": 92, "R4": 6}.items():
+        assert f"no Hadamard matrix of order {size} " in reasons[step]
     assert relative(logits(rewrite.module, model), logits(model, model)) < EXACT
 
 

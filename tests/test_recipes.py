@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def test_files_say_what_the_recipe_says(name: str, tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "mine.json") == recipe
 
 
+def test_the_file_without_r2_is_the_production_recipe_but_for_it() -> None:
+    """The difference of their times is taken for R2's."""
+    production = RECIPES["mambaquant-w8a8"]
+    written = read_recipe(Path(__file__).parents[1] / "examples" / "mambaquant-w8a8-without-r2.yaml")
+    assert written.name == "without-r2"
+    assert written.scheme == production.scheme
+    assert written.passes == tuple(item for item in production.passes if item.name != "rotate_out_proj")
+    assert len(written.passes) == len(production.passes) - 1
+
+
 def test_a_recipe_prints_as_a_table() -> None:
     text = str(RECIPES["mambaquant-w4a8"])
     assert text.startswith("recipe mambaquant-w4a8\npasses     fold_norm\n")
@@ -109,6 +120,25 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         get_recipe(str(tmp_path / "bad.yaml"))
     with pytest.raises(MqAoError, match="unknown recipe 'best': the recipes are rtn-w8a8"):
         get_recipe("best")
+
+
+@pytest.mark.parametrize("name", ["mambaquant-w8a8", "mambaquant-w4a8", "mambaquant-paper-w8a8", "quarot-w4a8"])
+def test_dead_and_constant_channels_are_quantized(name: str, tiny: MambaLM, calibration: list[torch.Tensor]) -> None:
+    model = copy.deepcopy(tiny)
+    with torch.no_grad():
+        mixer = model.backbone.layers[0].mixer
+        mixer.in_proj.weight[5] = 0  # convolution's input is 0, what the scan reads a constant
+        mixer.in_proj.weight[-2:] = 0  # the gate is closed
+        mixer.x_proj.weight[:2] = 0  # of dt's low rank
+        mixer.x_proj.weight[-1] = 0  # of C
+        mixer.out_proj.weight[:, 3] = 0
+        model.backbone.layers[1].norm.weight[2] = 0
+    converted = mq_ao.quantize(model, calibration, name).converted
+    ids = tokens(2, 19)
+    with torch.no_grad():
+        expected, got = model(ids)[0], converted(ids, *model.initial_states(2))[0]
+    # Like the other recipes on random weights: far below what a scale of 0 or infinity would do.
+    assert float((got - expected).norm() / expected.norm()) < 0.2
 
 
 def test_gptq_needs_statistics_and_groups_that_do_not_divide_are_reported(

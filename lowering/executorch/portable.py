@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional
 
-from mq_ao.ops import hadamard_matrix
+from mq_ao.errors import MqAoError
 
 mq = torch.ops.mq_ao
 
@@ -18,10 +18,10 @@ mq = torch.ops.mq_ao
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, activation: str | None
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.causal_conv1d`."""
-    channels, taps = weight.shape
+    """See `mq_ao.ops.causal_conv1d`, with the weight (channels, 1, d_conv) of `conv1d`."""
+    channels, _, taps = weight.shape
     padded = torch.cat([initial_state, x], dim=1)
-    y = functional.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=channels).transpose(1, 2)
+    y = functional.conv1d(padded.transpose(1, 2), weight, bias, groups=channels).transpose(1, 2)
     last_state = padded[:, padded.shape[1] - (taps - 1) :]
     return (y if activation is None else y * torch.sigmoid(y)), last_state
 
@@ -38,6 +38,8 @@ def selective_scan(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.selective_scan`; one group of B and C."""
+    if B.dim() != 3:
+        raise MqAoError("the portable scan has one group of B and C: choose the native one.")
     dt = delta if delta_bias is None else delta + delta_bias
     if delta_softplus:
         # log(1 + e^x) in operators that XNNPACK has.
@@ -64,20 +66,8 @@ def selective_scan(
     return (y if D is None else y + D * u), h
 
 
-def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """See `mq_ao.ops.hadamard`: two products with small matrices, whose Kronecker product is the rotation."""
-    if scale is not None:
-        x = x * scale
-    order, power = hadamard_matrix.factor(x.shape[-1])
-    inner = (hadamard_matrix.sylvester(power) * x.shape[-1] ** -0.5).to(x.dtype)
-    rows = x.unflatten(-1, (order, power)) @ inner
-    outer = hadamard_matrix.base(order).to(x.dtype)
-    return (rows.transpose(-1, -2) @ outer).transpose(-1, -2).flatten(-2)
-
-
 OPERATORS: Mapping[Any, Callable[..., Any]] = {
     mq.causal_conv1d.default: causal_conv1d,
     mq.selective_scan.default: selective_scan,
-    mq.hadamard.default: hadamard,
 }
 """What takes the place of each of our operators."""

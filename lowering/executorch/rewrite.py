@@ -13,6 +13,7 @@ from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
 from mq_ao.lowering.patterns import DEQUANTIZE, INT8
 from mq_ao.lowering.rewrite import GraphRewriter
+from mq_ao.ops import hadamard_matrix
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -37,7 +38,7 @@ class Rewriter(GraphRewriter):
         if self._native:
             self._operators()
         else:
-            self._float_taps()
+            self._portable()
         for node in walk.calls(self.module, {aten.embedding.default}):
             self.embedding(node)
         for node in walk.calls(self.module, walk.LINEAR):
@@ -56,13 +57,32 @@ class Rewriter(GraphRewriter):
         for node in walk.calls(self.module, walk.MUL):
             self._gate(node)
 
-    def _float_taps(self) -> None:
-        """Taps in float: there is no operator for quantized ones whose output is not quantized at once."""
+    def _portable(self) -> None:
+        """Constants as `portable` and XNNPACK want them."""
         for node in walk.calls(self.module, walk.CONV):
-            weight = walk.argument(node, 1)
-            if weight.target in DEQUANTIZE:
-                with self.graph.inserting_before(node):
-                    node.replace_input_with(weight, self.store("taps", edit.constant(self.module, weight)))
+            # In float: there is no operator for quantized taps whose output is not quantized at once.
+            taps = edit.constant(self.module, walk.argument(node, 1)).unsqueeze(1).clone()
+            with self.graph.inserting_before(node):
+                node.args = (node.args[0], self.store("taps", taps), *node.args[2:])
+        for node in walk.calls(self.module, walk.HADAMARD):
+            self._rotation(node)
+
+    def _rotation(self, node: Node) -> None:
+        """Two products with small matrices, whose Kronecker product is the rotation."""
+        width = edit.channels(node)
+        order, power = hadamard_matrix.factor(width)
+        call = self.graph.call_function
+        with self.graph.inserting_before(node):
+            x = walk.argument(node, 0)
+            if order > 1:
+                x = call(aten.unflatten.int, (x, -1, [order, power]))
+            inner = hadamard_matrix.sylvester(power) * width**-0.5
+            x = call(aten.linear.default, (x, self.constant("sylvester", inner.float())))
+            if order > 1:
+                outer = self.constant("paley", hadamard_matrix.base(order).t().float().contiguous())
+                x = call(aten.linear.default, (call(aten.transpose.int, (x, -1, -2)), outer))
+                x = call(aten.flatten.using_ints, (call(aten.transpose.int, (x, -1, -2)), -2))
+        self.replace(node, x)
 
     def _linear(self, node: Node) -> None:
         """One linear for every piece of an output that is split: XNNPACK cannot slice values of dynamic length."""

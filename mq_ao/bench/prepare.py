@@ -16,13 +16,14 @@ from mq_ao.bench.worker import Kind, Spec
 from mq_ao.errors import MqAoError
 from mq_ao.models import MAMBA_130M, MambaLM, demo
 from mq_ao.models.saving import save_pretrained
+from mq_ao.recipes import Recipe
 from mq_ao.text import BYTE_VOCABULARY, ByteCodec, calibration_batches, read_tokens
 
 RANDOM_MODELS = {"mamba-130m": MAMBA_130M}
 """Shapes that are benched with random weights: speed does not depend on their values."""
 
 FP32_EAGER, FP32, INT8 = "fp32 eager", "fp32 compiled", "int8"
-"""Names of our own contenders."""
+"""Names of our own contenders; of several recipes each has its own name behind "int8"."""
 
 Step = Callable[[str], AbstractContextManager[object]]
 """Shows the user what is being done."""
@@ -63,6 +64,23 @@ def parse_peers(names: Sequence[str]) -> list[Peer]:
     return peers
 
 
+def int8_names(recipes: Sequence[Recipe]) -> list[str]:
+    """Names of our quantized contenders, one a recipe.
+
+    Raises:
+        MqAoError: two recipes have the same name.
+    """
+    names = [recipe.name for recipe in recipes]
+    if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+        raise MqAoError(f"two recipes are called {twice}: give each once, and recipe files a `name` of their own.")
+    return [INT8] if len(names) == 1 else [f"{INT8} ({name})" for name in names]
+
+
+def is_int8(name: str) -> bool:
+    """Whether a contender is one of `int8_names`."""
+    return name == INT8 or name.startswith(f"{INT8} (")
+
+
 def open_model(source: str, seed: int = 0) -> MambaLM:
     """A shape of `RANDOM_MODELS` with random weights, or `MambaLM.from_pretrained(source)`."""
     if source not in RANDOM_MODELS:
@@ -91,7 +109,7 @@ def prepare(
     model: MambaLM,
     folder: Path,
     *,
-    recipe: str,
+    recipes: Sequence[Recipe],
     peers: Sequence[Peer],
     threads: int,
     longest: int,
@@ -102,14 +120,14 @@ def prepare(
     Args:
         model: float model.
         folder: empty folder.
-        recipe: how ours is quantized.
+        recipes: how ours is quantized; each makes a contender.
         peers: other libraries to bench.
         threads: threads that every contender uses; compiled programs are compiled for them.
         longest: most tokens in a sequence.
         step: shows what is being done.
 
     Raises:
-        MqAoError: the model cannot be quantized or written.
+        MqAoError: the model cannot be quantized or written, or two recipes have the same name.
     """
     step = step or nullcontext
     torch.set_num_threads(threads)
@@ -124,11 +142,13 @@ def prepare(
     with step("compiling in fp32"):
         api.compile_float(model).save(folder / "fp32.pt2")
     add(FP32, Kind.PROGRAM, folder / "fp32.pt2")
-    with step(f"quantizing ({recipe})"):
-        quantized = api.quantize(model, calibration_of(model), recipe)
-    with step("compiling in int8"):
-        quantized.lower("inductor").save(folder / "int8.pt2")
-    add(INT8, Kind.PROGRAM, folder / "int8.pt2")
+    for index, (name, recipe) in enumerate(zip(int8_names(recipes), recipes, strict=True)):
+        with step(f"quantizing ({recipe.name})"):
+            quantized = api.quantize(model, calibration_of(model), recipe)
+        with step(f"compiling {name}"):
+            quantized.lower("inductor").save(folder / f"int8-{index}.pt2")
+        del quantized  # the next one needs the memory
+        add(name, Kind.PROGRAM, folder / f"int8-{index}.pt2")
     if Peer.TRANSFORMERS in peers:
         add("transformers eager", Kind.TRANSFORMERS, folder / "model")
     if Peer.LLAMA in peers:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mq_ao.bench.prepare import FP32, FP32_EAGER, INT8
+from mq_ao.bench.prepare import FP32, FP32_EAGER, is_int8
 from mq_ao.bench.worker import Memory
 
 
@@ -70,7 +70,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio of two medians.
+    """A ratio of two medians; between recipes the median of the ratios within a round.
 
     Attributes:
         name: what is set against what.
@@ -98,23 +98,46 @@ class Results:
     contenders: Mapping[str, Measured]
 
     @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of our quantized contenders, one a recipe."""
+        return tuple(filter(is_int8, self.contenders))
+
+    @property
     def own_failure(self) -> str | None:
         """Why one of our own contenders failed, or None."""
-        ours = (self.contenders[name].failure for name in (FP32_EAGER, FP32, INT8) if name in self.contenders)
+        ours = (
+            self.contenders[name].failure for name in (FP32_EAGER, FP32, *self.quantized) if name in self.contenders
+        )
         return next((failure for failure in ours if failure is not None), None)
 
     def figures(self) -> list[Figure]:
         """Speed of int8 and of compiled fp32 against every other contender, then `own_figures`."""
         figures = []
-        for base in (INT8, FP32):
+        for base in (*self.quantized, FP32):
             for name in self.contenders:
-                if name != base and not (base == FP32 and name == INT8):
+                if name != base and not is_int8(name):
                     figures += self._speedups(base, name)
         return figures + self.own_figures()
 
     def own_figures(self) -> list[Figure]:
-        """Linearity and weights of int8."""
-        return [*self._linearity(), *self._weights()]
+        """Times of the recipes against the first one's; linearity and weights of each."""
+        figures = [figure for other in self.quantized[1:] for figure in self._times(self.quantized[0], other)]
+        for name in self.quantized:
+            figures += [*self._linearity(name), *self._weights(name)]
+        return figures
+
+    def _times(self, base: str, other: str) -> list[Figure]:
+        ours, theirs = self.contenders[base], self.contenders[other]
+        samples = [(f"prefill of {n} tokens", ours.prefill.get(n, []), theirs.prefill.get(n, [])) for n in self.lengths]
+        samples.append(("decode", ours.decode, theirs.decode))
+        # A recipe changes a few percent: neighbours in time are compared, so that a slow minute counts for both.
+        return [
+            Figure(
+                f"time of {other} against {base}, {what}", statistics.median(b / a for a, b in zip(x, y, strict=False))
+            )
+            for what, x, y in samples
+            if x and y
+        ]
 
     def _speedups(self, base: str, other: str) -> list[Figure]:
         ours, theirs = self.contenders[base], self.contenders[other]
@@ -127,19 +150,19 @@ class Results:
             Figure(f"{base} against {other}, {what}", b / a) for what, a, b in pairs if a is not None and b is not None
         ]
 
-    def _linearity(self) -> list[Figure]:
+    def _linearity(self, name: str) -> list[Figure]:
         figures = []
         for short, long in zip(self.lengths, self.lengths[1:], strict=False):
-            a, b = (self.contenders[INT8].prefill_median(tokens) for tokens in (short, long))
+            a, b = (self.contenders[name].prefill_median(tokens) for tokens in (short, long))
             if a is not None and b is not None:
-                figures.append(Figure(f"{INT8}: prefill time of {long} against {short} tokens", b / a))
+                figures.append(Figure(f"{name}: prefill time of {long} against {short} tokens", b / a))
         return figures
 
-    def _weights(self) -> list[Figure]:
-        ours, theirs = (self.contenders[name].memory for name in (INT8, FP32))
+    def _weights(self, name: str) -> list[Figure]:
+        ours, theirs = self.contenders[name].memory, self.contenders[FP32].memory
         if ours is None or theirs is None:
             return []
-        return [Figure(f"resident weights of {INT8} against {FP32}", ours.weight_bytes / theirs.weight_bytes)]
+        return [Figure(f"resident weights of {name} against {FP32}", ours.weight_bytes / theirs.weight_bytes)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""

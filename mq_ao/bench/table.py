@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
-from mq_ao.bench.prepare import INT8
+from mq_ao.bench.quantizing import QuantizingCost
 from mq_ao.bench.results import Measured, Results
 
 
@@ -14,13 +16,13 @@ def render(results: Results) -> list[Table | str]:
 
 
 def _times(results: Results) -> Table:
-    table = Table(title=f"{results.model}: medians (times that of {INT8})", title_justify="left")
-    table.add_column("", no_wrap=True)
+    base = results.contenders[results.quantized[0]]
+    table = Table(title=f"{results.model}: medians (times that of {base.name})", title_justify="left")
+    table.add_column("", overflow="fold")  # long names of recipes give way to figures
     for tokens in results.lengths:
         table.add_column(f"{tokens} tokens\nms", justify="right", no_wrap=True)
     for name in ("decode\nms a token", "weights\nMB", "peak MB\n(libraries)", "logits\noff by"):
         table.add_column(name, justify="right", no_wrap=True)
-    base = results.contenders[INT8]
     for row in results.contenders.values():
         prefill = [_against(row.prefill_median(n), base.prefill_median(n)) for n in results.lengths]
         weights = "-" if row.memory is None else f"{row.memory.weight_bytes / 1e6:.1f}"
@@ -56,3 +58,30 @@ def _notes(results: Results) -> list[str]:
 def _fewer(row: Measured, most: int) -> str:
     short = [(tokens, len(samples)) for tokens, samples in row.prefill.items() if len(samples) < most]
     return ", ".join(f"{count} at {tokens} tokens" for tokens, count in short)
+
+
+def render_quantizing(costs: Sequence[QuantizingCost]) -> list[Table | str]:
+    """A row a model and recipe, and what its columns mean."""
+    table = Table()
+    for name in ("model", "recipe"):
+        table.add_column(name)
+    for name in (
+        "tokens",
+        "seconds",
+        "fp32 weights\nMB",
+        "peak MB\n(libraries)",
+        "of fp32\nweights",
+        "without\nlibraries",
+    ):
+        table.add_column(name, justify="right")
+    for row in costs:
+        memory = f"{row.peak / 1e6:.0f} ({row.libraries / 1e6:.0f})"
+        weights = f"{row.float_bytes / 1e6:.1f}"
+        ratios = (f"{row.ratio:.2f}x", f"{row.own_ratio:.2f}x")
+        table.add_row(row.model, row.recipe, str(row.tokens), f"{row.seconds:.1f}", weights, memory, *ratios)
+    note = (
+        "Seconds: capture, statistics, rewrites, calibration and conversion, without loading and compiling. Peak "
+        "memory is that of the process: interpreter and libraries (in brackets: before the model was loaded), the "
+        "float model and quantizing it."
+    )
+    return [table, note]

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mq_ao.errors import MqAoError
 from mq_ao.logs import quiet_libraries
+
+T = TypeVar("T")
 
 # A short measurement is repeated until it lasts this long, and its median is taken: a process that slept
 # while the others ran has cold caches and sleeping threads.
@@ -128,22 +131,50 @@ class Worker:
         try:
             self._pipe.send(request)
         except OSError as error:
-            raise self._died() from error
+            raise _died(self.spec.name, self._process) from error
         return self._receive()
 
     def _receive(self) -> Any:
-        try:
-            failure, value = self._pipe.recv()
-        except (EOFError, ConnectionError) as error:
-            raise self._died() from error
-        if failure is not None:
-            raise MqAoError(f"{self.spec.name}: {failure}")
-        return value
+        return _receive(self.spec.name, self._pipe, self._process)
 
-    def _died(self) -> MqAoError:
-        self._process.join(timeout=10)
-        code = self._process.exitcode
-        return MqAoError(f"{self.spec.name}: its process ended with code {code} (-9 is usually a lack of memory).")
+
+def call_alone(name: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function in a fresh process, whose memory is then the function's, and returns its (pickled) result.
+
+    Args:
+        name: what error messages call it.
+        function: of a module's top level.
+        arguments: passed to it, pickled.
+
+    Raises:
+        MqAoError: it failed, with its reason.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(theirs, function, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return _receive(name, pipe, process)
+    finally:
+        process.kill()  # it has answered, or nobody waits for its answer
+        process.join()
+        pipe.close()
+
+
+def _receive(name: str, pipe: Connection, process: BaseProcess) -> Any:
+    try:
+        failure, value = pipe.recv()
+    except (EOFError, ConnectionError) as error:
+        raise _died(name, process) from error
+    if failure is not None:
+        raise MqAoError(f"{name}: {failure}")
+    return value
+
+
+def _died(name: str, process: BaseProcess) -> MqAoError:
+    process.join(timeout=10)
+    return MqAoError(f"{name}: its process ended with code {process.exitcode} (-9 is usually a lack of memory).")
 
 
 class _Server:
@@ -156,7 +187,7 @@ class _Server:
         torch.set_num_threads(spec.threads)
         torch.set_grad_enabled(False)
         opener = _opener(spec)
-        self._libraries = _resident()
+        self._libraries = resident()
         self._contender = opener()
 
     def prefill(self, ids: list[int]) -> float:
@@ -173,7 +204,7 @@ class _Server:
         return self._contender.decode(_row(ids)).tolist()
 
     def memory(self) -> Memory:
-        return Memory(self._contender.weight_bytes, self._libraries, _peak())
+        return Memory(self._contender.weight_bytes, self._libraries, peak())
 
 
 def _serve(spec: Spec, pipe: Connection) -> None:
@@ -185,6 +216,13 @@ def _serve(spec: Spec, pipe: Connection) -> None:
         while server is not None and (request := pipe.recv()) is not None:
             method, *arguments = request
             pipe.send(_attempt(getattr(server, method), *arguments))
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], *arguments: Any) -> None:
+    """The other end of `call_alone`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_libraries()
+    pipe.send(_attempt(function, *arguments))
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[str | None, Any]:
@@ -244,7 +282,8 @@ def _status(key: str) -> int | None:
     return None
 
 
-def _peak() -> int:
+def peak() -> int:
+    """Most resident bytes of this process so far."""
     # getrusage counts the parent's memory too when a child was started by vfork, so it comes second.
     measured = _status("VmHWM:")
     if measured is not None:
@@ -252,6 +291,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Resident bytes of this process."""
     measured = _status("VmRSS:")
-    return _peak() if measured is None else measured
+    return peak() if measured is None else measured

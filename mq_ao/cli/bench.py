@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,16 +15,19 @@ from mq_ao.cli.opened import MODEL_HELP
 from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mq_ao.bench.prepare import Peer
     from mq_ao.bench.results import Results
     from mq_ao.bench.runner import Plan
+    from mq_ao.recipes import Recipe
 
 
 def bench(
     *,
     model: Annotated[
         list[str] | None,
-        typer.Option(help=f"mamba-130m (random weights), {MODEL_HELP} May be repeated. [default: demo and mamba-130m]"),
+        typer.Option(help=f"mamba-130m (random weights), {MODEL_HELP} May be repeated. Default: demo and mamba-130m."),
     ] = None,
     tokens: Annotated[str, typer.Option(help="Prefill lengths, comma-separated.")] = "128,1024,4096",
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens a decode measurement.")] = 64,
@@ -34,11 +38,18 @@ def bench(
     ] = 60.0,
     peers: Annotated[
         str | None,
-        typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. [default: all installed ones]"),
+        typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. Default: all installed ones."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="How ours is quantized.")] = "rtn-w8a8",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. [default: all cores]")] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="How ours is quantized: a name or a file. May be repeated. Default: rtn-w8a8."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. Default: all cores.")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the scan kernel against an int8 matmul.")] = False,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", help="Measure time and memory of quantizing itself, a process each.")
+    ] = False,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens that --quantize calibrates on.")] = 16384,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
     ] = None,
@@ -46,7 +57,8 @@ def bench(
     """Time prefill and decode and measure memory, of our fp32 and int8 programs and of other libraries.
 
     Contenders have the same weights, run in a process of their own, and take turns. Every prefill computes
-    the logits of the last token only.
+    the logits of the last token only. Of several recipes each makes a contender, and the times of the others
+    are set against the first one's, round by round.
 
     [bold]Examples[/bold]
 
@@ -54,7 +66,11 @@ def bench(
 
     mq-ao bench --model mamba-130m --tokens 1024 --peers none --json bench.json
 
+    mq-ao bench --model mamba-130m --recipe rtn-w8a8 --recipe mambaquant-w8a8 --peers none
+
     mq-ao bench --kernels
+
+    mq-ao bench --quantize --model mamba-130m --recipe mambaquant-w8a8
     """
     check_json(json)
     lengths = _lengths(tokens)
@@ -62,8 +78,9 @@ def bench(
     with step("starting"):
         import torch
 
-        from mq_ao.bench.prepare import installed_peers, parse_peers
+        from mq_ao.bench.prepare import installed_peers, int8_names, parse_peers
         from mq_ao.bench.runner import Plan
+        from mq_ao.bench.table import render
         from mq_ao.recipes import get_recipe
     torch.set_num_threads(threads)
     content: dict[str, Any] = {"machine": _machine(threads)}
@@ -71,17 +88,25 @@ def bench(
         ready_kernels()
         _kernels(content, json)
         return
-    get_recipe(recipe)
+    named = recipe or ["rtn-w8a8"]
+    recipes = [get_recipe(item) for item in named]
+    int8_names(recipes)
+    models = model or ["demo", "mamba-130m"]
+    if quantize:
+        ready_kernels()
+        _quantizing(content, [(source, item) for source in models for item in named], calibration_tokens, threads, json)
+        return
     names = [name for name in (peers or "").split(",") if name]
     chosen = installed_peers() if peers is None else [] if names == ["none"] else parse_peers(names)
     ready_kernels()
     plan = Plan(tuple(lengths), repeats, decode_tokens, patience)
     runs = []
-    for source in model or ["demo", "mamba-130m"]:
-        runs.append(_run(source, plan, chosen, recipe, threads))
+    for source in models:
+        runs.append(_run(source, plan, chosen, recipes, threads))
         if json != "-":
-            _print(runs[-1])
-    _write({**content, "recipe": recipe, "repeats": repeats, "models": [run.to_dict() for run in runs]}, json)
+            _print(render(runs[-1]))
+    content |= {"recipes": [item.name for item in recipes], "repeats": repeats}
+    _write({**content, "models": [run.to_dict() for run in runs]}, json)
     for run in runs:
         if (failure := run.own_failure) is not None:
             raise MqAoError(failure)
@@ -118,7 +143,7 @@ def _machine(threads: int) -> dict[str, Any]:
     return {"cpu": cpu, "threads": threads, "torch": torch.__version__, "mq_ao": __version__}
 
 
-def _run(source: str, plan: Plan, peers: list[Peer], recipe: str, threads: int) -> Results:
+def _run(source: str, plan: Plan, peers: list[Peer], recipes: list[Recipe], threads: int) -> Results:
     from mq_ao.bench.prepare import open_model, prepare
     from mq_ao.bench.runner import Bench
 
@@ -127,7 +152,7 @@ def _run(source: str, plan: Plan, peers: list[Peer], recipe: str, threads: int) 
     vocab_size = model.config.vocab_size
     with tempfile.TemporaryDirectory(prefix="mq_ao_bench_") as folder:
         specs = prepare(
-            model, Path(folder), recipe=recipe, peers=peers, threads=threads, longest=plan.longest, step=step
+            model, Path(folder), recipes=recipes, peers=peers, threads=threads, longest=plan.longest, step=step
         )
         del model
         return Bench(source, specs, vocab_size, plan).run(step, bar)
@@ -149,14 +174,27 @@ def _kernels(content: dict[str, Any], json: str | None) -> None:
         )
 
 
+def _quantizing(
+    content: dict[str, Any], runs: list[tuple[str, str]], tokens: int, threads: int, json: str | None
+) -> None:
+    from mq_ao.bench.quantizing import measure_quantizing
+    from mq_ao.bench.table import render_quantizing
+
+    costs = []
+    for source, recipe in runs:
+        with step(f"quantizing {source} ({recipe})"):
+            costs.append(measure_quantizing(source, recipe, tokens, threads))
+    _write({**content, "quantizing": [cost.to_dict() for cost in costs]}, json)
+    if json != "-":
+        _print(render_quantizing(costs))
+
+
 def _write(content: dict[str, Any], json: str | None) -> None:
     if json is not None:
         write_json(json, content)
 
 
-def _print(results: Results) -> None:
-    from mq_ao.bench.table import render
-
+def _print(parts: Sequence[Table | str]) -> None:
     console = out()
-    for part in render(results):
+    for part in parts:
         console.print(part)

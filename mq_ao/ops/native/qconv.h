@@ -40,15 +40,18 @@ inline Vec qpadded_row(const QConvInputs& in, int64_t b, int64_t p, int64_t c, i
 template <int Taps, typename Lanes>
 void qconv_block(
     const QConvInputs& in, int64_t b, int64_t c, Lanes lanes, int64_t start, int64_t stop, const Vec* weight,
-    Vec* window, const QOutput& y) {
+    Vec* window, const QOutput& out) {
   const int64_t taps = Taps ? Taps : in.shape.d_conv, steps = stop - start;
-  const Vec factor = load(in.weight_scale + c, lanes) * in.grid.scale;
+  // Copies, which no store of bytes can change: they stay in registers.
+  const Grid grid = in.grid;
+  const QOutput y = out;
+  const Vec factor = load(in.weight_scale + c, lanes) * grid.scale;
   const Vec bias = in.bias ? load(in.bias + c, lanes) : Vec{};
   for (int64_t p = 0; p < taps - 1; ++p) window[p] = qpadded_row(in, b, start + p, c, lanes);
   for (int64_t t = 0; t < steps; ++t) {
     // As in load_steps: rows are too far apart for hardware prefetchers.
     __builtin_prefetch(in.x.at(b, std::min(stop + t, in.shape.length - 1)) + c);
-    window[t + taps - 1] = load_centered(in.x.at(b, start + t) + c, in.grid, lanes);
+    window[t + taps - 1] = load_centered(in.x.at(b, start + t) + c, grid, lanes);
   }
   for (int64_t t = 0; t < steps; ++t) {
     Vec sum{};

@@ -94,7 +94,6 @@ struct QOutput {
   void* data;
   int64_t batch, time;
   bool integer;
-  uint8_t flip;
   qgemm::Requantizer requantize;
 
   QOutput(void* data, int64_t batch, int64_t time, bool is_signed, std::optional<double> scale, int64_t zero_point)
@@ -102,8 +101,10 @@ struct QOutput {
         batch(batch),
         time(time),
         integer(scale.has_value()),
-        flip(is_signed ? 0x80 : 0),
-        requantize({data, integer, float(1.0 / scale.value_or(1.0)), int32_t(zero_point + (is_signed ? 128 : 0))}) {}
+        requantize({data, integer, float(1.0 / scale.value_or(1.0)), int32_t(zero_point + (is_signed ? 128 : 0))}) {
+    // The last byte of a number less 128 is that of the int8 number.
+    if (is_signed) requantize.zero_point -= 128;
+  }
 };
 inline const void* row_address(const QOutput& rows, int64_t b, int64_t t, int64_t c) {
   const int64_t offset = b * rows.batch + t * rows.time + c;
@@ -112,7 +113,7 @@ inline const void* row_address(const QOutput& rows, int64_t b, int64_t t, int64_
 inline void store_row(Vec v, const QOutput& rows, int64_t b, int64_t t, int64_t c, int lanes) {
   const int64_t offset = b * rows.batch + t * rows.time + c;
   if (!rows.integer) return store(v, static_cast<float*>(rows.data) + offset, lanes);
-  const ByteVec bytes = rows.requantize(v) ^ rows.flip;
+  const ByteVec bytes = rows.requantize(v);
   uint8_t* p = static_cast<uint8_t*>(rows.data) + offset;
   if (lanes == kLanes)
     std::memcpy(p, &bytes, sizeof bytes);
