@@ -93,7 +93,7 @@ def with_positions(module: GraphModule) -> GraphModule:
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
     results: Any = output.args[0]
-    head = walk.upstream(results[0])
+    head = walk.upstream(results[0], through=walk.TRANSPARENT | _QUANTIZE)
     if head.target not in _HEADS:
         raise MqAoError(f"the logits come from {head.name}, not from a linear head: this is not a language model.")
     hidden = walk.upstream(next(walk.inputs(head)), through=_QUANTIZE | {walk.getitem})

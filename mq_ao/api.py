@@ -17,7 +17,7 @@ from mq_ao import passes
 from mq_ao.calibrate import calibrate, check_weights
 from mq_ao.capture import export
 from mq_ao.errors import MqAoError
-from mq_ao.files import check_output
+from mq_ao.files import PROGRAM_SUFFIXES, check_output
 from mq_ao.graph import match
 from mq_ao.lowering import executorch, inductor
 from mq_ao.memory import release
@@ -205,7 +205,7 @@ def load(path: str | Path) -> Program:
     Raises:
         MqAoError: the file is missing, damaged, not ours, or of another version.
     """
-    if Path(path).suffix == ".pte":
+    if Path(path).suffix == PROGRAM_SUFFIXES["executorch"]:
         return executorch.ExecutorchProgram.load(path)
     return inductor.InductorProgram.load(path)
 

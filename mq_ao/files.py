@@ -10,6 +10,9 @@ from pathlib import Path
 
 from mq_ao.errors import MqAoError
 
+PROGRAM_SUFFIXES = {"inductor": ".pt2", "executorch": ".pte"}
+"""How the saved programs of a backend end."""
+
 
 def check_output(path: str | Path, suffix: str | None = None) -> Path:
     """Returns `path` if a file can be written there; to be called before long work.

@@ -92,7 +92,7 @@ class RoleSpec:
         """The inputs in words."""
         if self.activation is Activation.NONE:
             return "float input"
-        return f"static uint8 ({self.range}) input" if self.activation is Activation.STATIC else "int8 per token input"
+        return f"static 8-bit ({self.range}) input" if self.activation is Activation.STATIC else "int8 per token input"
 
 
 LINEAR_ROLES = (Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ, Role.HEAD)

@@ -260,6 +260,18 @@ def test_build_kernels(mq_ao: CommandLine) -> None:
     assert Path(run.out.strip()).is_file()
 
 
+def test_build_kernels_for_executorch(mq_ao: CommandLine) -> None:
+    pytest.importorskip("executorch.exir", reason='needs executorch: pip install "mq-ao[executorch]"')
+    run = mq_ao("build-kernels", "--executorch")
+    assert run.code == 0, run.err
+    assert Path(run.out.strip()).name == "libmq_ao_executorch.so"
+
+
+def test_build_kernels_without_executorch(mq_ao: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "ExecuTorch is not installed" in error(mq_ao("build-kernels", "--executorch"))
+
+
 def test_no_compiler(mq_ao: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler found" in error(mq_ao("build-kernels", "--force"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops.native import build
+from mq_ao.ops.native import build, executorch_build
 
 # Logs each call but the one that asks for macros, and writes something where `-o` points.
 COMPILER = """#!/bin/sh
@@ -99,6 +99,24 @@ def test_cache_that_cannot_be_written(compiler: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("MQ_AO_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(MqAoError, match="set MQ_AO_CACHE"):
         build.build()
+
+
+def test_executorch_kernels_are_another_library(compiler: Path) -> None:
+    pytest.importorskip("executorch.exir", reason='needs executorch: pip install "mq-ao[executorch]"')
+    assert executorch_build.cached() is None
+    path = executorch_build.build()
+    assert calls(compiler) == len(list((Path(build.__file__).parent / "executorch").glob("*.cpp"))) + 1
+    assert Path(path).name == "libmq_ao_executorch.so"
+    assert executorch_build.cached() == executorch_build.build() == path
+    assert build.cached() is None
+
+
+def test_a_missing_executorch_is_said(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for call in (executorch_build.build, executorch_build.cached):
+        with pytest.raises(MqAoError, match=r'install it with pip install "mq-ao\[executorch\]"'):
+            call()
+    assert not (compiler.parent / "calls").exists()
 
 
 FALLBACK = """

@@ -57,7 +57,9 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     assert package == site / "mq_ao"
     assert (quantizer, lowering) == (package / "quantizer", package / "lowering")
     # What is not Python travels too: kernels' sources, the bundled model and its texts.
-    assert {path.name for path in native.glob("*.cpp")} == {p.name for p in (ROOT / "mq_ao/ops/native").glob("*.cpp")}
+    for folder, source in ((native, "mq_ao/ops/native"), (native / "executorch", "mq_ao/ops/native/executorch")):
+        for kind in ("*.cpp", "*.h", "CMakeLists.txt"):
+            assert {path.name for path in folder.glob(kind)} == {path.name for path in (ROOT / source).glob(kind)}
     for name in ("model.safetensors", "config.json", "heldout.txt", "calibration.txt", "MODEL_CARD.md"):
         assert (demo / name).is_file()
     assert (package / "py.typed").is_file()

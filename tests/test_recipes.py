@@ -88,7 +88,7 @@ def test_a_recipe_prints_as_a_table() -> None:
     assert text.startswith("recipe mambaquant-w4a8\npasses     fold_norm\n")
     assert "smooth_state (S4) partner=input" in text
     assert "in_proj    int4 weight in groups of 64 (gptq), int8 per token input" in text
-    assert "scan       static uint8 (histogram) input" in text
+    assert "scan       static 8-bit (histogram) input" in text
 
 
 @pytest.mark.parametrize(

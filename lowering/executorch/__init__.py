@@ -12,9 +12,9 @@ from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.executorch.options import Options, Scan
-from mq_ao.lowering.executorch.program import ExecutorchProgram, KeptState
+from mq_ao.lowering.executorch.program import ExecutorchProgram, KeptState, set_threads
 
-__all__ = ["ExecutorchProgram", "KeptState", "Options", "Scan", "lower", "lower_float"]
+__all__ = ["ExecutorchProgram", "KeptState", "Options", "Scan", "lower", "lower_float", "set_threads"]
 
 
 def lower(converted: GraphModule, info: Mapping[str, Any], options: Options | None = None) -> ExecutorchProgram:

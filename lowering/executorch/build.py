@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,13 +86,19 @@ def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> Ex
         "scan": str(options.scan),
         "states": {"n_layer": shapes.n_layer, "conv": shapes.conv, "ssm": shapes.ssm},
         "integer_kernels": _integer_kernels(methods["prefill"]),
-        "simulated": [name for name in simulated_nodes(graph) if not name.startswith("linear")],
+        "simulated": _in_float(graph),
         "methods": {name: item.to_dict() for name, item in methods.items()},
     }
     for name, item in methods.items():
         if item.linears_outside:
             logger.warning("XNNPACK did not take %d linears of %s: they run in float", item.linears_outside, name)
     return _write(edge, described)
+
+
+def _in_float(graph: GraphModule) -> list[str]:
+    """Names of scans and convolutions whose operands were quantized, and that run in float all the same."""
+    simulated = set(simulated_nodes(graph))
+    return [node.name for node in walk.calls(graph, walk.SCAN | walk.CONV) if node.name in simulated]
 
 
 def _integer_kernels(method: Delegation) -> dict[str, int]:
@@ -105,7 +112,10 @@ def _write(edge: EdgeProgramManager, info: Mapping[str, Any]) -> ExecutorchProgr
     # Anew: what is said of delegates is known only now.
     edge = EdgeProgramManager({name: edge.exported_program(name) for name in METHODS}, constants)
     planning = MemoryPlanningPass(share_mutable_buffers=True)
-    program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
+    with warnings.catch_warnings():
+        # That states start from zero is what is wanted.
+        warnings.filterwarnings("ignore", message="Mutation on a buffer")
+        program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
     folder = tempfile.mkdtemp(prefix="mq_ao_")
     path = Path(folder) / "program.pte"
     try:

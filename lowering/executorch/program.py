@@ -59,8 +59,14 @@ class ExecutorchProgram:
         path = Path(path)
         program, info = open_program(path)
         if info["scan"] == Scan.NATIVE:
-            executorch_build.load()
-            executorch_build.share_packed_weights()
+            try:
+                executorch_build.load()
+                executorch_build.share_packed_weights()
+            except MqAoError as error:
+                raise MqAoError(
+                    f"{path} needs the native operators for ExecuTorch, which `mq-ao build-kernels --executorch` "
+                    f"builds: {error}"
+                ) from error
         return cls(path, program, info)
 
     @property
@@ -190,6 +196,18 @@ def open_program(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     if info["format"] != FORMAT:
         raise MqAoError(f"{path} has format {info['format']}, and this mq-ao reads {FORMAT}: quantize the model again.")
     return program, info
+
+
+def set_threads(count: int) -> None:
+    """Sets the number of threads of ExecuTorch's runtime in this process; nothing may be running.
+
+    Raises:
+        MqAoError: executorch is not installed.
+    """
+    _runtime()
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+    _unsafe_reset_threadpool(count)
 
 
 def _runtime() -> Any:

@@ -14,8 +14,11 @@ from mq_ao import api
 from mq_ao.bench.gguf_writer import write_f32
 from mq_ao.bench.worker import Kind, Spec
 from mq_ao.errors import MqAoError
+from mq_ao.files import PROGRAM_SUFFIXES
+from mq_ao.lowering.executorch import Options
 from mq_ao.models import MAMBA_130M, MambaLM, demo
 from mq_ao.models.saving import save_pretrained
+from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe
 from mq_ao.text import BYTE_VOCABULARY, ByteCodec, calibration_batches, read_tokens
 
@@ -113,6 +116,7 @@ def prepare(
     peers: Sequence[Peer],
     threads: int,
     longest: int,
+    backend: str = "inductor",
     step: Step | None = None,
 ) -> list[Spec]:
     """Writes what each contender opens into `folder`.
@@ -124,6 +128,7 @@ def prepare(
         peers: other libraries to bench.
         threads: threads that every contender uses; compiled programs are compiled for them.
         longest: most tokens in a sequence.
+        backend: what runs ours.
         step: shows what is being done.
 
     Raises:
@@ -139,16 +144,18 @@ def prepare(
     with step("writing the float model"):
         save_pretrained(model, folder / "model")
     add(FP32_EAGER, Kind.EAGER, folder / "model")
+    options = Options(max_length=longest) if backend == "executorch" else None
+    suffix = PROGRAM_SUFFIXES[check_backend(backend).name]
     with step("compiling in fp32"):
-        api.compile_float(model).save(folder / "fp32.pt2")
-    add(FP32, Kind.PROGRAM, folder / "fp32.pt2")
+        api.compile_float(model, backend, options).save(folder / f"fp32{suffix}")
+    add(FP32, Kind.PROGRAM, folder / f"fp32{suffix}")
     for index, (name, recipe) in enumerate(zip(int8_names(recipes), recipes, strict=True)):
         with step(f"quantizing ({recipe.name})"):
-            quantized = api.quantize(model, calibration_of(model), recipe)
+            quantized = api.quantize(model, calibration_of(model), recipe, backend=backend)
         with step(f"compiling {name}"):
-            quantized.lower("inductor").save(folder / f"int8-{index}.pt2")
+            quantized.lower(options=options).save(folder / f"int8-{index}{suffix}")
         del quantized  # the next one needs the memory
-        add(name, Kind.PROGRAM, folder / f"int8-{index}.pt2")
+        add(name, Kind.PROGRAM, folder / f"int8-{index}{suffix}")
     if Peer.TRANSFORMERS in peers:
         add("transformers eager", Kind.TRANSFORMERS, folder / "model")
     if Peer.LLAMA in peers:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mq_ao.errors import MqAoError
+from mq_ao.files import PROGRAM_SUFFIXES
 from mq_ao.logs import quiet_libraries
 
 T = TypeVar("T")
@@ -247,6 +248,10 @@ def _opener(spec: Spec) -> Callable[[], Any]:
         return lambda: Llama(spec.path, spec.threads, spec.longest)
     if spec.kind is Kind.PROGRAM:
         from mq_ao.api import load
+        from mq_ao.lowering.executorch import set_threads
+
+        if spec.path.suffix == PROGRAM_SUFFIXES["executorch"]:
+            set_threads(spec.threads)
 
         return lambda: contender.Program(load(spec.path))
     from mq_ao.models import MambaLM

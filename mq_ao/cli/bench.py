@@ -44,6 +44,7 @@ def bench(
         list[str] | None,
         typer.Option(help="How ours is quantized: a name or a file. May be repeated. Default: rtn-w8a8."),
     ] = None,
+    backend: Annotated[str, typer.Option(help="What runs ours: inductor, or executorch (.pte programs).")] = "inductor",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. Default: all cores.")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the scan kernel against an int8 matmul.")] = False,
     quantize: Annotated[
@@ -68,6 +69,8 @@ def bench(
 
     mq-ao bench --model mamba-130m --recipe rtn-w8a8 --recipe mambaquant-w8a8 --peers none
 
+    mq-ao bench --model mamba-130m --backend executorch --recipe mambaquant-w8a8 --tokens 128,512
+
     mq-ao bench --kernels
 
     mq-ao bench --quantize --model mamba-130m --recipe mambaquant-w8a8
@@ -81,7 +84,9 @@ def bench(
         from mq_ao.bench.prepare import installed_peers, int8_names, parse_peers
         from mq_ao.bench.runner import Plan
         from mq_ao.bench.table import render
+        from mq_ao.quantizer.backends import check_backend
         from mq_ao.recipes import get_recipe
+    check_backend(backend)
     torch.set_num_threads(threads)
     content: dict[str, Any] = {"machine": _machine(threads)}
     if kernels:
@@ -102,10 +107,10 @@ def bench(
     plan = Plan(tuple(lengths), repeats, decode_tokens, patience)
     runs = []
     for source in models:
-        runs.append(_run(source, plan, chosen, recipes, threads))
+        runs.append(_run(source, plan, chosen, recipes, backend, threads))
         if json != "-":
             _print(render(runs[-1]))
-    content |= {"recipes": [item.name for item in recipes], "repeats": repeats}
+    content |= {"backend": backend, "recipes": [item.name for item in recipes], "repeats": repeats}
     _write({**content, "models": [run.to_dict() for run in runs]}, json)
     for run in runs:
         if (failure := run.own_failure) is not None:
@@ -143,7 +148,7 @@ def _machine(threads: int) -> dict[str, Any]:
     return {"cpu": cpu, "threads": threads, "torch": torch.__version__, "mq_ao": __version__}
 
 
-def _run(source: str, plan: Plan, peers: list[Peer], recipes: list[Recipe], threads: int) -> Results:
+def _run(source: str, plan: Plan, peers: list[Peer], recipes: list[Recipe], backend: str, threads: int) -> Results:
     from mq_ao.bench.prepare import open_model, prepare
     from mq_ao.bench.runner import Bench
 
@@ -152,7 +157,14 @@ def _run(source: str, plan: Plan, peers: list[Peer], recipes: list[Recipe], thre
     vocab_size = model.config.vocab_size
     with tempfile.TemporaryDirectory(prefix="mq_ao_bench_") as folder:
         specs = prepare(
-            model, Path(folder), recipes=recipes, peers=peers, threads=threads, longest=plan.longest, step=step
+            model,
+            Path(folder),
+            recipes=recipes,
+            peers=peers,
+            threads=threads,
+            longest=plan.longest,
+            backend=backend,
+            step=step,
         )
         del model
         return Bench(source, specs, vocab_size, plan).run(step, bar)

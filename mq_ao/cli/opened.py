@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mq_ao.cli.console import ready_kernels, step
 from mq_ao.errors import MqAoError
+from mq_ao.files import PROGRAM_SUFFIXES
 
 if TYPE_CHECKING:
     from mq_ao.models import MambaLM
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 MODEL_HELP = '"demo", a folder (transformers, mamba_ssm or mq-ao layout), or a hub id.'
 ANY_HELP = f"A saved .pt2 or .pte program, {MODEL_HELP}"
-PROGRAM_SUFFIX = {"inductor": ".pt2", "executorch": ".pte"}
-"""How the saved programs of a backend end."""
 TOKENIZER_HELP = "Folder or hub id of the tokenizer, where the model is not byte-level and brings none."
 
 
@@ -71,7 +70,7 @@ class Opened:
 
 def is_program(source: str) -> bool:
     """Whether a name means a saved program."""
-    return Path(source).suffix in PROGRAM_SUFFIX.values()
+    return Path(source).suffix in PROGRAM_SUFFIXES.values()
 
 
 def open_float(source: str) -> MambaLM:
@@ -98,7 +97,7 @@ def open_any(source: str, tokenizer: str | None = None) -> Opened:
     if not is_program(source):
         model = open_float(source)
         return Opened(source, model, model.config.vocab_size, tokenizer)
-    if Path(source).suffix == PROGRAM_SUFFIX["inductor"]:
+    if Path(source).suffix == PROGRAM_SUFFIXES["inductor"]:
         ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load

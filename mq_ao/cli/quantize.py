@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
-from mq_ao.cli.opened import MODEL_HELP, PROGRAM_SUFFIX, TOKENIZER_HELP, Opened, open_float
+from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_float
 from mq_ao.errors import MqAoError
-from mq_ao.files import check_output
+from mq_ao.files import PROGRAM_SUFFIXES, check_output
 
 if TYPE_CHECKING:
     from mq_ao.lowering.executorch import Options
@@ -93,9 +93,9 @@ def quantize(
 
 
 def _suffix(backend: str) -> str:
-    if backend not in PROGRAM_SUFFIX:
-        raise MqAoError(f"unknown backend {backend!r}: the backends are {', '.join(PROGRAM_SUFFIX)}.")
-    return PROGRAM_SUFFIX[backend]
+    if backend not in PROGRAM_SUFFIXES:
+        raise MqAoError(f"unknown backend {backend!r}: the backends are {', '.join(PROGRAM_SUFFIXES)}.")
+    return PROGRAM_SUFFIXES[backend]
 
 
 def _options(backend: str, max_length: int, scan: str) -> Options | None:

@@ -37,9 +37,7 @@ def _sdk() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / "include" / "executorch" / "runtime").is_dir():
             return Path(folder)
-    raise MqAoError(
-        'the ExecuTorch kernels need the executorch package: install it with pip install "mq-ao[executorch]".'
-    )
+    raise MqAoError('ExecuTorch is not installed: install it with pip install "mq-ao[executorch]".')
 
 
 def _toolkit() -> Toolkit:

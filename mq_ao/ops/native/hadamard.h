@@ -36,6 +36,14 @@ namespace mq_ao::hadamard {
 // Larger bases are dense products, which the reference does as well.
 inline constexpr int64_t kMaxOrder = 512;
 
+// One by one: Clang refuses the constructors of libstdc++ 12 in constant expressions.
+constexpr std::vector<int> zeros(int64_t count) {
+  std::vector<int> values;
+  values.reserve(size_t(count));
+  for (int64_t i = 0; i < count; ++i) values.push_back(0);
+  return values;
+}
+
 // GF(p^e). An element is a number whose digits to base p are its coefficients, as in hadamard_matrix.py.
 class Field {
  public:
@@ -58,7 +66,7 @@ class Field {
 
   // Whether x generates the field modulo x^e + low; if so, its odd powers are the elements of character -1.
   constexpr bool is_primitive(int64_t low) {
-    character_.assign(size_t(size_), 0);
+    character_ = zeros(size_);
     const int64_t top = size_ / p_;
     int64_t element = 1;
     for (int64_t power = 0; power < size_ - 1; ++power) {
@@ -94,7 +102,7 @@ constexpr std::vector<int> paley(int64_t order) {
       if (a == 0 || b == 0) return a == b ? 0 : a == 0 || kind == 2 ? 1 : -1;
       return field.character(a - 1, b - 1);
     };
-    std::vector<int> signs(size_t(order * order));
+    std::vector<int> signs = zeros(order * order);
     for (int64_t i = 0; i < order; ++i) {
       for (int64_t j = 0; j < order; ++j) {
         const int64_t a = i / kind, b = j / kind, r = i % kind, c = j % kind;

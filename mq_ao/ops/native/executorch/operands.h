@@ -6,6 +6,7 @@
 #include <executorch/runtime/core/exec_aten/util/tensor_shape_to_c_string.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
+#include <array>
 #include <initializer_list>
 
 #include "boxed.h"
@@ -29,21 +30,27 @@ inline bool has_sizes(const Tensor& t, Sizes sizes) {
   return true;
 }
 
+inline std::array<char, executorch::runtime::kTensorShapeStringSizeLimit> shape_text(const Tensor& t) {
+  return executorch::runtime::tensor_shape_to_c_string({t.sizes().data(), t.sizes().size()});
+}
+
 // Whether `condition` holds; logs what `label` (operator and operand) must be if not.
 inline bool require(bool condition, const char* label, const char* must, const Tensor& t) {
-  if (!condition) {
-    const auto shape = executorch::runtime::tensor_shape_to_c_string({t.sizes().data(), t.sizes().size()});
+  if (!condition)
     ET_LOG(Error, "mq_ao::%s must %s; it is %s %s", label, must, torch::executor::toString(t.scalar_type()),
-           shape.data());
-  }
+           shape_text(t).data());
   return condition;
 }
 
-// Whether `t` has this dtype and these sizes in the usual order.
+// Whether `t` has this dtype and these sizes in the usual order; logs what is wrong if not.
 inline bool fits(const char* label, const Tensor& t, ScalarType dtype, Sizes sizes) {
-  return require(t.scalar_type() == dtype, label, "have another dtype", t) &&
-      require(has_sizes(t, sizes), label, "have another shape", t) &&
-      require(executorch::runtime::tensor_is_default_dim_order(t), label, "be contiguous", t);
+  if (t.scalar_type() == dtype && has_sizes(t, sizes))
+    return require(executorch::runtime::tensor_is_default_dim_order(t), label, "be contiguous", t);
+  const executorch::runtime::Span<const int64_t> shape(sizes.begin(), sizes.size());
+  const auto wanted = executorch::runtime::tensor_shape_to_c_string(shape);
+  ET_LOG(Error, "mq_ao::%s must be %s %s; it is %s %s", label, torch::executor::toString(dtype), wanted.data(),
+         torch::executor::toString(t.scalar_type()), shape_text(t).data());
+  return false;
 }
 inline bool fits(const char* label, const OptionalTensor& t, ScalarType dtype, Sizes sizes) {
   return !t || fits(label, *t, dtype, sizes);
@@ -65,9 +72,8 @@ Rows<T> rows(T* data, const Tensor& t) {
 inline bool prepare(const char* label, Tensor& out, ScalarType dtype, Sizes sizes) {
   executorch::aten::SizesType wanted[8];
   std::copy(sizes.begin(), sizes.end(), wanted);
-  return require(out.scalar_type() == dtype, label, "have another dtype", out) &&
-      require(executorch::runtime::resize_tensor(out, {wanted, sizes.size()}) == executorch::runtime::Error::Ok, label,
-              "have room for the result", out) &&
+  return require(executorch::runtime::resize_tensor(out, {wanted, sizes.size()}) == executorch::runtime::Error::Ok,
+                 label, "have room for the result", out) &&
       fits(label, out, dtype, sizes);
 }
 

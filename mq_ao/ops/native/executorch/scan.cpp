@@ -38,7 +38,7 @@ struct Operands {
     if (!require(u.dim() == 3 && u.size(1) > 0, "scan: u", "be (batch, length, channels) with length above 0", u) ||
         !require(A.dim() == 2 && A.size(1) > 0, "scan: A", "be (channels, d_state)", A) ||
         !require((B.dim() == 3 || B.dim() == 4) && groups() > 0 && u.size(2) % groups() == 0, "scan: B",
-                 "be (batch, length, d_state), or (batch, length, groups, d_state) with groups that divide channels", B))
+                 "be (batch, length, d_state) or (batch, length, groups, d_state), groups dividing channels", B))
       return false;
     const ScanShape s = shape();
     const auto matrix_fits = [&](const char* label, const Tensor& t) {
@@ -89,7 +89,8 @@ void selective_scan(
 // B or C as float32 rows: small matrices, which every channel reads.
 class FloatMatrix {
  public:
-  explicit FloatMatrix(const Operand& matrix) : matrix_(matrix), copy_(is_float(matrix.values) ? 1 : matrix.values.numel()) {
+  explicit FloatMatrix(const Operand& matrix)
+      : matrix_(matrix), copy_(is_float(matrix.values) ? 1 : matrix.values.numel()) {
     if (is_float(matrix.values)) return;
     dequantize(static_cast<const uint8_t*>(matrix.values.const_data_ptr()), matrix.grid(), matrix.values.numel(),
                copy_.get());
