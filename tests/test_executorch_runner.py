@@ -53,14 +53,14 @@ def runner(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "runner"
 
 
-def lowered(folder: Path, vocab_size: int) -> Path:
+def lowered(folder: Path, vocab_size: int, batch: int = 1) -> Path:
     """A program of a random model with one layer."""
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(vocab_size=vocab_size, d_model=32, n_layer=1)).eval()
     calibration = [torch.randint(0, vocab_size, (2, 32)) for _ in range(4)]
     q = mq_ao.quantize(model, calibration=calibration, recipe="mambaquant-w8a8", backend="executorch")
-    path = folder / f"tiny-{vocab_size}.pte"
-    q.lower(options=Options(max_length=PIECE)).save(path)
+    path = folder / f"tiny-{vocab_size}-{batch}.pte"
+    q.lower(options=Options(batch=batch, max_length=PIECE)).save(path)
     return path
 
 
@@ -137,6 +137,10 @@ def test_a_damaged_program_is_refused(runner: Path, program: Path, tmp_path: Pat
     content[100:4000] = b"\xff" * 3900
     damaged.write_bytes(content)
     assert_refused(run(runner, damaged, "--prompt", "a"), "is not an ExecuTorch program")
+
+
+def test_a_program_for_a_batch_is_refused(runner: Path, wheel: Path, tmp_path: Path) -> None:
+    assert_refused(run(runner, lowered(tmp_path, 256, batch=2), "--prompt", "a"), "is a program for batch 2")
 
 
 def test_tokens_outside_the_vocabulary_are_refused(runner: Path, wheel: Path, tmp_path: Path) -> None:
