@@ -59,7 +59,7 @@ def lowered(folder: Path, vocab_size: int, batch: int = 1) -> Path:
     model = MambaLM(MambaConfig(vocab_size=vocab_size, d_model=32, n_layer=1)).eval()
     with torch.no_grad():
         # A random block adds little to the embedding: the next token would depend on the last alone, not on the state.
-        model.backbone.layers[0].mixer.out_proj.weight.mul_(4)
+        model.get_parameter("backbone.layers.0.mixer.out_proj.weight").mul_(4)
     calibration = [torch.randint(0, vocab_size, (2, 32)) for _ in range(4)]
     q = mq_ao.quantize(model, calibration=calibration, recipe="mambaquant-w8a8", backend="executorch")
     path = folder / f"tiny-{vocab_size}-{batch}.pte"
