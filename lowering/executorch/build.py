@@ -27,7 +27,7 @@ from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_LENGTH, VOCAB_SIZE,
 from mq_ao.lowering.executorch.methods import METHODS, export_methods
 from mq_ao.lowering.executorch.options import Options, Scan
 from mq_ao.lowering.executorch.program import ExecutorchProgram
-from mq_ao.lowering.executorch.rewrite import Rewriter
+from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.states import buffers
 from mq_ao.lowering.graphs import StateShapes
 from mq_ao.lowering.patterns import DEQUANTIZE, simulated_nodes
