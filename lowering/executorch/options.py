@@ -26,8 +26,8 @@ class Options:
 
     Attributes:
         batch: sequences in every call.
-        max_length: tokens that prefill takes at most in one call; longer prompts are fed in pieces. Memory for that many
-            is planned, and decode has it too.
+        max_length: tokens that prefill takes at most in one call; longer prompts are fed in pieces. Memory is planned
+            for that many, and decode has it too.
         scan: what runs convolution, scan and rotation.
 
     Raises:
