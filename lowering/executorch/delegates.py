@@ -121,7 +121,8 @@ def _reasons(module: GraphModule, outside: list[Node], refused: Mapping[str, str
     for loop in outside:
         for body in _bodies(module, loop):
             for node in _operators(body):
-                found.setdefault(_name(node), {})[f"in the body of a {_name(loop)}, which runs as a whole"] = None
+                # Its partitioner matches the outermost graph alone.
+                found.setdefault(_name(node), {})[f"in the body of a {_name(loop)}, where XNNPACK does not look"] = None
     return {name: "; ".join(reasons) for name, reasons in found.items()}
 
 
