@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
-from mq_ao.lowering.patterns import DQ_STATE, Limits, Operand, Weight, carried, requantize
+from mq_ao.lowering.patterns import DQ_STATE, UINT8, Limits, Operand, Weight, carried, requantize
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -60,7 +60,8 @@ class GraphRewriter:
         state, state_scale = carried(initial)
         operands = [self.operand(value) for value in (u, delta, b, c)]
         y, last = _output(node, 0), _output(node, 1)
-        following = self.following(y)
+        # The scan's own integers are uint8 unless u is int8.
+        following = self.following(y) if operands[0].static or self.limits == UINT8 else None
         if following is None and state_scale is None and not any(operand.static for operand in operands):
             return
         out = (None, 0) if following is None else (following.args[1], following.args[2])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import mq_ao
+import mq_ao as package
 from mq_ao import MqAoError
 from mq_ao.api import QuantizedProgram
+from mq_ao.cli import main
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.ops import library
@@ -67,10 +71,45 @@ def calibration() -> list[torch.Tensor]:
 @pytest.fixture(scope="session", params=["rtn-w8a8", "rtn-w8a8-dynamic"])
 def quantized(request: pytest.FixtureRequest, tiny: MambaLM, calibration: list[torch.Tensor]) -> QuantizedProgram:
     """The tiny model quantized by each recipe."""
-    return mq_ao.quantize(tiny, calibration, request.param)
+    return package.quantize(tiny, calibration, request.param)
 
 
 @pytest.fixture(scope="session")
 def program(quantized: QuantizedProgram) -> InductorProgram:
     """The quantized tiny model, compiled."""
     return quantized.lower("inductor")
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+CommandLine = Callable[..., Run]
+
+
+@pytest.fixture
+def mq_ao(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """Runs the entry point in this process."""
+
+    def run(*args: str | Path) -> Run:
+        monkeypatch.setattr(sys, "argv", ["mq-ao", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        code = stop.value.code
+        return Run(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+def error(run: Run) -> str:
+    """The message of a run that failed on bad input: nothing on stdout, one line on stderr."""
+    assert run.code == 2, run
+    assert run.out == ""
+    lines = run.err.splitlines()
+    assert lines[-1].startswith("error: "), run.err
+    assert "Traceback" not in run.err
+    return lines[-1]

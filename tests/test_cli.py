@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,33 +17,9 @@ from mq_ao.cli import demo as demo_command
 from mq_ao.cli import main
 from mq_ao.models import MambaConfig, MambaLM, demo
 from mq_ao.models.saving import save_pretrained
+from tests.conftest import CommandLine, error
 
 TEXT = Path(demo_command.__file__).read_bytes()
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-
-CommandLine = Callable[..., Run]
-
-
-@pytest.fixture
-def mq_ao(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    """Runs the entry point in this process."""
-
-    def run(*args: str | Path) -> Run:
-        monkeypatch.setattr(sys, "argv", ["mq-ao", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        code = stop.value.code
-        return Run(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -80,16 +56,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
             main()
     assert stop.value.code == 0
     return files
-
-
-def error(run: Run) -> str:
-    """The message of a run that failed on bad input: nothing on stdout, one line on stderr."""
-    assert run.code == 2, run
-    assert run.out == ""
-    lines = run.err.splitlines()
-    assert lines[-1].startswith("error: "), run.err
-    assert "Traceback" not in run.err
-    return lines[-1]
 
 
 def test_help_answers_without_torch() -> None:

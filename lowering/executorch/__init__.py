@@ -14,7 +14,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.lowering.executorch.options import Options, Scan
 from mq_ao.lowering.executorch.program import ExecutorchProgram, KeptState, set_threads
 
-__all__ = ["ExecutorchProgram", "KeptState", "Options", "Scan", "lower", "lower_float", "set_threads"]
+__all__ = ["ExecutorchProgram", "KeptState", "Options", "Scan", "lower", "lower_float", "rewrite", "set_threads"]
 
 
 def lower(converted: GraphModule, info: Mapping[str, Any], options: Options | None = None) -> ExecutorchProgram:
@@ -40,6 +40,23 @@ def lower_float(module: GraphModule, info: Mapping[str, Any], options: Options |
         MqAoError: see `lower`.
     """
     return _build().lower_float(module, info, options or Options())
+
+
+def rewrite(module: GraphModule, options: Options | None = None) -> GraphModule:
+    """A copy of a captured or converted graph in the operators that XNNPACK and our library have.
+
+    For graphs of any shape: export the result with torch.export, and lower it with `to_edge_transform_and_lower` and
+    XNNPACK's partitioner as any other. `lower` does that for language models.
+
+    Args:
+        module: captured, or converted with q/dq nodes on int8 (`MambaQuantizer(backend="executorch")`); it is not
+            changed.
+        options: what runs the scan; with `Scan.PORTABLE` scan and convolution stay operators of ours.
+
+    Raises:
+        MqAoError: executorch is not installed.
+    """
+    return _build().rewrite(module, options or Options())
 
 
 def _build() -> Any:

@@ -22,12 +22,12 @@ from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
-from mq_ao.lowering.executorch.delegates import Delegation, delegation
+from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals
 from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_LENGTH, VOCAB_SIZE, versions
 from mq_ao.lowering.executorch.methods import METHODS, export_methods
 from mq_ao.lowering.executorch.options import Options, Scan
 from mq_ao.lowering.executorch.program import ExecutorchProgram
-from mq_ao.lowering.executorch.rewrite import Rewriter
+from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.states import buffers
 from mq_ao.lowering.graphs import StateShapes
 from mq_ao.lowering.patterns import DEQUANTIZE, simulated_nodes
@@ -74,8 +74,9 @@ def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> Ex
     vocab_size = int(info["vocab_size"])
     max_count = options.max_count(vocab_size)
     programs = export_methods(graph, buffers(shapes, options.batch), options, max_count)
-    edge = to_edge_transform_and_lower(programs, partitioner=[XnnpackPartitioner()])
-    methods = {name: delegation(edge.exported_program(name)) for name in METHODS}
+    with refusals() as refused:
+        edge = to_edge_transform_and_lower(programs, partitioner=[XnnpackPartitioner()])
+    methods = {name: delegation(edge.exported_program(name), refused) for name in METHODS}
     described = {
         **info,
         **versions(),

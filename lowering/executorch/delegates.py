@@ -1,17 +1,26 @@
-"""What XNNPACK took of a program, and what it left."""
+"""What XNNPACK took of a program, what it left, and why."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
+from executorch.exir.backend.utils import WhyNoPartition
 from executorch.exir.lowered_backend_module import LoweredBackendModule, executorch_call_delegate
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 _WEIGHTED = ("linear", "addmm", "mm")
+_KNOWN = frozenset(config.target_name for config in ALL_PARTITIONER_CONFIGS)
+"""Operators that XNNPACK has, by name and overload; it may refuse a call of one."""
+_REFUSALS = logging.getLogger("executorch.backends.xnnpack.partition.config")
+"""Parent of the loggers to which XNNPACK says why it refuses a node."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,7 @@ class Delegation:
         delegates: number of calls of XNNPACK.
         inside: operators that they run, by name, with their number.
         outside: operators that the runtime runs itself.
+        reasons: why each of those is outside, and each of the operators in the bodies of loops among them.
         integer_linears: linears inside delegates with integer weights, by the kind of their activations.
         linears_outside: linears that XNNPACK did not take.
     """
@@ -29,6 +39,7 @@ class Delegation:
     delegates: int
     inside: Mapping[str, int]
     outside: Mapping[str, int]
+    reasons: Mapping[str, str]
     integer_linears: Mapping[str, int]
     linears_outside: int
 
@@ -38,21 +49,100 @@ class Delegation:
             "delegates": self.delegates,
             "inside": dict(self.inside),
             "outside": dict(self.outside),
+            "reasons": dict(self.reasons),
             "integer_linears": dict(self.integer_linears),
             "linears_outside": self.linears_outside,
         }
 
 
-def delegation(program: ExportedProgram) -> Delegation:
-    """Counts the operators of a partitioned method."""
+class _Listener(logging.Handler):
+    """Keeps what XNNPACK says of nodes, and passes on what would have been shown without it."""
+
+    def __init__(self, above: logging.Logger | None, shown: int) -> None:
+        super().__init__(logging.DEBUG)
+        self.refusals: dict[str, str] = {}
+        self._above = above
+        self._shown = shown
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One object says everything, with other content every time: it is read at once."""
+        why: Any = record.msg
+        if isinstance(why, WhyNoPartition) and why.node is not None:
+            self.refusals[why.node.name] = why.reason.rstrip(".")
+        if self._above is not None and record.levelno >= self._shown:
+            self._above.handle(record)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[Mapping[str, str]]:
+    """Collects, by name of the node, why XNNPACK refuses nodes while it partitions a program."""
+    level, propagate = _REFUSALS.level, _REFUSALS.propagate
+    listener = _Listener(_REFUSALS.parent, _REFUSALS.getEffectiveLevel())
+    _REFUSALS.addHandler(listener)
+    _REFUSALS.setLevel(logging.DEBUG)
+    # Else handlers above, which have no level of their own, would print it all.
+    _REFUSALS.propagate = False
+    try:
+        yield listener.refusals
+    finally:
+        _REFUSALS.propagate = propagate
+        _REFUSALS.setLevel(level)
+        _REFUSALS.removeHandler(listener)
+
+
+def delegation(program: ExportedProgram, refused: Mapping[str, str]) -> Delegation:
+    """Counts the operators of a partitioned method.
+
+    Args:
+        program: the method.
+        refused: see `refusals`.
+    """
     module = program.graph_module
     calls = [node for node in module.graph.nodes if node.target is executorch_call_delegate]
     delegated = [_delegated(module, node) for node in calls]
     inside = [node for graph in delegated for node in _operators(graph)]
     outside = list(_operators(module.graph))
     kinds = Counter(kind for node in inside if _name(node) == "linear" and (kind := _integer(node)) is not None)
-    weighted_outside = sum(_name(node) in _WEIGHTED for node in outside)
-    return Delegation(len(calls), Counter(map(_name, inside)), Counter(map(_name, outside)), kinds, weighted_outside)
+    return Delegation(
+        delegates=len(calls),
+        inside=Counter(map(_name, inside)),
+        outside=Counter(map(_name, outside)),
+        reasons=_reasons(module, outside, refused),
+        integer_linears=kinds,
+        linears_outside=sum(_name(node) in _WEIGHTED for node in outside),
+    )
+
+
+def _reasons(module: GraphModule, outside: list[Node], refused: Mapping[str, str]) -> dict[str, str]:
+    """By name of the operator; the reasons of several nodes are joined where they differ."""
+    found: dict[str, dict[str, None]] = {}
+    for node in outside:
+        found.setdefault(_name(node), {})[_reason(node, refused)] = None
+    for loop in outside:
+        for body in _bodies(module, loop):
+            for node in _operators(body):
+                # Its partitioner matches the outermost graph alone.
+                found.setdefault(_name(node), {})[f"in the body of a {_name(loop)}, where XNNPACK does not look"] = None
+    return {name: "; ".join(reasons) for name, reasons in found.items()}
+
+
+def _reason(node: Node, refused: Mapping[str, str]) -> str:
+    if _name(node).startswith("mq_ao::"):
+        return "a native operator of mq_ao"
+    if node.name in refused:
+        return refused[node.name]
+    target: Any = node.target
+    if format_target_name(target.__name__) in _KNOWN:
+        return "XNNPACK has this operator, and does not say why it left it"
+    return "XNNPACK has no such operator"
+
+
+def _bodies(module: GraphModule, call: Node) -> Iterator[Graph]:
+    """Graphs that a higher-order operator is given."""
+    for argument in call.all_input_nodes:
+        body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None
+        if isinstance(body, GraphModule):
+            yield body.graph
 
 
 def _delegated(module: GraphModule, call: Node) -> Graph:

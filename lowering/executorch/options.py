@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from mq_ao.errors import MqAoError
 
-_LOGITS = 2**22
+_LOGITS = 2**20
 """Logits that prefill gives at most in one call: their memory is planned for the largest number."""
 
 
@@ -26,7 +26,8 @@ class Options:
 
     Attributes:
         batch: sequences in every call.
-        max_length: tokens that prefill takes at most in one call; longer prompts are fed in pieces.
+        max_length: tokens that prefill takes at most in one call; longer prompts are fed in pieces. Memory is planned
+            for that many, and decode has it too.
         scan: what runs convolution, scan and rotation.
 
     Raises:
@@ -34,7 +35,7 @@ class Options:
     """
 
     batch: int = 1
-    max_length: int = 1024
+    max_length: int = 256
     scan: Scan = Scan.NATIVE
 
     def __post_init__(self) -> None:

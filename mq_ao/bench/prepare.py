@@ -15,7 +15,6 @@ from mq_ao.bench.gguf_writer import write_f32
 from mq_ao.bench.worker import Kind, Spec
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES
-from mq_ao.lowering.executorch import Options
 from mq_ao.models import MAMBA_130M, MambaLM, demo
 from mq_ao.models.saving import save_pretrained
 from mq_ao.quantizer.backends import check_backend
@@ -144,16 +143,15 @@ def prepare(
     with step("writing the float model"):
         save_pretrained(model, folder / "model")
     add(FP32_EAGER, Kind.EAGER, folder / "model")
-    options = Options(max_length=longest) if backend == "executorch" else None
     suffix = PROGRAM_SUFFIXES[check_backend(backend).name]
     with step("compiling in fp32"):
-        api.compile_float(model, backend, options).save(folder / f"fp32{suffix}")
+        api.compile_float(model, backend).save(folder / f"fp32{suffix}")
     add(FP32, Kind.PROGRAM, folder / f"fp32{suffix}")
     for index, (name, recipe) in enumerate(zip(int8_names(recipes), recipes, strict=True)):
         with step(f"quantizing ({recipe.name})"):
             quantized = api.quantize(model, calibration_of(model), recipe, backend=backend)
         with step(f"compiling {name}"):
-            quantized.lower(options=options).save(folder / f"int8-{index}{suffix}")
+            quantized.lower().save(folder / f"int8-{index}{suffix}")
         del quantized  # the next one needs the memory
         add(name, Kind.PROGRAM, folder / f"int8-{index}{suffix}")
     if Peer.TRANSFORMERS in peers:

@@ -10,6 +10,8 @@ import typer
 
 from mq_ao.cli.console import kernel_name, megabytes, out, step
 from mq_ao.cli.opened import ANY_HELP, is_program, open_float
+from mq_ao.errors import MqAoError
+from mq_ao.files import PROGRAM_SUFFIXES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,16 +22,44 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "rtn-w8a8"
 
 
-def inspect(model: Annotated[str, typer.Argument(help=ANY_HELP)]) -> None:
+def inspect(
+    model: Annotated[str, typer.Argument(help=ANY_HELP)],
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Run a .pte program, and show the time of every operator.")
+    ] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the profiled prefill. Default: 128, or fewer if the program takes fewer."),
+    ] = None,
+) -> None:
     """Show a model's blocks and which part plays which role, or a saved program's recipe and kernels.
+
+    Of a .pte program also: its delegates, what is outside of them and why, its memory, and its size by part.
 
     [bold]Examples[/bold]
 
     mq-ao inspect demo
 
     mq-ao inspect demo-w8a8.pt2
+
+    mq-ao inspect demo-w8a8.pte
+
+    mq-ao inspect demo-w8a8.pte --profile --tokens 64
     """
-    if is_program(model):
+    portable = Path(model).suffix == PROGRAM_SUFFIXES["executorch"]
+    if profile and not portable:
+        raise MqAoError(f"--profile is for .pte programs, and {model} is none.")
+    if tokens is not None and not profile:
+        raise MqAoError("--tokens is the length of what --profile runs: give both.")
+    if profile:
+        from mq_ao.cli import profile_pte
+
+        profile_pte.show(Path(model), tokens)
+    elif portable:
+        from mq_ao.cli import inspect_pte
+
+        inspect_pte.show(Path(model))
+    elif is_program(model):
         _program(Path(model))
     else:
         _model(model)

@@ -36,7 +36,7 @@ def quantize(
     backend: Annotated[
         str, typer.Option(help="inductor: this machine's CPU; executorch: a .pte for edge devices.")
     ] = "inductor",
-    max_length: Annotated[int, typer.Option(help="executorch: tokens that prefill takes at most in one call.")] = 1024,
+    max_length: Annotated[int, typer.Option(help="executorch: tokens that prefill takes at most in one call.")] = 256,
     scan: Annotated[
         str, typer.Option(help="executorch: native (our operators) or portable (any runtime, float, slow).")
     ] = "native",
