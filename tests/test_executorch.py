@@ -139,6 +139,12 @@ def test_a_prompt_of_any_length_equals_its_tokens_one_by_one(program: Executorch
     assert relative(again, after) < FLIPPED_STEPS
 
 
+def test_prefill_of_one_token_at_a_time(small: MambaLM, program: ExecutorchProgram) -> None:
+    single = quantize(small, "mambaquant-w8a8").lower(options=Options(max_length=1))
+    ids = tokens(1, 5)
+    assert relative(single(ids)[0], program(ids)[0]) < FLIPPED_STEPS
+
+
 def test_batches_are_independent_sequences(small: MambaLM, program: ExecutorchProgram) -> None:
     two = quantize(small, "mambaquant-w8a8").lower(options=Options(batch=2, max_length=MAX_LENGTH))
     ids = tokens(2, 9)
@@ -167,7 +173,7 @@ def test_metadata_are_methods(program: ExecutorchProgram, tmp_path: Path) -> Non
     assert opened.load_method("get_vocab_size").execute([]) == [VOCAB]
     assert opened.load_method("get_max_seq_len").execute([]) == [MAX_LENGTH]
     assert info["recipe"] == "mambaquant-w8a8"
-    assert info["states"] == {"n_layer": 1, "conv": [3, 96], "ssm": [96, 16]}
+    assert info["states"] == {"n_layer": 1, "conv": [3, 128], "ssm": [128, 16]}
     assert set(info) >= {"torch", "executorch", "batch", "integer_kernels"}
 
 

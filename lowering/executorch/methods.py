@@ -34,19 +34,22 @@ def export_methods(
         max_count: most positions in one call.
     """
     batch, longest = options.batch, options.max_length
-    length, count = Dim("length", min=1, max=longest), Dim("count", min=1, max=max_count)
     ids, positions = torch.zeros(batch, min(8, longest), dtype=torch.int64), torch.arange(min(3, max_count))
     operators = OPERATORS if options.scan is Scan.PORTABLE else {}
     prefill, decode = with_positions(module), flat(module)
     for graph in (prefill, decode):
         keep_states(graph, states)
-    # A size of 1 is taken for a constant, and a range of one size is one.
-    dynamic = ({1: length} if longest > 1 else {}, {0: count} if max_count > 1 else {})
+    dynamic = ({1: _up_to("length", longest)}, {0: _up_to("count", max_count)})
     return {
         "prefill": export(prefill, (ids, positions), dynamic, operators),
         "decode": export(decode, (ids[:, :1].clone(),), ({},), operators),
         "reset": export(_reset(states), (), ()),
     }
+
+
+def _up_to(name: str, largest: int) -> Dim | None:
+    """A size from 1 on; None for one that is always 1, which is no range."""
+    return Dim(name, min=1, max=largest) if largest > 1 else None
 
 
 def _reset(states: Mapping[str, Tensor]) -> GraphModule:

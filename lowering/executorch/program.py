@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,26 @@ class ExecutorchProgram:
     program keeps its states in its own memory: without a state a call starts from zeros, and the state that a call
     gives stands for what the program keeps. It can be given to the very next call alone.
 
+    The first program that lives in a process packs the weights that prefill and decode share once. Others pack them
+    twice: XNNPACK's cache knows a weight by its integers alone, and what it packs depends on the scales beside them.
+
     Args:
         path: the file, which stays open as long as the program lives.
         program: the file, loaded by ExecuTorch's runtime.
         info: what it says of itself.
     """
 
+    _sharing: weakref.ref[ExecutorchProgram] | Callable[[], None] = staticmethod(lambda: None)
+    """The program whose weights are packed once."""
+
     def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
         self._path = path
         self._program = program
         self._info = info
         self._state = KeptState()
+        self._loaded: set[str] = set()
+        if ExecutorchProgram._sharing() is None and info["scan"] == Scan.NATIVE:
+            ExecutorchProgram._sharing = weakref.ref(self)
 
     @classmethod
     def load(cls, path: str | Path) -> ExecutorchProgram:
@@ -61,7 +71,6 @@ class ExecutorchProgram:
         if info["scan"] == Scan.NATIVE:
             try:
                 executorch_build.load()
-                executorch_build.share_packed_weights()
             except MqAoError as error:
                 raise MqAoError(
                     f"{path} needs the native operators for ExecuTorch, which `mq-ao build-kernels --executorch` "
@@ -163,6 +172,9 @@ class ExecutorchProgram:
 
     def _run(self, method: str, *inputs: Tensor) -> Tensor:
         """Runs a method; the first time it is loaded, and packs its weights."""
+        if method not in self._loaded and self._info["scan"] == Scan.NATIVE:
+            executorch_build.share_packed_weights(ExecutorchProgram._sharing() is self)
+        self._loaded.add(method)
         try:
             (result,) = self._program.load_method(method).execute([tensor.contiguous() for tensor in inputs])
         except RuntimeError as error:
