@@ -156,9 +156,11 @@ def call_alone(name: str, function: Callable[..., T], *arguments: Any) -> T:
     process.start()
     theirs.close()
     try:
-        return _receive(name, pipe, process)
+        result = _receive(name, pipe, process)
+        process.join(timeout=10)  # it clears up after itself, which a killed one does not
+        return result
     finally:
-        process.kill()  # it has answered, or nobody waits for its answer
+        process.kill()
         process.join()
         pipe.close()
 
