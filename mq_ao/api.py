@@ -178,11 +178,13 @@ def quantize(
     rewrite = passes.apply(graph, chosen.passes, given, progress=progress)
     source = build.Source.of(type(model).__name__, stored, rewrite, first)
     description = match(graph).describe()
+    rewrite.statistics = {}  # of no more use, and large
+    release()
     if requests := quantizer.requests(graph):
         quantizer.set_statistics(passes.collect(graph, requests, given, progress=progress))
     prepared = prepare_pt2e(graph, quantizer)
-    count = calibrate(prepared, given, progress=progress)
     release()
+    count = calibrate(prepared, given, progress=progress)
     converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     vocab_size = model.config.vocab_size if isinstance(model, MambaLM) else None
     report = Report(

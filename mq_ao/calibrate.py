@@ -13,7 +13,9 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, ObserverBase
 
 from mq_ao.errors import MqAoError
+from mq_ao.graph.partial import PartialRun
 from mq_ao.graph.walk import module_path
+from mq_ao.memory import release
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ def check_weights(module: torch.nn.Module) -> None:
         MqAoError: one is not; it is named.
     """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # The extremes tell, without a temporary of the tensor's size.
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
             raise MqAoError(f"weight {name} holds NaN or Inf: the checkpoint is broken, load another one.")
 
 
@@ -44,12 +47,16 @@ def calibrate(prepared: GraphModule, batches: Iterable[tuple[Any, ...]], *, prog
     Raises:
         MqAoError: no batch, or NaN or Inf reached an observed node, which is named.
     """
-    hooks = _watch(prepared)
+    observers = _observers(prepared)
+    run = PartialRun(prepared, observers).run_batch if observers else None
+    hooks = [observer.register_forward_pre_hook(_finite_check(node)) for node, observer in observers.items()]
     count = 0
     try:
         for batch in track(batches, "calibrating", disable=not progress, console=stderr(), transient=True):
-            prepared(*batch)
+            if run is not None:
+                run(batch)
             count += 1
+            release()
     finally:
         for hook in hooks:
             hook.remove()
@@ -66,18 +73,21 @@ def stderr() -> Any:
     return Console(stderr=True)
 
 
-def _watch(prepared: GraphModule) -> list[Any]:
-    hooks = []
+def _observers(prepared: GraphModule) -> dict[Node, torch.nn.Module]:
+    """The observers of activations, by their nodes."""
+    found: dict[Node, torch.nn.Module] = {}
     for node in prepared.graph.nodes:
         # Weights were checked once, before capture.
         if node.op == "call_module" and isinstance(node.args[0], Node) and node.args[0].op != "get_attr":
             observer = prepared.get_submodule(node.target)
             if isinstance(observer, ObserverBase | AffineQuantizedObserverBase):
-                hooks.append(observer.register_forward_pre_hook(_finite_check(node.args[0])))
-    return hooks
+                found[node] = observer
+    return found
 
 
-def _finite_check(node: Node) -> Any:
+def _finite_check(observer: Node) -> Any:
+    node = observer.args[0]
+    assert isinstance(node, Node)
     where = f"{node.name} in {module_path(node)}" if module_path(node) else node.name
 
     def check(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:

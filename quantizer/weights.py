@@ -17,7 +17,7 @@ _REACH = {4: 8.0, 8: 127.0}
 # Candidates of the search, as shares of the scale without it: from what cuts nothing in int4 (8/7) to half.
 _SHARES = tuple(1.145 - 0.025 * step for step in range(26))
 # Rows that are quantized at once hold about this many weights, so that temporaries stay small next to the model.
-_CHUNK = 2**20
+_CHUNK = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +80,14 @@ def round_to_grid(
     _check(weight, bits, group_size, importance)
     inputs = weight.shape[1]
     parts = weight.split(max(1, _CHUNK // inputs))
-    scales = [_scale(part, bits, group_size, search, importance) for part in parts]
-    values = [
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = []
+    for part, rounded in zip(parts, values.split(len(parts[0])), strict=True):
+        scale = _scale(part, bits, group_size, search, importance)
         # In float64, so that no quotient is rounded onto a tie.
-        to_grid(part.double(), spread(scale.double(), inputs, group_size), bits).to(torch.int8)
-        for part, scale in zip(parts, scales, strict=True)
-    ]
-    return QuantizedWeight(torch.cat(values), torch.cat(scales), group_size, bits)
+        rounded.copy_(to_grid(part.double(), spread(scale.double(), inputs, group_size), bits))
+        scales.append(scale)
+    return QuantizedWeight(values, torch.cat(scales), group_size, bits)
 
 
 def _scale(weight: Tensor, bits: int, group_size: int | None, search: bool, importance: Tensor | None) -> Tensor:
@@ -137,7 +138,8 @@ def _check(weight: Tensor, bits: int, group_size: int | None, importance: Tensor
         raise MqAoError(
             f"a weight is {tuple(weight.shape)} {weight.dtype}: give a matrix (out, in) of floating-point numbers."
         )
-    if not torch.isfinite(weight).all():
+    # Without a temporary of the weight's size.
+    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
         raise MqAoError("a weight holds NaN or Inf: the checkpoint is broken, load another one.")
     if group_size is not None and group_size < 1:
         raise MqAoError(f"the group size is {group_size}: give at least 1, or None for one scale a row.")

@@ -104,7 +104,7 @@ def calibration_of(model: MambaLM, tokens: int = 4096) -> list[torch.Tensor]:
         text = read_tokens(demo.CALIBRATION, BYTE_VOCABULARY, ByteCodec())
         return calibration_batches(text, tokens)
     ids = random_ids(model.config.vocab_size, tokens, seed=1)
-    return list(torch.tensor(ids).reshape(-1, min(512, tokens)).split(4))
+    return list(torch.tensor(ids).reshape(-1, min(512, tokens)).split(1))
 
 
 def prepare(

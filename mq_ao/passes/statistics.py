@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from mq_ao.calibrate import stderr
 from mq_ao.errors import MqAoError
+from mq_ao.graph.partial import PartialRun
 from mq_ao.graph.walk import module_path
 from mq_ao.passes.accumulators import (
     BINS,
@@ -350,34 +351,18 @@ def _run(
             item.finish()
 
 
-class _Watch(Interpreter):
+class _Watch(PartialRun):
     """Runs a graph up to the last value that is looked at, and adds such values up as they come."""
 
     def __init__(self, module: GraphModule, accumulators: Mapping[str, Accumulator]) -> None:
-        super().__init__(module)
-        # Ours are complete sentences.
-        self.extra_traceback = False
-        nodes = list(module.graph.nodes)
-        places = {node.name: place for place, node in enumerate(nodes)}
-        unknown = [name for name in accumulators if name not in places]
+        nodes = {node.name: node for node in module.graph.nodes}
+        unknown = [name for name in accumulators if name not in nodes]
         if unknown:
             raise MqAoError(f"the graph has no node {', '.join(unknown)}: ask for statistics of nodes that it has.")
+        super().__init__(module, [nodes[name] for name in accumulators])
         self._accumulators = accumulators
-        self._unneeded = frozenset(nodes[max(places[name] for name in accumulators) + 1 :])
-        self._inputs = sum(node.op == "placeholder" for node in nodes)
-
-    def run_batch(self, batch: tuple[Any, ...]) -> None:
-        if not isinstance(batch, tuple):
-            raise MqAoError(f"a batch is a tuple of the graph's inputs, not a {type(batch).__name__}.")
-        flat: Sequence[Any] = self.graph.process_inputs(*batch)
-        if len(flat) != self._inputs:
-            raise MqAoError(f"a batch holds {len(flat)} inputs, but the graph takes {self._inputs}.")
-        # The outputs may be unneeded, and are never used.
-        self.run(*flat, enable_io_processing=False)
 
     def run_node(self, n: Node) -> Any:
-        if n in self._unneeded:
-            return None
         value = super().run_node(n)
         if n.name in self._accumulators:
             path = module_path(n)
