@@ -223,6 +223,7 @@ def _batches(
     """Checked batches with their states; the number of tokens of each is appended to `lengths`."""
     if isinstance(calibration, Tensor):
         raise MqAoError("calibration is one tensor: give an iterable of batches, for example [tensor].")
+    zeros: dict[int, tuple[Tensor, Tensor]] = {}
     for index, batch in enumerate(calibration):
         args = batch if isinstance(batch, tuple) else (batch,)
         if not all(isinstance(arg, Tensor) for arg in args) or not args:
@@ -231,7 +232,9 @@ def _batches(
             _check_ids(model, args[0], index)
             lengths.append(args[0].numel())
             if len(args) == 1:
-                args = (args[0], *model.initial_states(args[0].shape[0]))
+                # One pair for all batches of a size: nothing writes to it.
+                size = args[0].shape[0]
+                args = (args[0], *zeros.setdefault(size, model.initial_states(size)))
         yield args
 
 
