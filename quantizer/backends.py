@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torchao.quantization.pt2e.observer import MappingType
@@ -52,6 +52,7 @@ class Backend:
         integer_outputs: whether linears with static inputs can only write static integers, so that their outputs
             are quantized even where nothing that reads them asks for it.
         group_multiple: what the size of a group of weights must be a multiple of.
+        group_scale: dtype in which it keeps the scales of groups.
     """
 
     name: str
@@ -59,7 +60,8 @@ class Backend:
     static: Integers = UINT8
     per_token: Integers = SYMMETRIC_INT8
     integer_outputs: bool = False
-    group_multiple: int = field(default=4)
+    group_multiple: int = 4
+    group_scale: torch.dtype = torch.float32
 
 
 _WEIGHTLESS = {role: frozenset({Activation.STATIC}) for role in (Role.SCAN, Role.GATE)}
@@ -83,7 +85,13 @@ _EXECUTORCH = {
 BACKENDS: Mapping[str, Backend] = {
     "inductor": Backend("inductor", _INDUCTOR),
     "executorch": Backend(
-        "executorch", _EXECUTORCH, static=INT8, per_token=INT8, integer_outputs=True, group_multiple=32
+        "executorch",
+        _EXECUTORCH,
+        static=INT8,
+        per_token=INT8,
+        integer_outputs=True,
+        group_multiple=32,
+        group_scale=torch.bfloat16,
     ),
 }
 """The backends by name."""

@@ -110,7 +110,8 @@ class MambaQuantizer(Quantizer):
         for role, node in found.by_role():
             spec = self._spec(role, node)
             if spec is not None and node not in self._planned and not is_annotated(node):
-                self._planned[node] = plan_weight(model, node, spec, self._statistics)
+                planned = plan_weight(model, node, spec, self._statistics)
+                self._planned[node] = planned.with_group_scale(self.backend.group_scale)
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:

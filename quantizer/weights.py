@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ class QuantizedWeight:
     scale: Tensor
     group_size: int | None = None
     bits: int = 8
+
+    def with_group_scale(self, dtype: torch.dtype) -> QuantizedWeight:
+        """The same integers, with the scales of groups (not those of channels) rounded to what a backend keeps."""
+        if self.group_size is None or dtype == torch.float32:
+            return self
+        return replace(self, scale=self.scale.to(dtype).float())
 
     def dequantized(self) -> Tensor:
         """The weight that the integers stand for, (out, in) float32."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,19 @@ MAX_LENGTH = 32
 # XNNPACK sums, scales and takes roots in another order than PyTorch, by some 1e-7 of a value. A value that close to the
 # boundary of two integers then becomes the other one, which is one step of one activation; later layers go on from
 # there. The same graph run twice in PyTorch, with the mean of the norm taken in another order, differs as much.
-FLIPPED_STEPS = 1e-2
+FLIPPED_STEPS = 2e-2
+# Most tokens see no such step, or none that is left of by then: they differ by float rounding alone.
+MOST_TOKENS = 2e-3
 # No integers anywhere: float32 in another order, through one block.
 FLOAT = 1e-5
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
+
+
+def of_most_tokens(got: Tensor, expected: Tensor) -> float:
+    return float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +116,7 @@ def test_prefill_decode_and_reset_equal_the_simulation(
         runs.append(torch.cat(logits, dim=1))
     assert torch.equal(*runs)
     assert relative(runs[0], expected[:, 15:]) < FLIPPED_STEPS
+    assert of_most_tokens(runs[0], expected[:, 15:]) < MOST_TOKENS
     sure = expected[:, 15:].topk(2).values
     decided = sure[..., 0] - sure[..., 1] > 4 * (runs[0] - expected[:, 15:]).abs().max()
     assert decided.any()
@@ -256,3 +264,28 @@ def test_options_are_checked(name: str, value: int) -> None:
         Options(**{name: value})
     with pytest.raises(MqAoError, match="unknown scan 'fast': it is one of native, portable"):
         Options(scan="fast")  # type: ignore[arg-type]
+
+
+def test_programs_with_the_same_integers_do_not_share_what_is_packed(small: MambaLM) -> None:
+    # Both have the integers of one set of rewritten weights, and packed weights of their own scales.
+    pairs = [lowered(small, recipe) for recipe in ("mambaquant-w8a8", "mambaquant-static-w8a8", "rtn-w8a8")]
+    ids = tokens(1, 40, seed=9)
+    for quantized, program in pairs:
+        with torch.no_grad():
+            expected = quantized.converted(ids, *small.initial_states(1))[0]
+        assert of_most_tokens(program(ids)[0], expected) < MOST_TOKENS
+
+
+def test_a_weight_that_is_read_under_two_scales_is_packed_twice(small: MambaLM) -> None:
+    graph = executorch_build_module().rewrite(quantize(small, "mambaquant-static-w8a8").converted, Options())
+    packs_alike = executorch_build_module()._packs_alike
+    first, second = [node for node in graph.graph.nodes if node.target is torch.ops.aten.linear.default][1:3]
+    assert packs_alike(graph)
+    second.args = (second.args[0], first.args[1])  # which writes integers of another scale
+    assert not packs_alike(graph)
+
+
+def executorch_build_module() -> Any:
+    from mq_ao.lowering.executorch import build
+
+    return build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import shutil
@@ -30,9 +31,11 @@ from mq_ao.lowering.executorch.program import ExecutorchProgram
 from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.states import buffers
 from mq_ao.lowering.graphs import StateShapes
-from mq_ao.lowering.patterns import DEQUANTIZE, simulated_nodes
+from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, simulated_nodes
 
 logger = logging.getLogger(__name__)
+
+_STATIC = frozenset({DQ_STATIC, Q_STATIC})
 
 
 def lower(converted: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
@@ -88,12 +91,32 @@ def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> Ex
         "states": {"n_layer": shapes.n_layer, "conv": shapes.conv, "ssm": shapes.ssm},
         "integer_kernels": _integer_kernels(methods["prefill"]),
         "simulated": _in_float(graph),
+        "packed_once": _packs_alike(graph),
         "methods": {name: item.to_dict() for name, item in methods.items()},
     }
     for name, item in methods.items():
         if item.linears_outside:
             logger.warning("XNNPACK did not take %d linears of %s: they run in float", item.linears_outside, name)
     return _write(edge, described)
+
+
+def _packs_alike(graph: GraphModule) -> bool:
+    """Whether linears with the same integers have the same scales too, so that XNNPACK may pack them once."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    for node in walk.calls(graph, walk.LINEAR):
+        x, weight = walk.argument(node, 0), walk.argument(node, 1)
+        if weight.target not in DEQUANTIZE:
+            continue
+        values, scales = (_digest(edit.constant(graph, arg)) for arg in weight.all_input_nodes[:2])
+        following = walk.only_user(node)
+        around = [item.args[1:3] for item in (x, following) if item is not None and item.target in _STATIC]
+        if seen.setdefault(values, (scales, around)) != (scales, around):
+            return False
+    return True
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _in_float(graph: GraphModule) -> list[str]:

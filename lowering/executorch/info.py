@@ -9,7 +9,7 @@ INFO = "mq_ao_info"
 MAX_LENGTH = "get_max_seq_len"
 """Longest prefill, under the name that ExecuTorch's own runners look for."""
 VOCAB_SIZE = "get_vocab_size"
-FORMAT = 1
+FORMAT = 2
 
 
 def versions() -> dict[str, str]:

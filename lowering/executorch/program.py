@@ -38,7 +38,8 @@ class ExecutorchProgram:
     gives stands for what the program keeps. It can be given to the very next call alone.
 
     The first program that lives in a process packs the weights that prefill and decode share once. Others pack them
-    twice: XNNPACK's cache knows a weight by its integers alone, and what it packs depends on the scales beside them.
+    twice, and so does one with the same integers under different scales: XNNPACK's cache knows a weight by its integers
+    alone, and what it packs depends on the scales around them too.
 
     Args:
         path: the file, which stays open as long as the program lives.
@@ -55,7 +56,7 @@ class ExecutorchProgram:
         self._info = info
         self._state = KeptState()
         self._loaded: set[str] = set()
-        if ExecutorchProgram._sharing() is None and info["scan"] == Scan.NATIVE:
+        if ExecutorchProgram._sharing() is None and info["scan"] == Scan.NATIVE and info["packed_once"]:
             ExecutorchProgram._sharing = weakref.ref(self)
 
     @classmethod
