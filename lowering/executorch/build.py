@@ -41,7 +41,7 @@ _STATIC = frozenset({DQ_STATIC, Q_STATIC})
 def lower(converted: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
     """See the package's `lower`."""
     program = _lower(converted, info, options)
-    if not any("int" in kind for kind in program.integer_kernels):
+    if not any(kind.startswith("xnnpack") for kind in program.integer_kernels):
         raise MqAoError(
             "no linear of this program runs in integers: quantize for this backend, with "
             'mq_ao.quantize(..., backend="executorch") or MambaQuantizer(backend="executorch").'
