@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import mq_ao
-from mq_ao.cli import main
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.executorch import Options, anatomy
 from mq_ao.lowering.executorch.program import open_program
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.ops.native import executorch_build
+from tests.conftest import CommandLine
 
-pytest.importorskip("executorch")
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-
-CommandLine = Callable[..., Run]
+pytest.importorskip("executorch", reason='needs pip install "mq-ao[executorch]"')
 
 
 @pytest.fixture
-def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+def inspect(mq_ao: CommandLine) -> CommandLine:
     """Runs `mq-ao inspect` in this process."""
-
-    def run(*args: str | Path) -> Run:
-        monkeypatch.setattr(sys, "argv", ["mq-ao", "inspect", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return Run(stop.value.code if isinstance(stop.value.code, int) else 0, captured.out, captured.err)
-
-    return run
+    return lambda *args: mq_ao("inspect", *args)
 
 
 @pytest.fixture(scope="module")

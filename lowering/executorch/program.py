@@ -20,6 +20,7 @@ from mq_ao.files import check_output, replacing
 from mq_ao.lowering.executorch.info import FORMAT, INFO
 from mq_ao.lowering.executorch.options import Scan
 from mq_ao.models.generate import Sampling, generate, stream
+from mq_ao.models.program import check_ids
 from mq_ao.ops.native import executorch_build
 
 
@@ -145,20 +146,12 @@ class ExecutorchProgram:
 
     def _enter(self, input_ids: Tensor, state: Any) -> None:
         """Checks the input, and starts from zeros where no state is given."""
-        batch, vocab_size = self._info["batch"], self._info["vocab_size"]
-        if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-            raise MqAoError(f"input_ids must be (batch, length) int64; got {tuple(input_ids.shape)} {input_ids.dtype}.")
+        batch = self._info["batch"]
+        check_ids(input_ids, self._info["vocab_size"])
         if input_ids.shape[0] != batch:
             raise MqAoError(
                 f"this program was made for a batch of {batch}, not {input_ids.shape[0]}: lower it again with that "
                 "batch in its options."
-            )
-        if input_ids.numel() == 0:
-            raise MqAoError(f"input_ids is empty, of shape {tuple(input_ids.shape)}: give at least one token.")
-        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-            raise MqAoError(
-                f"input_ids holds {int(input_ids.min())}..{int(input_ids.max())}, outside the vocabulary of "
-                f"{vocab_size} tokens."
             )
         if state is None:
             self.reset()

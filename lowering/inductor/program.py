@@ -15,6 +15,7 @@ from mq_ao.files import check_output, replacing
 from mq_ao.lowering.graphs import StateShapes
 from mq_ao.lowering.inductor import package
 from mq_ao.models.generate import Sampling, generate, stream
+from mq_ao.models.program import check_ids
 
 States = tuple[Tensor, Tensor, Tensor]
 
@@ -96,16 +97,7 @@ class InductorProgram:
             shutil.copyfile(self._package.path, temporary)
 
     def _length(self, input_ids: Tensor) -> int:
-        if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-            raise MqAoError(f"input_ids must be (batch, length) int64; got {tuple(input_ids.shape)} {input_ids.dtype}.")
-        if input_ids.numel() == 0:
-            raise MqAoError(f"input_ids is empty, of shape {tuple(input_ids.shape)}: give at least one token.")
-        # The compiled gather would read outside the embedding.
-        if input_ids.min() < 0 or input_ids.max() >= self._vocab_size:
-            raise MqAoError(
-                f"input_ids holds {int(input_ids.min())}..{int(input_ids.max())}, outside the vocabulary of "
-                f"{self._vocab_size} tokens."
-            )
+        check_ids(input_ids, self._vocab_size)
         return input_ids.shape[1]
 
     def _run(self, ids: Tensor, conv: Tensor | None, ssm: Tensor | None, positions: Tensor) -> States:

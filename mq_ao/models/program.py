@@ -6,9 +6,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from mq_ao.errors import MqAoError
 from mq_ao.models.generate import Sampling
+
+
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Checks what a program is to read: compiled code would read outside the embedding.
+
+    Raises:
+        MqAoError: the ids are not (batch, length) int64, empty, or outside the vocabulary.
+    """
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+        raise MqAoError(f"input_ids must be (batch, length) int64; got {tuple(input_ids.shape)} {input_ids.dtype}.")
+    if input_ids.numel() == 0:
+        raise MqAoError(f"input_ids is empty, of shape {tuple(input_ids.shape)}: give at least one token.")
+    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+        raise MqAoError(
+            f"input_ids holds {int(input_ids.min())}..{int(input_ids.max())}, outside the vocabulary of {vocab_size} "
+            "tokens."
+        )
 
 
 class Program(Protocol):
