@@ -260,7 +260,7 @@ def test_a_model_that_is_no_language_model_has_a_page_too(tiny: MambaLM, tmp_pat
 def test_command_line_writes_the_page_before_it_compiles(
     tiny: MambaLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def lower(*_: object) -> None:
+    def lower(*_: object, **__: object) -> None:
         raise MqAoError("compilation was not wanted.")
 
     def run(*args: object) -> str:
