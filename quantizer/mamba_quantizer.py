@@ -197,7 +197,7 @@ class MambaQuantizer(Quantizer):
 
     def _carried_states(self, found: Match) -> dict[Node, CarriedState | Rejection]:
         """The carried states that are to be quantized, by scan."""
-        scans = (block.scan for block in found.blocks)
+        scans = (direction.scan for direction in found.directions)
         return carried_states(scan for scan in scans if self._spec(Role.CARRIED_STATE, scan) is not None)
 
     def _decide_state(self, annotator: Annotator, scan: Node, state: CarriedState | Rejection) -> Decision:

@@ -123,8 +123,6 @@ class Rewriter(GraphRewriter):
         if gate is None:
             return
         y, z = self.operand(gate.y), self.operand(gate.z)
-        if walk.upstream(y.node).target not in walk.SCAN | {mq.qselective_scan.default}:
-            return
         with self.graph.inserting_before(quantize):
             args = (*y.arguments, *z.arguments, gate.scale, rotated)
             if quantize.target == Q_STATIC:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
@@ -17,7 +18,7 @@ from mq_ao.graph.edit import channels, is_constant
 
 aten = walk.aten
 
-NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
+NORM = walk.NORM
 
 SELECTING = walk.COPYING | {aten.index_select.default, aten.select.int, aten.slice.Tensor}
 """Operators that hand on some or all rows of their input."""
@@ -132,14 +133,15 @@ def _backward(stream: Stream, value: Node) -> list[Node]:
             return _end(stream, value, "it normalises over more than the channels")
         stream.norms.append(value)
         return [walk.argument(value, 0)]
-    if value.target in _BY_CHANNEL:
+    if value.target in _BY_CHANNEL or walk.is_scaling(value):
         return _operands(stream, value)
     return _end(stream, value, f"{value.target if value.op == 'call_function' else value.op} is not understood")
 
 
 def _operands(stream: Stream, value: Node) -> list[Node]:
     inside = []
-    operands = list(walk.inputs(value))
+    # Sizes may be nodes too.
+    operands = [node for node in walk.inputs(value) if isinstance(node.meta["val"], Tensor)]
     if value.target in (aten.index.Tensor, aten.index_select.default, aten.gather.default):
         operands = operands[:1]
     for operand in operands:
@@ -171,7 +173,7 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
         return [user]
     if user.op == "output":
         return _end(stream, value, "it is an output of the graph")
-    if user.target in _BY_CHANNEL:
+    if user.target in _BY_CHANNEL or walk.is_scaling(user):
         if not keeps_channels(user, stream.width):
             return _end(stream, user, "it does not keep the channels in place")
         return [user]

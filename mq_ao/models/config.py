@@ -40,17 +40,10 @@ class MambaConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand"):
-            value = getattr(self, name)
-            if not _is_count(value):
-                raise MqAoError(f"MambaConfig.{name} is {value!r}: give a whole number of at least 1.")
-        if self.dt_rank != "auto" and not _is_count(self.dt_rank):
-            raise MqAoError(f'MambaConfig.dt_rank is {self.dt_rank!r}: give a whole number of at least 1, or "auto".')
-        for name in ("bias", "conv_bias", "tie_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise MqAoError(f"MambaConfig.{name} is {getattr(self, name)!r}: give true or false.")
-        if not isinstance(self.norm_epsilon, int | float) or not self.norm_epsilon > 0:
-            raise MqAoError(f"MambaConfig.norm_epsilon is {self.norm_epsilon!r}: give a positive number.")
+        check_counts(self, "vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand")
+        check_rank(self)
+        check_switches(self, "bias", "conv_bias", "tie_embeddings")
+        check_positive(self, "norm_epsilon")
 
     @property
     def d_inner(self) -> int:
@@ -60,11 +53,46 @@ class MambaConfig:
     @property
     def rank(self) -> int:
         """`dt_rank` as a number."""
-        return math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
+        return resolve_rank(self.dt_rank, self.d_model)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""
         return asdict(self)
+
+
+def check_counts(config: object, *names: str) -> None:
+    """Raises MqAoError unless these fields are whole numbers of at least 1."""
+    for name in names:
+        if not _is_count(value := getattr(config, name)):
+            raise MqAoError(f"{type(config).__name__}.{name} is {value!r}: give a whole number of at least 1.")
+
+
+def check_rank(config: object) -> None:
+    """Raises MqAoError unless the field dt_rank is a count or "auto"."""
+    value = config.dt_rank  # type: ignore[attr-defined]
+    if value != "auto" and not _is_count(value):
+        name = type(config).__name__
+        raise MqAoError(f'{name}.dt_rank is {value!r}: give a whole number of at least 1, or "auto".')
+
+
+def check_switches(config: object, *names: str) -> None:
+    """Raises MqAoError unless these fields are booleans."""
+    for name in names:
+        if not isinstance(value := getattr(config, name), bool):
+            raise MqAoError(f"{type(config).__name__}.{name} is {value!r}: give true or false.")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raises MqAoError unless these fields are numbers above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not value > 0:
+            raise MqAoError(f"{type(config).__name__}.{name} is {value!r}: give a positive number.")
+
+
+def resolve_rank(dt_rank: int | Literal["auto"], d_model: int) -> int:
+    """`dt_rank` as a number; "auto" is ceil(d_model / 16)."""
+    return math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
 
 
 def _is_count(value: object) -> bool:

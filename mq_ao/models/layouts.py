@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mq_ao.errors import MqAoError
 from mq_ao.models.config import MambaConfig
-from mq_ao.models.saving import MODEL_TYPE
+from mq_ao.models.mamba import MambaLM
+from mq_ao.models.vision_config import VimConfig
 
 # Keys that any library may add to a config.json and that say nothing about the mathematics.
 _BOOKKEEPING = frozenset(
@@ -27,6 +28,9 @@ _MAMBA_SSM_CFG_HARMLESS = frozenset(
     {"layer", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}
 )
 _MAMBA_SSM_CFG_SHAPE = frozenset({"d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"})
+
+
+_Config = TypeVar("_Config", MambaConfig, VimConfig)
 
 
 @dataclass(frozen=True)
@@ -49,26 +53,36 @@ def read_layout(folder: Path) -> Layout:
         MqAoError: the file is missing or broken, or describes a model that `MambaLM` does not compute.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MqAoError(
-            f"{folder} has no config.json: give the folder of a transformers, mamba_ssm or mq_ao Mamba model."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise MqAoError(f"{path} cannot be read as JSON ({error}): fetch it again.") from error
-    if not isinstance(values, dict):
-        raise MqAoError(f"{path} is not a JSON object: give the folder of a Mamba model.")
+    values = read_json(path)
     try:
         return _layout(values)
     except MqAoError as error:
         raise MqAoError(f"{path}: {error}") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a config.json.
+
+    Raises:
+        MqAoError: the file is missing or broken.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MqAoError(
+            f"{path.parent} has no config.json: give the folder of a transformers, mamba_ssm or mq_ao Mamba model."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise MqAoError(f"{path} cannot be read as JSON ({error}): fetch it again.") from error
+    if not isinstance(values, dict):
+        raise MqAoError(f"{path} is not a JSON object: give the folder of a Mamba model.")
+    return values
+
+
 def _layout(values: dict[str, Any]) -> Layout:
     family = values.get("model_type")
-    if family == MODEL_TYPE:
-        return Layout(_own_config(values), str)
+    if family == MambaLM.model_type:
+        return Layout(own_config(values, MambaConfig), str)
     if family == "mamba":
         return Layout(_transformers_config(values), _from_transformers)
     if family is None and {"d_model", "n_layer"} <= values.keys():
@@ -78,15 +92,20 @@ def _layout(values: dict[str, Any]) -> Layout:
     raise MqAoError(f'model_type is "{family}", and only Mamba-1 can be loaded ("mamba", or the mamba_ssm layout).')
 
 
-def _own_config(values: dict[str, Any]) -> MambaConfig:
+def own_config(values: dict[str, Any], kind: type[_Config]) -> _Config:
+    """The configuration in a config.json of our own layout.
+
+    Raises:
+        MqAoError: keys are missing or unknown, or a value is not what it should be.
+    """
     values = {key: value for key, value in values.items() if key != "model_type"}
-    known = {field.name for field in dataclasses.fields(MambaConfig)}
-    if unknown := sorted(values.keys() - known):
+    fields = dataclasses.fields(kind)
+    if unknown := sorted(values.keys() - {field.name for field in fields}):
         raise MqAoError(f"unknown keys {', '.join(unknown)}: was it written by a later version?")
-    required = {"vocab_size", "d_model", "n_layer"}
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
     if missing := sorted(required - values.keys()):
         raise MqAoError(f"{', '.join(missing)} missing.")
-    return MambaConfig(**values)
+    return kind(**values)
 
 
 def _from_transformers(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, d_conv).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if bias else None
 
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, length, channels), state (batch, d_conv - 1, channels) -> the same shapes."""
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (batch, length, channels), state (batch, d_conv - 1, channels), zeros if None -> the same shapes."""
         return torch.ops.mq_ao.causal_conv1d(x, self.weight.squeeze(1), self.bias, state, "silu")
 
 
@@ -111,6 +111,9 @@ class MambaLM(nn.Module):
         config: the model's shape.
     """
 
+    model_type: ClassVar[str] = "mq_ao.mamba"
+    """`model_type` in the config.json of our own layout."""
+
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.config = config
@@ -127,7 +130,7 @@ class MambaLM(nn.Module):
             nn.init.normal_(self.lm_head.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, MambaMixer):
-                _init_dt(module.dt_proj)
+                init_dt(module.dt_proj)
                 nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
                 with torch.no_grad():
                     module.out_proj.weight /= math.sqrt(self.config.n_layer)
@@ -199,7 +202,7 @@ class MambaLM(nn.Module):
         return generate(self, input_ids, max_new_tokens, sampling)
 
 
-def _init_dt(dt_proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+def init_dt(dt_proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
     """Initialises so that softplus(bias) is log-uniform in [dt_min, dt_max] (Mamba paper, section 3.6)."""
     bound = dt_proj.in_features**-0.5
     nn.init.uniform_(dt_proj.weight, -bound, bound)

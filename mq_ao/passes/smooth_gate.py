@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, Unsuitable
 from mq_ao.graph import Block, edit, walk
 from mq_ao.graph.gate import Gate
-from mq_ao.graph.rows import rows_of
+from mq_ao.graph.rows import Rows, rows_of
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.statistics import Request
@@ -38,27 +38,40 @@ class SmoothGate(Pass):
     def apply(self, rewrite: Rewrite) -> None:
         """Balances every block's out_proj input against out_proj."""
         for block in rewrite.blocks:
-            if block.gate is None:
-                self.leave_out(rewrite, block.name, "the block has no gate to scale")
-                continue
-            x = block.out_input
-            scales = balance(rewrite.of(x).maximum, rewrite.largest_by_column(block.out_proj), self.alpha)
-            scale_gate(rewrite, block, block.gate, 1 / scales)
-            rewrite.scale_columns(block.out_proj, scales)
-            rewrite.update(x, rewrite.of(x).scaled(1 / scales))
-            self.note(rewrite, block.name, describe(scales))
+            with self.where_suitable(rewrite, block.name):
+                x = block.out_input
+                scales = balance(rewrite.of(x).maximum, rewrite.largest_by_column(block.out_proj), self.alpha)
+                scale_gate(rewrite, block, 1 / scales)
+                rewrite.scale_columns(block.out_proj, scales)
+                rewrite.update(x, rewrite.of(x).scaled(1 / scales))
+                self.note(rewrite, block.name, describe(scales))
 
 
-def scale_gate(rewrite: Rewrite, block: Block, gate: Gate, factor: Tensor) -> None:
+def scale_gate(rewrite: Rewrite, block: Block, factor: Tensor) -> None:
     """Multiplies the gate, and so out_proj's input, by a positive `factor` (d_inner,): in z's rows and in S-SiLU.
 
     Raises:
+        Unsuitable: the block has no gate, or one whose channels are not out_proj's.
         MqAoError: out_proj's input is rotated already, so that its channels are no longer the gate's.
     """
     if walk.upstream(block.out_input).target in walk.HADAMARD:
         raise MqAoError("out_proj's input cannot be scaled through the gate once it is rotated: scale it first.")
-    rewrite.scale_rows(rows_of(gate.z), factor)
-    _scale_sigmoid(rewrite, gate, 1 / factor)
+    rewrite.scale_rows(_rows(block), factor)
+    for gate in block.gates:
+        _scale_sigmoid(rewrite, gate, 1 / factor)
+
+
+def _rows(block: Block) -> Rows:
+    """Channels of a linear that are z, of every gate of a block."""
+    if not block.gates:
+        raise Unsuitable("the block has no gate to scale.")
+    if block.norms:
+        raise Unsuitable(f"{block.norms[0].name} lies between the scan and out_proj.")
+    readers = {node for gate in block.gates for node in gate.readers}
+    found = {rows_of(gate.z, readers) for gate in block.gates}
+    if len(found) > 1:
+        raise Unsuitable("its gates are different channels.")
+    return found.pop()
 
 
 def _scale_sigmoid(rewrite: Rewrite, gate: Gate, factor: Tensor) -> None:
