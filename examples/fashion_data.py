@@ -18,8 +18,6 @@ CALIBRATION = 256
 """Training images that ship with the model: the first ones."""
 SHIPPED = 1_000
 """Test images that ship with the model: the first ones."""
-MEAN, DEVIATION = 0.2860, 0.3530
-"""Of the training pixels, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,6 @@ def read(folder: Path, kind: str) -> Images:
     if len(pixels) != len(labels):
         raise typer.BadParameter(f"{folder} holds {len(pixels)} images and {len(labels)} labels of kind {kind}.")
     return Images(pixels, labels.long())
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """uint8 (images, 28, 28) -> float32 (images, 1, 28, 28), as the model takes them."""
-    return ((pixels.float() / 255 - MEAN) / DEVIATION).unsqueeze(1)
 
 
 def _read_idx(path: Path, axes: int) -> Tensor:

@@ -23,13 +23,14 @@ from typing import Annotated
 import safetensors.torch
 import torch
 import typer
-from fashion_data import CALIBRATION, FOLDER, SHIPPED, VALIDATION, Images, normalised, read
+from fashion_data import CALIBRATION, FOLDER, SHIPPED, VALIDATION, Images, read
 from torch import Tensor, nn
 from training import Optimiser, Plan, Schedule, load_checkpoint, progress_bar, save_checkpoint, say
 from vim_card import Result, model_card
 
 from mq_ao.files import write_atomically
 from mq_ao.models import Vim, VimConfig
+from mq_ao.models.vision_demo import normalised
 
 REPORT_SECONDS = 30
 SMOOTHING = 0.1

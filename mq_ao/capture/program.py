@@ -17,6 +17,9 @@ from mq_ao.errors import MqAoError
 
 logger = logging.getLogger(__name__)
 
+_IMAGES = 4
+"""Axes of a batch of images."""
+
 
 def export(
     module: nn.Module,
@@ -61,7 +64,9 @@ def export(
 def _all_dynamic(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
-    fixed = [axis for axis, size in enumerate(value.shape) if size == 1 and axis < 2]
+    # Batch and length; the second axis of images is their colours, which may well be one.
+    vary = 1 if value.dim() == _IMAGES else 2
+    fixed = [axis for axis, size in enumerate(value.shape[:vary]) if size == 1]
     if fixed:
         logger.warning(
             "axis %s of an example input of shape %s has size 1 and will be fixed to 1: give a size of 2 or more there",
