@@ -39,20 +39,29 @@ def native_kernels() -> None:
         pytest.fail(f"the native kernels do not build: {library.NativeState.failure}")
 
 
-def assert_same_for_any_threads(operator: Callable[..., Any], operands: Sequence[Any]) -> None:
-    """Checks that both results and all gradients of an operator have the same bits on 1, 2 and 3 threads."""
-    tensors = [x.requires_grad_() for x in operands if isinstance(x, torch.Tensor)]
+def assert_same_bits_for_any_threads(call: Callable[[], Sequence[torch.Tensor]]) -> None:
+    """Checks that the results of `call` have the same bits on 1, 2 and 3 threads."""
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y, state = operator(*operands)
-            results.append([y, state, *torch.autograd.grad([y.sum() + state.sum()], tensors)])
+            results.append(call())
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def assert_same_for_any_threads(operator: Callable[..., Any], operands: Sequence[Any]) -> None:
+    """Checks both results and all gradients of an operator likewise."""
+    tensors = [x.requires_grad_() for x in operands if isinstance(x, torch.Tensor)]
+
+    def call() -> list[torch.Tensor]:
+        y, state = operator(*operands)
+        return [y, state, *torch.autograd.grad([y.sum() + state.sum()], tensors)]
+
+    assert_same_bits_for_any_threads(call)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ SHIM = r"""
 #include "conv.h"
 #include "scan.h"
 #include "scan_backward.h"
+#include "ssd.h"
 using namespace mq_ao;
 
 extern "C" void apply(const char* name, const float* x, float* y, long count) {
@@ -64,6 +65,15 @@ extern "C" void scan_gradient(const long* s, const float** p, const float* dy, c
 extern "C" void conv(const long* s, const float** p, float* y, float* last_state) {
   const ConvInputs<float> in{{s[0], s[1], s[2], s[4]}, rows(p[0], s, s[2]), p[1], p[2], p[3], true};
   for (long b = 0; b < s[0]; ++b) conv_task(in, b, 0, s[2], rows(y, s, s[2]), last_state);
+}
+
+// s: batch, length, heads, groups, d_state, headdim. All units in one range.
+extern "C" void ssd(const long* s, const float** p, float* y, float* last_state) {
+  const long matrix = s[3] * s[4], columns = s[2] * s[5];
+  const SsdInputs<float> in{{s[0], s[1], s[2], s[5], s[3], s[4]}, rows(p[0], s, columns), rows(p[1], s, s[2]),
+                            rows(p[3], s, matrix), rows(p[4], s, matrix), p[2], p[5], p[6], p[7], nullptr, false, true,
+                            0.0f, 2.0f};
+  run_ssd(in, rows(y, s, columns), last_state, [](long count, long, auto&& part) { part(0, count); });
 }
 """
 X86 = platform.machine() == "x86_64"
@@ -183,3 +193,25 @@ def test_cores_match_the_references(core: ctypes.CDLL, shape: tuple[int, ...]) -
     conv_exact = [x.double() for x in (u, weight, D, conv_state)]
     for actual, expected in zip((y, conv_last), library.reference("causal_conv1d")(*conv_exact, "silu"), strict=True):
         close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 80, 4, 2, 16, 24), (1, 1, 20, 1, 16, 8), (2, 70, 6, 3, 5, 7), (1, 20, 3, 1, 33, 70)]
+)
+def test_ssd_core_matches_the_reference(core: ctypes.CDLL, shape: tuple[int, ...]) -> None:
+    batch, length, heads, groups, d_state, headdim = shape
+    gen = torch.Generator().manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=gen)
+
+    x, dt, A = normal(batch, length, heads, headdim), normal(batch, length, heads) - 1, -normal(heads).abs()
+    B, C = normal(batch, length, groups, d_state), normal(batch, length, groups, d_state)
+    D, bias, state = normal(heads), normal(heads), normal(batch, heads, headdim, d_state)
+    operands = [x, dt, A, B, C, D, bias, state]
+    y, last = torch.empty_like(x), torch.empty_like(state)
+    core.ssd((ctypes.c_long * 6)(*shape), pointers(operands), *(ctypes.c_void_p(t.data_ptr()) for t in (y, last)))
+    *exact, exact_state = (t.double() for t in operands)
+    expected = library.reference("ssd_scan")(*exact, True, 0.0, 2.0, exact_state)
+    for actual, wanted in zip((y, last), expected, strict=True):
+        close(actual, wanted)

@@ -18,6 +18,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quant
 from mq_ao.errors import MqAoError
 from mq_ao.ops import library
 from mq_ao.ops.qselective_scan import quantize_state
+from tests.conftest import assert_same_bits_for_any_threads
 from tests.test_ops_scan import FLOAT32, Case, assert_near, cases
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -256,16 +257,7 @@ def test_nan_reaches_float_results_and_is_zero_in_integer_ones(length: int) -> N
 @pytest.mark.parametrize("length", [1, 70])
 def test_results_do_not_depend_on_threads(length: int) -> None:
     arguments = QCase(Case(3, length, 2, 150, 16, (True,) * 4, "dense", 1), (True,) * 4, True, False).arguments()
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(scan(**arguments))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits_for_any_threads(lambda: scan(**arguments))
 
 
 @pytest.mark.parametrize("length", [1, 5])

@@ -16,6 +16,7 @@ from mq_ao.ops import (
     qselective_scan,
     scan_states,
     selective_scan,
+    ssd_scan,
     state,
     wlinear,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "reference",
     "scan_states",
     "selective_scan",
+    "ssd_scan",
     "state",
     "wlinear",
 ]

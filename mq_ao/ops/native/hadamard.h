@@ -19,18 +19,6 @@
 
 #include "vec.h"
 
-namespace mq_ao {
-
-// Calls f(first, lanes) for the vectors of n values; all but the last have a count of lanes that the compiler knows.
-template <typename F>
-inline void for_vectors(int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<int, kLanes>());
-  if (i < n) f(i, int(n - i));
-}
-
-}  // namespace mq_ao
-
 namespace mq_ao::hadamard {
 
 // Larger bases are dense products, which the reference does as well.

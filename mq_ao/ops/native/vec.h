@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define MQ_AO_AVX512
@@ -99,6 +100,14 @@ inline Vec gather(const float* p, int64_t stride, int count) {
 }
 inline void scatter(Vec v, float* p, int64_t stride, int count) {
   for (int i = 0; i < count; ++i) p[i * stride] = v[i];
+}
+
+// Calls f(first, lanes) for the vectors of n values; all but the last have a count of lanes that the compiler knows.
+template <typename F>
+inline void for_vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<int, kLanes>());
+  if (i < n) f(i, int(n - i));
 }
 
 // NaN in `x` passes through both: x86's min and max return their second operand then.
