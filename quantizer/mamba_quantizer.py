@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import Match, Rejection, Role, match
+from mq_ao.graph import Match, Rejection, Role, match, walk
 from mq_ao.graph.walk import argument, module_path
 from mq_ao.passes.probe import flat_states_name
 from mq_ao.passes.statistics import ChannelStatistics, Request
@@ -189,6 +189,8 @@ class MambaQuantizer(Quantizer):
             return Decision(node.name, path, role, False, "switched off by the configuration")
         if is_annotated(node):
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
+        if node.target in walk.SSD:
+            return Decision(node.name, path, role, False, "there is no integer kernel for Mamba-2's scan yet")
         if operands is not None:
             annotator.inputs(node, tuple(operands.values()), spec)
             return Decision(node.name, path, role, True, f"{spec.input}: {', '.join(operands)}")

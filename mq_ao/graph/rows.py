@@ -140,8 +140,9 @@ def _reshaped(source: Sequence[Any], target: Sequence[Any], axis: int) -> tuple[
     """The axis of a reshape's input that is `axis` of its output, if that is one and the same axis."""
     size, behind = target[axis], math.prod(target[axis + 1 :])
     for candidate in range(len(source)):
-        same = source[candidate] == size and math.prod(source[candidate + 1 :]) == behind
-        if statically_known_true(same):
+        # Not `and` alone: the truth of a comparison of sizes that vary would fix them.
+        same = (source[candidate] == size, math.prod(source[candidate + 1 :]) == behind)
+        if all(map(statically_known_true, same)):
             return candidate, 0, int(size)
     return None
 

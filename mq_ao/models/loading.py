@@ -1,4 +1,4 @@
-"""From a name to a `MambaLM`: the bundled model, local folders and hub ids."""
+"""From a name to a `MambaLM` or `Mamba2LM`: the bundled model, local folders and hub ids."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mq_ao.models import demo
 from mq_ao.models.checkpoint import FILES, has_weights, read_weights
 from mq_ao.models.layouts import Layout, read_layout
 from mq_ao.models.mamba import MambaLM
+from mq_ao.models.mamba2 import language_model
 from mq_ao.models.weights import fitted
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load(source: str | Path) -> MambaLM:
-    """Loads a Mamba-1 language model in float32, in evaluation mode.
+    """Loads a Mamba language model, of version 1 or 2, in float32, in evaluation mode.
 
     Args:
         source: `"demo"` (the bundled model), a folder (transformers', mamba_ssm's or our layout) or a hub id.
@@ -43,7 +44,7 @@ def load_folder(folder: Path) -> MambaLM:
     """Loads the model in `folder`; see `load`."""
     layout = read_layout(folder)
     with torch.device("meta"):
-        model = MambaLM(layout.config)
+        model = language_model(layout.config)
     try:
         weights = _matched(model, layout, read_weights(folder))
     except MqAoError as error:

@@ -5,16 +5,15 @@ Parameter names are those of the public Vim-T, Vim-S and Vim-B checkpoints.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.errors import MqAoError
-from mq_ao.models.mamba import CausalConv1d, init_dt
+from mq_ao.models.mamba import CausalConv1d, init_dt, init_projections
 from mq_ao.models.vision_config import VimConfig
 
 
@@ -43,6 +42,12 @@ class VimMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner))
         self.D_b = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.bias)
+
+    def reset_parameters(self, n_layer: int) -> None:
+        """Initialises as mamba_ssm does, in a model of `n_layer` blocks."""
+        init_dt(self.dt_proj)
+        init_dt(self.dt_proj_b)
+        init_projections(self.in_proj, self.out_proj, n_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, tokens, d_model) -> the same shape."""
@@ -120,13 +125,9 @@ class Vim(nn.Module):
         for parameter in (self.cls_token, self.pos_embed, self.head.weight):
             nn.init.trunc_normal_(parameter, std=0.02)
         nn.init.zeros_(self.head.bias)
-        for module in self.modules():
-            if isinstance(module, VimMixer):
-                init_dt(module.dt_proj)
-                init_dt(module.dt_proj_b)
-                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
-                with torch.no_grad():
-                    module.out_proj.weight /= math.sqrt(self.config.n_layer)
+        mixers: list[Any] = [layer.mixer for layer in self.layers]
+        for mixer in mixers:
+            mixer.reset_parameters(self.config.n_layer)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies images.

@@ -11,7 +11,7 @@ from mq_ao.graph import edit
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.low_rank import low_rank
 from mq_ao.passes.smooth_conv import shared_inputs
-from mq_ao.passes.smooth_gate import scale_gate
+from mq_ao.passes.smooth_gate import scale_out_input
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PlantOutliers(Pass):
         for block in rewrite.blocks:
             with self.where_suitable(rewrite, block.name):
                 gate = factors(edit.channels(block.out_input))
-                scale_gate(rewrite, block, gate)
+                scale_out_input(rewrite, block, gate)
                 rewrite.scale_columns(block.out_proj, 1 / gate)
             for direction in block.directions:
                 with self.where_suitable(rewrite, direction.name):
