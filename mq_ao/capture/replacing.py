@@ -1,0 +1,64 @@
+"""Puts our operators in the place of a library's functions for the time of a capture."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """An attribute that has another value during a capture.
+
+    Attributes:
+        owner: module of Python, `nn.Module` or configuration that has the attribute.
+        name: attribute.
+        value: what it is during the capture.
+    """
+
+    owner: Any
+    name: str
+    value: Any
+
+
+@contextmanager
+def replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Sets the attributes, and sets them back at the end, after an error too; nested use undoes its own part."""
+    with ExitStack() as stack:
+        for item in replacements:
+            before = vars(item.owner).get(item.name, _ABSENT)
+            setattr(item.owner, item.name, item.value)
+            stack.callback(_restore, item, before)
+        yield
+
+
+def _restore(item: Replacement, before: Any) -> None:
+    if before is _ABSENT:
+        delattr(item.owner, item.name)
+    else:
+        setattr(item.owner, item.name, before)
+
+
+def everywhere(functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> Iterator[Replacement]:
+    """Replacements of functions in every imported module that refers to them, under whatever name.
+
+    Args:
+        functions: a library's function -> what is called instead.
+    """
+    by_id = {id(function): value for function, value in functions.items()}
+    for module in imported():
+        for name, value in list(vars(module).items()):
+            if id(value) in by_id:
+                yield Replacement(module, name, by_id[id(value)])
+
+
+def imported(prefix: str = "") -> list[ModuleType]:
+    """The imported modules whose name starts with `prefix`."""
+    modules = list(sys.modules.items())
+    return [module for name, module in modules if name.startswith(prefix) and isinstance(module, ModuleType)]
