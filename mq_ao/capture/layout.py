@@ -75,15 +75,16 @@ class ChannelLast(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         handler = _HANDLERS.get(name)
-        if args and isinstance(args[0], Tensor):
-            if _writes(name):
-                self._forget(args[0])
-            elif handler is not None:
-                result = handler(self, name, *args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-                if name == "view":  # The tensor may be a view where the code's own would have been contiguous.
-                    func = Tensor.reshape if not isinstance(args[1], torch.dtype) else func
+        if name in _WRITING or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
+            # What is written to may be a copy of what it is a view of, or the other way round.
+            self._views.clear()
+        elif handler is not None and args and isinstance(args[0], Tensor):
+            result = handler(self, name, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            if name == "view" and not kwargs and not isinstance(args[1], torch.dtype):
+                # The tensor may be a view where the code's own would have been contiguous.
+                func = Tensor.reshape
         return func(*args, **kwargs)
 
     def _known(self, x: Tensor) -> _View | None:
@@ -93,11 +94,6 @@ class ChannelLast(TorchFunctionMode):
     def _remember(self, x: Tensor, view: _View) -> Tensor:
         self._views[id(x)] = (x, view)
         return x
-
-    def _forget(self, x: Tensor) -> None:
-        known = self._known(x)
-        base = x if known is None else known.base
-        self._views = {key: (t, view) for key, (t, view) in self._views.items() if view.base is not base}
 
     def _give(self, view: _View) -> Tensor:
         """The tensor that a view describes: `base` itself where nothing is reordered."""
@@ -232,9 +228,8 @@ def _take(base: Tensor, axes: Sequence[int], sizes: Sequence[Any]) -> list[tuple
     return groups
 
 
-def _writes(name: str) -> bool:
-    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
+_OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
+_WRITING = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())})
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "permute": ChannelLast._permute,

@@ -1,4 +1,4 @@
-"""mamba_ssm's functions, for its own models and for any code that imports them."""
+"""mamba_ssm's functions, for its own models and for any code that calls them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from mq_ao.capture import norms, scans
-from mq_ao.capture.replacing import Replacement, everywhere, imported
+from mq_ao.capture.replacing import Replacement, imported
 from mq_ao.errors import MqAoError
 
 
@@ -39,21 +39,18 @@ def import_mamba_ssm() -> ModuleType:
 
 
 def replacements(module: nn.Module) -> Iterator[Replacement]:
-    """What stands in for mamba_ssm's functions while `module` is captured; nothing if mamba_ssm is not imported."""
-    if "mamba_ssm" not in sys.modules:
-        return
-    theirs: dict[Callable[..., Any], Callable[..., Any]] = {}
+    """What stands in for mamba_ssm's and causal_conv1d's functions during a capture, as far as they are imported."""
+    # Through its autograd function each of them is reached, whoever holds a reference to it.
     for place, functions in _FUNCTIONS.items():
-        source = sys.modules.get(place)
         for name, ours in functions.items():
-            function = getattr(source, name, None)
+            function = getattr(sys.modules.get(place), name, None)
             if function is not None:
-                theirs[function] = ours
-    yield from everywhere(theirs)
-    # Where causal_conv1d is not installed, its name is None, and the fast path that needs it is left out.
-    for source in imported("mamba_ssm."):
-        if vars(source).get("causal_conv1d_fn", ...) is None:
-            yield Replacement(source, "causal_conv1d_fn", scans.causal_conv1d_fn)
+                yield Replacement(function, "apply", ours)
+    if "mamba_ssm" in sys.modules:
+        # Where causal_conv1d is not installed, its name is None, and the fast path that needs it is left out.
+        for source in imported():
+            if vars(source).get("causal_conv1d_fn", ...) is None:
+                yield Replacement(source, "causal_conv1d_fn", scans.causal_conv1d_fn)
 
 
 def mamba_inner_fn(
@@ -78,28 +75,31 @@ def mamba_inner_fn(
     dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """The whole mixer but in_proj: xz (batch, 2 d_inner, length), B and C None or (batch, [groups,] d_state, length)."""
-    x, z = xz.chunk(2, dim=1)
-    x = scans.causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
+    """The whole mixer but in_proj.
+
+    Args:
+        xz: (batch, 2 d_inner, length), output of in_proj.
+        B, C: (batch, [groups,] d_state, length); None to take them from x_proj's output.
+        Others as in mamba_ssm.
+    """
+    x, z = xz.transpose(1, 2).chunk(2, dim=-1)
+    x, _ = scans.causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, "silu")
     rank, d_state = delta_proj_weight.shape[1], A.shape[-1]
-    projected = linear(x.transpose(1, 2), x_proj_weight)
-    dt, *matrices = projected.split([rank, *[d_state] * ((projected.shape[-1] - rank) // d_state)], dim=-1)
+    projected = linear(x, x_proj_weight)
+    dt, *matrices = projected.split([rank, *[d_state] * ((B is None) + (C is None))], dim=-1)
     delta = linear(dt, delta_proj_weight)
     if dt_rms_weight is not None:
         delta = norms.rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
-    if C is None:
-        C = _matrix(matrices[-1], C_proj_bias, c_rms_weight, b_c_dt_rms_eps)
-    if B is None:
-        B = _matrix(matrices[0], B_proj_bias, b_rms_weight, b_c_dt_rms_eps)
-    y = scans.selective_scan_fn(x, delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
-    return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    B = scans.channel_last(B) if B is not None else _matrix(matrices[0], B_proj_bias, b_rms_weight, b_c_dt_rms_eps)
+    C = scans.channel_last(C) if C is not None else _matrix(matrices[-1], C_proj_bias, c_rms_weight, b_c_dt_rms_eps)
+    y, _ = scans.selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return linear(y, out_proj_weight, out_proj_bias)
 
 
 def _matrix(x: Tensor, bias: Tensor | None, rms_weight: Tensor | None, eps: float) -> Tensor:
-    """B or C, (batch, d_state, length), from its part of x_proj's output."""
+    """B or C from its part of x_proj's output."""
     x = x if bias is None else x + bias.to(x.dtype)
-    x = x if rms_weight is None else norms.rms_norm(x, rms_weight, eps)
-    return x.transpose(1, 2)
+    return x if rms_weight is None else norms.rms_norm(x, rms_weight, eps)
 
 
 def layer_norm_fn(
@@ -138,15 +138,6 @@ def layer_norm_fn(
     return y, total.to(kept)
 
 
-def rms_norm_fn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, return_dropout_mask: bool = False, **kwargs: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`layer_norm_fn` with an RMS norm; the same arguments, without `is_rms_norm`."""
-    return layer_norm_fn(
-        x, weight, bias, *args, **kwargs, is_rms_norm=True, return_dropout_mask=return_dropout_mask
-    )
-
-
 def gated_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -166,19 +157,6 @@ def gated_norm_fn(
         return y if bias is None else y + bias.to(y.dtype)
 
     return norms.gated(norm, x, z, norm_before_gate=norm_before_gate)
-
-
-def gated_rms_norm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None = None,
-    eps: float = 1e-6,
-    group_size: int | None = None,
-    norm_before_gate: bool = True,
-) -> Tensor:
-    """`mamba_ssm.ops.triton.layernorm_gated.rmsnorm_fn`: x, z (..., channels)."""
-    return gated_norm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm=True)
 
 
 def mamba_split_conv1d_scan_combined(
@@ -216,30 +194,27 @@ def mamba_split_conv1d_scan_combined(
         *mlp, z, xBC, dt = zxbcdt.split([d_mlp, d_mlp, *sizes], dim=-1)
     else:
         z, xBC, dt = zxbcdt.split(sizes, dim=-1)
-    xBC = scans.causal_conv1d_fn(
-        xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation
-    ).transpose(1, 2)
+    xBC, _ = scans.causal_conv1d(xBC, conv1d_weight, conv1d_bias, activation, seq_idx)
     x, B, C = xBC.split([d_ssm, ngroups * d_state, ngroups * d_state], dim=-1)
-    y, last = scans.mamba_chunk_scan_combined(
+    y, last = scans.ssd_scan(
         x.unflatten(-1, (nheads, headdim)),
         dt,
         A,
         B.unflatten(-1, (ngroups, d_state)),
         C.unflatten(-1, (ngroups, d_state)),
-        chunk_size,
         D,
-        dt_bias=dt_bias,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        dt_softplus=True,
-        dt_limit=dt_limit,
-        return_final_states=True,
+        None,
+        dt_bias,
+        True,
+        dt_limit,
+        initial_states,
+        seq_idx,
     )
     y = y.flatten(-2)
     if rmsnorm_weight is None:
         y = y * silu(z)
     else:
-        y = gated_rms_norm_fn(y, rmsnorm_weight, None, z, rmsnorm_eps, d_ssm // ngroups, norm_before_gate)
+        y = gated_norm_fn(y, rmsnorm_weight, None, z, rmsnorm_eps, d_ssm // ngroups, norm_before_gate, True)
     if mlp:
         y = torch.cat((silu(mlp[0]) * mlp[1], y), dim=-1)
     if outproj_weight is not None:
@@ -248,15 +223,16 @@ def mamba_split_conv1d_scan_combined(
 
 
 _FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "causal_conv1d.causal_conv1d_interface": {"causal_conv1d_fn": scans.causal_conv1d_fn},
+    "causal_conv1d.causal_conv1d_interface": {"CausalConv1dFn": scans.causal_conv1d_fn},
     "mamba_ssm.ops.selective_scan_interface": {
-        "selective_scan_fn": scans.selective_scan_fn,
-        "mamba_inner_fn": mamba_inner_fn,
+        "SelectiveScanFn": scans.selective_scan_fn,
+        "MambaInnerFn": mamba_inner_fn,
     },
-    "mamba_ssm.ops.triton.layer_norm": {"layer_norm_fn": layer_norm_fn, "rms_norm_fn": rms_norm_fn},
-    "mamba_ssm.ops.triton.layernorm_gated": {"layernorm_fn": gated_norm_fn, "rmsnorm_fn": gated_rms_norm_fn},
+    "mamba_ssm.ops.triton.layer_norm": {"LayerNormFn": layer_norm_fn},
+    "mamba_ssm.ops.triton.layernorm_gated": {"LayerNormFn": gated_norm_fn},
     "mamba_ssm.ops.triton.ssd_combined": {
-        "mamba_chunk_scan_combined": scans.mamba_chunk_scan_combined,
-        "mamba_split_conv1d_scan_combined": mamba_split_conv1d_scan_combined,
+        "MambaChunkScanCombinedFn": scans.mamba_chunk_scan_combined,
+        "MambaSplitConv1dScanCombinedFn": mamba_split_conv1d_scan_combined,
     },
 }
+"""Autograd functions by module: the one who calls `apply` gives all arguments by position, in the order of ours."""

@@ -27,9 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, group_size: int | Non
     return y if weight is None else y * weight
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int | None = None) -> Tensor:
     """LayerNorm over the last axis, or over each run of `group_size` of its channels."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if group_size is None or group_size == x.shape[-1]:
@@ -48,7 +46,7 @@ def gated(norm: Callable[[Tensor], Tensor], x: Tensor, z: Tensor | None, *, norm
     return norm(x * functional.silu(z))
 
 
-def replacements(module: nn.Module) -> Iterator[Replacement]:
+def replacements(module: nn.Module, library: str) -> Iterator[Replacement]:
     """One node for each RMSNorm that a model spells out, with the same mathematics.
 
     A class says by its name that it is one. What it computes (before or after a gate, in groups, with a weight, 1 +
@@ -57,13 +55,15 @@ def replacements(module: nn.Module) -> Iterator[Replacement]:
 
     Args:
         module: a model with its weights.
+        library: package whose classes are looked at.
     """
     for name, norm in module.named_modules():
-        if "RMSNorm" not in type(norm).__name__ or isinstance(norm, nn.RMSNorm):
+        kind = type(norm)
+        if "RMSNorm" not in kind.__name__ or kind.__module__.partition(".")[0] != library:
             continue
         form = _form_of(norm)
         if form is None:
-            logger.warning("%s (%s) is not an RMSNorm that is known: captured as written", name, type(norm).__name__)
+            logger.warning("%s (%s) is not an RMSNorm that is known: captured as written", name, kind.__name__)
         else:
             yield Replacement(norm, "forward", form)
 

@@ -32,7 +32,7 @@ def export(
     """Captures `module` as one program for any batch and length, length 1 included.
 
     The module is taken as it is: the functions of mamba_ssm and transformers that it calls are replaced by our
-    operators while it is traced, wherever they were imported, and put back afterwards.
+    operators while it is traced, and put back afterwards.
 
     Args:
         module: model in eval mode whose scan is mamba_ssm's, transformers' or `torch.ops.mq_ao.selective_scan`.

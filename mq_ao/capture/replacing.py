@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,7 +17,7 @@ class Replacement:
     """An attribute that has another value during a capture.
 
     Attributes:
-        owner: module of Python, `nn.Module` or configuration that has the attribute.
+        owner: Python module, class, `nn.Module` or configuration that has the attribute.
         name: attribute.
         value: what it is during the capture.
     """
@@ -43,19 +43,6 @@ def _restore(item: Replacement, before: Any) -> None:
         delattr(item.owner, item.name)
     else:
         setattr(item.owner, item.name, before)
-
-
-def everywhere(functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> Iterator[Replacement]:
-    """Replacements of functions in every imported module that refers to them, under whatever name.
-
-    Args:
-        functions: a library's function -> what is called instead.
-    """
-    by_id = {id(function): value for function, value in functions.items()}
-    for module in imported():
-        for name, value in list(vars(module).items()):
-            if id(value) in by_id:
-                yield Replacement(module, name, by_id[id(value)])
 
 
 def imported(prefix: str = "") -> list[ModuleType]:

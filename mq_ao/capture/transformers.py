@@ -28,17 +28,14 @@ def replacements(module: nn.Module) -> Iterator[Replacement]:
     for config in configs.values():
         if getattr(config, "use_cache", False):
             yield Replacement(config, "use_cache", False)
-    if any(type(part).__module__.startswith("transformers.") for part in module.modules()):
-        yield from norms.replacements(module)
+    yield from norms.replacements(module, "transformers")
 
 
 def causal_conv1d_fn(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
 ) -> Any:
     """hidden_states (batch, channels, length)."""
-    return scans.causal_conv1d_fn(
-        hidden_states, weight, bias, seq_idx=kwargs.get("seq_idx"), activation=activation
-    )
+    return scans.causal_conv1d_fn(hidden_states, weight, bias, seq_idx=kwargs.get("seq_idx"), activation=activation)
 
 
 def mamba_selective_scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Any:
