@@ -40,7 +40,7 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 
 
 def references() -> Mapping[tuple[str, str], Any]:
-    """What replacing touches in imported modules, to compare later: functions, names that are None, `apply` of classes."""
+    """What replacing touches in imported modules: functions, names that are None, `apply` of classes."""
     found: dict[tuple[str, str], Any] = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in ("mamba_ssm", "transformers", "tests") and isinstance(module, ModuleType):

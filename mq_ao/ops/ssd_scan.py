@@ -40,7 +40,8 @@ def _check(
         require(length > 0, "ssd_scan: the sequence is empty (length 0); give at least one step.")
     require(x.is_floating_point(), f"ssd_scan: x must be floating point, it is {x.dtype}.")
     require(
-        B.dim() == 4, f"ssd_scan: B must be (batch, length, groups, d_state), it has {B.dim()} dimensions; unsqueeze it."
+        B.dim() == 4,
+        f"ssd_scan: B must be (batch, length, groups, d_state), it has {B.dim()} dimensions; unsqueeze it.",
     )
     groups, d_state = B.shape[2:]
     require(groups > 0, "ssd_scan: B has no groups.")
