@@ -189,6 +189,8 @@ class MambaQuantizer(Quantizer):
             return Decision(node.name, path, role, False, "switched off by the configuration")
         if is_annotated(node):
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
+        if node.target == walk.aten.conv2d.default:
+            return Decision(node.name, path, role, False, "there is no integer kernel for convolutions over two axes")
         if node.target in walk.SSD:
             return Decision(node.name, path, role, False, "there is no integer kernel for Mamba-2's scan yet")
         if operands is not None:
