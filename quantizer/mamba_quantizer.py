@@ -21,7 +21,6 @@ from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, Quantizatio
 from mq_ao.quantizer.states import CarriedState, carried_states
 from mq_ao.quantizer.weights import QuantizedWeight
 
-
 _OFF = "switched off by the configuration"
 _WITHOUT_KERNEL: Mapping[object, str] = {
     walk.aten.conv2d.default: "there is no integer kernel for convolutions over two axes",

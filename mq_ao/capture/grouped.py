@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import linear
 
 
@@ -19,15 +20,16 @@ def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor | None:
     Args:
         equation: as torch.einsum takes it.
         x: first operand.
-        weight: second operand, whose three axes are one that both operands and the result have (the group), one that
-            only the result has besides (out), and one that only x has besides (in).
+        weight: second operand, a parameter of three axes: one that both operands and the result have (the group), one
+            that only the result has besides (out), and one that only x has besides (in).
 
     Returns:
         The product, or None for any other equation.
     """
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     names = inputs.split(",")
-    if not arrow or len(names) != 2 or weight.dim() != 3 or "." in equation:
+    # A product of activations may look the same: it has no groups, but sequences.
+    if not arrow or len(names) != 2 or not isinstance(weight, Parameter) or weight.dim() != 3 or "." in equation:
         return None
     left, right = names
     group, inner, outer = (

@@ -58,6 +58,7 @@ TRANSPARENT = COPYING | {
     aten.split_with_sizes.default,
     aten.squeeze.dim,
     aten.transpose.int,
+    aten.unbind.int,
     aten.unflatten.int,
     aten.unsqueeze.default,
     aten.view.default,
