@@ -61,7 +61,10 @@ def rewrite(converted: GraphModule) -> IntegerGraph:
     kernels = dict(Rewriter(module).run())
     simulated = simulated_nodes(module)
     if simulated:
-        logger.warning("no integer kernel for the quantization of %s: simulated in float", ", ".join(simulated))
+        logger.warning(
+            "mq_ao has no integer kernel for the quantization of %s: simulated in float, unless Inductor has one",
+            ", ".join(simulated),
+        )
     _fold_constants(module)
     return IntegerGraph(module, kernels, simulated)
 
@@ -90,10 +93,16 @@ def compile_float(module: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
         example_args: inputs to compile for.
     """
     compiler()
-    compiled = torch.compile(module, options={"freezing": True})
-    with torch.no_grad():
-        compiled(*example_args)
-    return compiled
+    compiled = torch.compile(module)
+
+    def run(*args: Any) -> Any:
+        # Where it compiles, it freezes: an option of torch.compile would not reach the part that makes constants of
+        # parameters, and no convolution that another quantizer annotated would become an integer one.
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            return compiled(*args)
+
+    run(*example_args)
+    return run
 
 
 def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
