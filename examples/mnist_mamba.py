@@ -13,21 +13,18 @@ Examples:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy
 import torch
 import typer
+from recipe_table import measure, report
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 
-import mq_ao
 from mq_ao.ablation.steps import BASELINES, CHAIN, PRODUCTION, canonical, parse_bits, scheme
-from mq_ao.cli.console import bar, check_json, out, write_json
+from mq_ao.cli.console import check_json
 from mq_ao.models import MambaConfig
 from mq_ao.models.mamba import MambaMixer
 from mq_ao.passes.rotate_dt import RotateDt
@@ -101,53 +98,6 @@ def calibration_batches(images: Tensor) -> list[tuple[Tensor]]:
     return [(batch,) for batch in images[:CALIBRATION_IMAGES].split(BATCH)]
 
 
-@torch.no_grad()
-def log_probabilities(model: Callable[[Tensor], Tensor], images: Tensor) -> Iterator[Tensor]:
-    """Yields log p (batch, classes), batch by batch."""
-    for batch in images.split(BATCH):
-        yield functional.log_softmax(model(batch), dim=-1)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a recipe keeps of the float model.
-
-    Attributes:
-        recipe: its name.
-        bits: of the weights.
-        correct: images classified right, of `images`.
-        images: number of images.
-        agreement: share of images with the same class as in float32.
-        divergence: mean KL(float32 || quantized) in nats.
-    """
-
-    recipe: str
-    bits: int
-    correct: int
-    images: int
-    agreement: float
-    divergence: float
-
-
-def measure(
-    model: Callable[[Tensor], Tensor],
-    reference: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    advance: Callable[[int], object] = lambda _: None,
-) -> tuple[int, float, float]:
-    """Images right, agreement with `reference` (log p, (images, classes)), and the mean KL to it in nats."""
-    parts = []
-    for part in log_probabilities(model, images):
-        parts.append(part)
-        advance(len(part))
-    log_q = torch.cat(parts)
-    correct = int((log_q.argmax(-1) == labels).sum())
-    agreement = float((log_q.argmax(-1) == reference.argmax(-1)).double().mean())
-    divergence = functional.kl_div(log_q.double(), reference.double(), reduction="batchmean", log_target=True)
-    return correct, agreement, float(divergence)
-
-
 def static_recipes(bits: int) -> list[Recipe]:
     """Static ones with scan operands in int8: without rewrites, with METHOD.md section 8's, and with all of them."""
     scan = scheme(bits)
@@ -185,44 +135,8 @@ def main(
     images, labels = load_data(folder)
     calibration = calibration_batches(images)
     images, labels = (part[CALIBRATION_IMAGES:][:limit] for part in (images, labels))
-    results = []
-    with bar("float32", len(labels) * (len(chosen) + 1)) as advance:
-        parts = []
-        for part in log_probabilities(model, images):
-            parts.append(part)
-            advance(len(part))
-        reference = torch.cat(parts)
-        right = int((reference.argmax(-1) == labels).sum())
-        for width, recipe in chosen:
-            advance(0, recipe.name)
-            quantized = mq_ao.quantize(model, calibration, recipe)
-            measured = measure(quantized.converted, reference, images, labels, advance)
-            results.append(Result(recipe.name, width, measured[0], len(labels), *measured[1:]))
-    if json is not None:
-        content = {"images": len(labels), "float32_correct": right, "results": [asdict(result) for result in results]}
-        write_json(json, content)
-    if json != "-":
-        _print(results, right)
-
-
-def _print(results: list[Result], right: int) -> None:
-    from rich.table import Table
-
-    images = results[0].images
-    title = f"float32: {right} of {images} right ({right / images:.4f})"
-    table = Table(title=title, title_justify="left")
-    for name in ("recipe", "right", "accuracy", "points", "agreement", "mean KL, nats"):
-        table.add_column(name, justify="left" if name == "recipe" else "right")
-    for result in results:
-        table.add_row(
-            result.recipe,
-            str(result.correct),
-            f"{result.correct / images:.4f}",
-            f"{100 * (result.correct - right) / images:+.2f}",
-            f"{result.agreement:.4f}",
-            f"{result.divergence:.5f}",
-        )
-    out().print(table)
+    results = measure(model, calibration, chosen, images, labels, lambda quantized: quantized.converted)
+    report(results, json)
 
 
 if __name__ == "__main__":

@@ -12,21 +12,28 @@ Examples:
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from demo_card import Result, model_card
 from demo_corpus import Batches, collect, repeated_lines
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from training import (
+    Optimiser,
+    Plan,
+    Schedule,
+    console,
+    load_checkpoint,
+    progress_bar,
+    save_checkpoint,
+    say,
+    seconds_until,
+)
 
 from mq_ao.evaluate import bits_per_byte, xz_bits_per_byte
 from mq_ao.files import write_atomically
@@ -35,87 +42,16 @@ from mq_ao.models.saving import save_pretrained
 
 REPORT_SECONDS = 30
 
-console = Console(soft_wrap=True)
-
 
 @dataclass(frozen=True)
-class Plan:
-    """How to train.
+class TextPlan(Plan):
+    """How to train, on windows of `length` bytes."""
 
-    Attributes:
-        out: folder for the checkpoint and the model.
-        seconds: wall time left at the start of this process; the learning rate has decayed when it is over.
-        steps: stop after this many optimiser steps; the schedule follows whichever end is nearer.
-        length: bytes in a window.
-        batch: windows in a step.
-        matrix_lr: Muon's learning rate, for the projections.
-        other_lr: AdamW's learning rate, for everything else.
-        seed: seed of the weights and of the order of the windows.
-        eval_seconds: time between evaluations.
-    """
-
-    out: Path
-    seconds: float
-    steps: int | None
     length: int
-    batch: int
-    matrix_lr: float
-    other_lr: float
-    seed: int
-    eval_seconds: float
 
 
-class Schedule:
-    """Learning-rate factor by the share of the run that is over: short warmup, plateau, linear decay to zero.
-
-    In the last part, `focus`, only text like that which the model is measured on is trained on.
-
-    Going by wall time makes the decay end on time whatever else the machine does meanwhile.
-    """
-
-    warmup = 0.02
-    decay = 0.65
-    focus = 0.45
-
-    def __init__(self, plan: Plan, elapsed: float) -> None:
-        self.plan, self.elapsed, self.started = plan, elapsed, time.time()
-
-    def now(self) -> float:
-        """Seconds that the run has taken, earlier processes included."""
-        return self.elapsed + time.time() - self.started
-
-    def share(self, step: int) -> float:
-        """Share of the run that is over, by time or by steps, whichever is further."""
-        by_time = self.now() / (self.elapsed + self.plan.seconds)
-        return max(by_time, step / self.plan.steps if self.plan.steps else 0.0)
-
-    def factor(self, share: float) -> float:
-        """Learning-rate factor in [0, 1]."""
-        return max(0.0, min(1.0, share / self.warmup + 0.01, (1 - share) / self.decay))
-
-
-class Optimiser:
-    """Muon for the projections; AdamW for the embedding, the convolution, the scan's parameters, norms."""
-
-    def __init__(self, model: MambaLM, plan: Plan) -> None:
-        matrices = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in model.parameters() if id(p) not in chosen]
-        self.parameters = matrices + others
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=plan.matrix_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=plan.other_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        ]
-        self.rates = (plan.matrix_lr, plan.other_lr)
-
-    def step(self, factor: float) -> None:
-        """Clips, updates and clears the gradients."""
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part, rate in zip(self.parts, self.rates, strict=True):
-            for group in part.param_groups:
-                group["lr"] = rate * factor
-            part.step()
-            part.zero_grad(set_to_none=True)
+FOCUS = 0.45
+"""In this last part of a run, only text like that which the model is measured on is trained on."""
 
 
 def loss_of(model: MambaLM, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -123,33 +59,6 @@ def loss_of(model: MambaLM, inputs: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits, _, _ = model(inputs)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def save_checkpoint(path: Path, model: MambaLM, optimiser: Optimiser, step: int, elapsed: float) -> None:
-    """Writes everything that a resumed run needs, under a temporary name first."""
-    state = {
-        "config": model.config.to_dict(),
-        "model": model.state_dict(),
-        "optimisers": [part.state_dict() for part in optimiser.parts],
-        "step": step,
-        "elapsed": elapsed,
-    }
-    temporary = path.with_suffix(".partial")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path, model: MambaLM, optimiser: Optimiser) -> tuple[int, float]:
-    """Restores a run; returns its step and elapsed seconds."""
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    if state["config"] != model.config.to_dict():
-        raise typer.BadParameter(
-            f"{path} is of a model with {state['config']}: give the same options, or another --out."
-        )
-    model.load_state_dict(state["model"])
-    for part, saved in zip(optimiser.parts, state["optimisers"], strict=True):
-        part.load_state_dict(saved)
-    return state["step"], state["elapsed"]
 
 
 def sample(model: MambaLM, prompt: str, size: int = 600) -> str:
@@ -168,7 +77,7 @@ class Run:
         resume: go on from the checkpoint in `plan.out` if there is one.
     """
 
-    def __init__(self, config: MambaConfig, plan: Plan, resume: bool) -> None:
+    def __init__(self, config: MambaConfig, plan: TextPlan, resume: bool) -> None:
         torch.manual_seed(plan.seed)
         plan.out.mkdir(parents=True, exist_ok=True)
         self.plan, self.corpus, self.model = plan, collect(), MambaLM(config)
@@ -219,10 +128,9 @@ class Run:
         r, parameters = self.result, sum(p.numel() for p in self.model.parameters())
         say(f"{parameters:,} parameters; {r.train_bytes:,} training bytes, {r.module_bytes:,} in modules")
         say(f"held-out: {len(self.heldout):,} bytes, xz -9e {r.xz_bpb:.4f} bits per byte; step {self.step}")
-        columns = (TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         evaluated = reported = time.time()
         losses: list[float] = []
-        with Progress(*columns, console=console) as progress:
+        with progress_bar() as progress:
             bar = progress.add_task("training", total=1.0)
             while (share := self.schedule.share(self.step)) < 1:
                 losses.append(self._update(share))
@@ -241,7 +149,7 @@ class Run:
     def _update(self, share: float) -> float:
         """One optimiser step; returns its loss in bits per byte."""
         factor = self.schedule.factor(share)
-        batches = self.focus if share > 1 - Schedule.focus else self.everything
+        batches = self.focus if share > 1 - FOCUS else self.everything
         loss = loss_of(self.model, *batches(self.step))
         loss.backward()
         self.optimiser.step(factor)
@@ -271,21 +179,6 @@ class Run:
         say(f"step {self.step} held-out bpb {self.result.heldout_bpb:.4f}")
 
 
-def say(line: str) -> None:
-    """Prints a line with the time of day, above the progress bar."""
-    console.print(f"{datetime.now(UTC):%H:%M:%S} {line}", highlight=False)
-
-
-def seconds_until(clock: str) -> float:
-    """Seconds from now to the next time that UTC clocks show `clock` (HH:MM)."""
-    now = datetime.now(UTC)
-    try:
-        end = datetime.combine(now.date(), datetime.strptime(clock, "%H:%M").time(), UTC)
-    except ValueError as error:
-        raise typer.BadParameter(f"{clock!r} is no time of day: give HH:MM (UTC).") from error
-    return ((end if end > now else end + timedelta(days=1)) - now).total_seconds()
-
-
 def main(
     *,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and for demo/, the finished model.")] = Path(
@@ -311,7 +204,7 @@ def main(
     """Trains a byte-level Mamba on Python's standard library and writes a model folder with its card."""
     torch.set_num_threads(threads)
     config = MambaConfig(vocab_size=256, d_model=d_model, n_layer=layers, d_state=d_state)
-    plan = Plan(
+    plan = TextPlan(
         out=out,
         seconds=seconds_until(until) if until else 60 * minutes,
         steps=steps,

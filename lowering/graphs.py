@@ -42,15 +42,15 @@ class StateShapes:
 
     Attributes:
         n_layer: number of blocks.
-        conv: (d_conv - 1, d_inner).
-        ssm: (d_inner, d_state).
+        conv: (d_conv - 1, channels of the convolution).
+        ssm: (d_inner, d_state), or (heads, headdim, d_state) in Mamba-2.
         conv_dtype: of the convolutions' states.
         ssm_dtype: of the scans' states: int8 where they are carried as integers.
     """
 
     n_layer: int
-    conv: tuple[int, int]
-    ssm: tuple[int, int]
+    conv: tuple[int, ...]
+    ssm: tuple[int, ...]
     conv_dtype: torch.dtype = torch.float32
     ssm_dtype: torch.dtype = torch.float32
 
@@ -62,14 +62,14 @@ class StateShapes:
             MqAoError: the graph has other inputs.
         """
         values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-        if len(values) != 3 or [value.dim() for value in values] != [2, 4, 4]:
+        if [value.dim() for value in values] not in ([2, 4, 4], [2, 4, 5]):
             raise MqAoError(
                 "the graph is not that of a language model with states: its inputs must be input_ids (batch, length), "
                 "conv_state (n_layer, batch, d_conv - 1, d_inner) and ssm_state (n_layer, batch, d_inner, d_state)."
             )
         _, conv, ssm = values
-        n_layer, taps, channels, d_state = map(int, (*conv.shape[:1], *conv.shape[2:], ssm.shape[3]))
-        return cls(n_layer, (taps, channels), (channels, d_state), conv.dtype, ssm.dtype)
+        conv_shape, ssm_shape = (tuple(map(int, state.shape[2:])) for state in (conv, ssm))
+        return cls(int(conv.shape[0]), conv_shape, ssm_shape, conv.dtype, ssm.dtype)
 
     def zeros(self, batch: int) -> tuple[Tensor, Tensor]:
         """Initial conv and ssm states."""

@@ -59,7 +59,7 @@ def _in_words(item: Pass) -> str:
     return item.name + step + "".join(f" {name}={value}" for name, value in options.items())
 
 
-_FOUR_BITS = (Role.IN_PROJ, Role.OUT_PROJ, Role.HEAD)
+_FOUR_BITS = (Role.IN_PROJ, Role.OUT_PROJ, Role.LINEAR, Role.HEAD)
 """Roles with most of the weights. x_proj and dt_proj are small and sensitive, and stay at 8 bits."""
 
 SMOOTHQUANT: tuple[Pass, ...] = (SmoothNorm(), SmoothDt(), SmoothConv(alpha=0.5))
@@ -118,6 +118,7 @@ _PAPER = _STATIC.replaced(state=RoleSpec())
 _PRODUCTION = _STATIC.replaced(
     in_proj=RoleSpec(Activation.PER_TOKEN),
     out_proj=RoleSpec(Activation.PER_TOKEN),
+    linear=RoleSpec(Activation.PER_TOKEN),
     head=RoleSpec(Activation.PER_TOKEN),
     scan=RoleSpec(),
 )
@@ -151,10 +152,11 @@ _WEIGHT_ONLY = (
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (*_W8A8, *_W4A8, *_WEIGHT_ONLY)})
 """The named recipes.
 
-rtn rounds to nearest without rewrites. w8a8: 8-bit weights and activations; w4a8: in_proj, out_proj and head with
-4-bit weights in groups of 64, the rest with 8; w8a16, w4a16: weights alone, float activations. `mambaquant` takes one
-scale a token for in_proj, out_proj and the head; `mambaquant-static` is static throughout. Both have the scan's
-operands in int8. The gate's stay in float: smoothing out_proj's input through the gate unbalances z.
+rtn rounds to nearest without rewrites. w8a8: 8-bit weights and activations; w4a8: in_proj, out_proj, head and linears
+outside the blocks with 4-bit weights in groups of 64, the rest with 8; w8a16, w4a16: weights alone, float activations.
+`mambaquant` takes one scale a token for in_proj, out_proj, head and linears outside the blocks; `mambaquant-static` is
+static throughout. Both have the scan's operands in int8. The gate's stay in float: smoothing out_proj's input through
+the gate unbalances z.
 """
 
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import Match, Rejection, Role, match
+from mq_ao.graph import Match, Rejection, Role, match, walk
 from mq_ao.graph.walk import argument, module_path
 from mq_ao.passes.probe import flat_states_name
 from mq_ao.passes.statistics import ChannelStatistics, Request
@@ -20,6 +20,12 @@ from mq_ao.quantizer.report import Decision, QuantizationReport
 from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding
 from mq_ao.quantizer.states import CarriedState, carried_states
 from mq_ao.quantizer.weights import QuantizedWeight
+
+_OFF = "switched off by the configuration"
+_WITHOUT_KERNEL: Mapping[object, str] = {
+    walk.aten.conv2d.default: "there is no integer kernel for convolutions over two axes",
+    **dict.fromkeys(walk.SSD, "there is no integer kernel for Mamba-2's scan yet"),
+}
 
 
 class MambaQuantizer(Quantizer):
@@ -172,6 +178,8 @@ class MambaQuantizer(Quantizer):
                 )
 
     def _spec(self, role: Role, node: Node) -> RoleSpec | None:
+        if node.target in _WITHOUT_KERNEL:
+            return None
         path = module_path(node)
         names = [name for name in self._modules if _inside(path, name)]
         if names:
@@ -186,7 +194,7 @@ class MambaQuantizer(Quantizer):
     ) -> Decision:
         path, spec = module_path(node), self._spec(role, node)
         if spec is None:
-            return Decision(node.name, path, role, False, "switched off by the configuration")
+            return Decision(node.name, path, role, False, _WITHOUT_KERNEL.get(node.target, _OFF))
         if is_annotated(node):
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
         if operands is not None:
@@ -197,7 +205,7 @@ class MambaQuantizer(Quantizer):
 
     def _carried_states(self, found: Match) -> dict[Node, CarriedState | Rejection]:
         """The carried states that are to be quantized, by scan."""
-        scans = (block.scan for block in found.blocks)
+        scans = (direction.scan for direction in found.directions)
         return carried_states(scan for scan in scans if self._spec(Role.CARRIED_STATE, scan) is not None)
 
     def _decide_state(self, annotator: Annotator, scan: Node, state: CarriedState | Rejection) -> Decision:

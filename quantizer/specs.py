@@ -95,7 +95,7 @@ class RoleSpec:
         return f"static 8-bit ({self.range}) input" if self.activation is Activation.STATIC else "int8 per token input"
 
 
-LINEAR_ROLES = (Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ, Role.HEAD)
+LINEAR_ROLES = (Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ, Role.LINEAR, Role.HEAD)
 WEIGHTLESS_ROLES = (Role.SCAN, Role.GATE, Role.STATE, Role.CARRIED_STATE)
 
 CARRIED = "static int8, one scale a channel and state (largest magnitude)"

@@ -47,6 +47,8 @@ def carried_states(scans: Iterable[Node]) -> dict[Node, CarriedState | Rejection
 
 
 def _carried_state(scan: Node) -> CarriedState | Rejection:
+    if scan.target in walk.SSD:
+        return Rejection(scan.name, "Mamba-2's states are carried in float32")
     if scan.target not in walk.SCAN:
         return Rejection(scan.name, "its states are nodes of their own, which are computed in float")
     initial = scan.args[8] if len(scan.args) > 8 else None

@@ -250,7 +250,7 @@ def results() -> Results:
     contenders = {
         FP32_EAGER: Measured(FP32_EAGER, {100: [4.0], 400: [20.0]}, [0.4], memory, 0.0),
         FP32: Measured(FP32, {100: [3.0, 9.0, 2.0], 400: [12.0]}, [0.3], memory, 1e-6),
-        INT8: Measured(INT8, {100: [1.0, 1.0, 5.0], 400: [4.0]}, [0.1], Memory(120, 1, 2), 0.02),
+        INT8: Measured(INT8, {100: [1.0, 1.0, 5.0], 400: [4.0]}, [0.1], Memory(120, 1, 200, 181), 0.02),
         "llama.cpp Q8_0": Measured("llama.cpp Q8_0", {100: [6.0]}, failure="llama.cpp Q8_0: it crashed"),
     }
     return Results("model", (100, 400), 64, contenders)
@@ -272,6 +272,9 @@ def test_figures(results: Results) -> None:
     assert figures[f"{FP32} against llama.cpp Q8_0, prefill of 100 tokens"] == 2.0
     assert figures[f"{INT8}: prefill time of 400 against 100 tokens"] == 4.0
     assert figures[f"resident weights of {INT8} against {FP32}"] == pytest.approx(0.3)
+    # 180 bytes beyond the libraries for 120 of weights.
+    overhead = f"memory of {INT8} while decoding, beyond libraries and weights, of its weights"
+    assert figures[overhead] == pytest.approx(0.5)
 
 
 def test_several_recipes(results: Results) -> None:
@@ -323,7 +326,7 @@ def test_results_as_json_and_as_text(results: Results) -> None:
         "tokens_per_second": pytest.approx(100 / 3),
         "samples_ms": [3000.0, 9000.0, 2000.0],
     }
-    assert fp32["memory_bytes"] == {"weight_bytes": 400, "libraries": 10_000_000, "peak": 90_000_000}
+    assert fp32["memory_bytes"] == {"weight_bytes": 400, "libraries": 10_000_000, "peak": 90_000_000, "decoding": None}
     text = as_text(render(results))
     for wanted in (FP32, "3000 (3.00x)", "100 (1.00x)", "it crashed", "fewer rounds (1 at 100 tokens"):
         assert wanted in text, wanted

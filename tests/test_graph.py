@@ -69,7 +69,7 @@ def test_finds_a_block_under_other_names_with_a_gate_of_its_own() -> None:
 def test_a_block_without_a_gate_is_a_block() -> None:
     graph = export(Strange(gate=False).eval(), (torch.randn(2, 5, 8),)).module(check_guards=False)
     (block,) = match(graph).blocks
-    assert block.gate is None and block.gate_proj is None
+    assert block.gates == () and block.gate_proj is None
 
 
 def test_a_scan_that_is_not_understood_is_reported_with_the_node_where_the_walk_ended() -> None:

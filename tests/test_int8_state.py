@@ -14,7 +14,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 import mq_ao
 from mq_ao import MqAoError, passes
 from mq_ao.api import QuantizedProgram, capture
-from mq_ao.graph import Block, Role, match
+from mq_ao.graph import Direction, Role, match
 from mq_ao.lowering import inductor
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaLM
@@ -60,9 +60,9 @@ def rounded(graph: GraphModule, state: torch.Tensor) -> torch.Tensor:
     return torch.stack([quantize_state(part, scale) for part, scale in zip(state, (first, second), strict=True)]).int()
 
 
-def scans(tiny: MambaLM) -> tuple[GraphModule, list[Block]]:
+def scans(tiny: MambaLM) -> tuple[GraphModule, list[Direction]]:
     graph = capture(tiny, ())
-    return graph, list(match(graph).blocks)
+    return graph, list(match(graph).directions)
 
 
 def converted(tiny: MambaLM, statistics: Statistics, quantizer: MambaQuantizer) -> GraphModule:
@@ -80,16 +80,16 @@ def statistics(tiny: MambaLM, calibration: list[torch.Tensor]) -> Statistics:
 def test_statistics_are_those_of_every_state_after_every_token(
     tiny: MambaLM, calibration: list[torch.Tensor], statistics: Statistics
 ) -> None:
-    graph, blocks = scans(tiny)
-    assert set(statistics) == {flat_states_name(block.scan) for block in blocks}
+    graph, directions = scans(tiny)
+    assert set(statistics) == {flat_states_name(direction.scan) for direction in directions}
     largest = torch.zeros(2, 128, 16)
     with torch.no_grad():
         for ids in calibration:
             for length in range(1, ids.shape[1] + 1):
                 _, _, state = graph(ids[:, :length], *tiny.initial_states(2))
                 largest = torch.maximum(largest, state.abs().amax(1))
-    for expected, block in zip(largest, blocks, strict=True):
-        found = statistics[flat_states_name(block.scan)]
+    for expected, direction in zip(largest, directions, strict=True):
+        found = statistics[flat_states_name(direction.scan)]
         assert found.count == 4 * 2 * 32
         # The scan and `scan_states` each compute h in float32, with exponentials of their own.
         torch.testing.assert_close(found.maximum.float().view(128, 16), expected, rtol=1e-5, atol=1e-9)
@@ -110,8 +110,8 @@ def test_the_state_alone_changes_by_half_a_step_and_outputs_hardly(tiny: MambaLM
         got_later, _, _ = graph(ids[:, 12:], conv, state)
     # Nothing is rounded before the first state leaves.
     torch.testing.assert_close(got_logits, logits, rtol=1e-6, atol=1e-6)
-    for index, block in enumerate(scans(tiny)[1]):
-        scale = (statistics[flat_states_name(block.scan)].maximum / 127).float().view(128, 16)
+    for index, direction in enumerate(scans(tiny)[1]):
+        scale = (statistics[flat_states_name(direction.scan)].maximum / 127).float().view(128, 16)
         # Half a step, but for states outside the calibrated range, which saturate, and float32 rounding.
         kept = state[index].clamp(-127 * scale, 127 * scale)
         assert ((got_state[index] - kept).abs() <= 0.5001 * scale).all()

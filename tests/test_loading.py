@@ -171,7 +171,7 @@ def test_shards_of_pickles(tmp_path: Path) -> None:
         ({"rms_norm": False}, "LayerNorm"),
         ({"attn_layer_idx": [1]}, "attention"),
         ({"d_intermediate": 64}, "MLP"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "Mamba2"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "Mamba3"),
         ({"ssm_cfg": {"headdim": 64}}, "headdim"),
         ({"ssm_cfg": [1]}, "ssm_cfg"),
         ({"rotary": True}, "rotary"),
@@ -190,7 +190,7 @@ def test_mamba_ssm_options_that_change_the_mathematics_are_refused(
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"model_type": "mamba2"}, "mamba2"),
+        ({"model_type": "mamba3"}, "mamba3"),
         ({"model_type": "llama"}, "llama"),
         ({"model_type": "falcon_mamba"}, "falcon_mamba"),
         ({"hidden_act": "gelu"}, "gelu"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mq_ao import api, passes
+from mq_ao.classify import compare, log_probabilities
 from mq_ao.graph import walk
 from mq_ao.passes import Pass, parse_pass
 from mq_ao.recipes import Recipe, get_recipe
@@ -46,18 +47,18 @@ def divergence(model: mnist_mamba.MnistMamba, data: tuple[Tensor, Tensor]) -> Ca
     """Mean KL of a recipe to float32, calibrated on images 0..511."""
     first = mnist_mamba.CALIBRATION_IMAGES
     images, labels = (part[first : first + EVALUATED] for part in data)
-    reference = torch.cat(list(mnist_mamba.log_probabilities(model, images)))
+    reference = log_probabilities(model, images)
 
     def measure(recipe: Recipe) -> float:
         quantized = api.quantize(model, mnist_mamba.calibration_batches(data[0]), recipe)
-        return mnist_mamba.measure(quantized.converted, reference, images, labels)[2]
+        return compare(log_probabilities(quantized.converted, images), reference, labels).divergence
 
     return measure
 
 
 def test_the_float_model_is_the_published_one(model: mnist_mamba.MnistMamba, data: tuple[Tensor, Tensor]) -> None:
     images, labels = (part[:256] for part in data)
-    predicted = torch.cat(list(mnist_mamba.log_probabilities(model, images))).argmax(-1)
+    predicted = log_probabilities(model, images).argmax(-1)
     # 4868 of all 5000 and 4368 without the first 512, as the files' README says: `python examples/mnist_mamba.py`.
     assert int((predicted == labels).sum()) == 249
 

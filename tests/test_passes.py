@@ -19,6 +19,7 @@ from mq_ao.ops import hadamard_matrix
 from mq_ao.passes import Status, parse_pass
 from mq_ao.passes.balance import balance
 from mq_ao.passes.klt import flatness
+from mq_ao.passes.low_rank import requests_for_dt
 from tests.conftest import tokens
 
 # Rewrites are computed in float64; what is left is rounding of some thousand operations.
@@ -145,7 +146,7 @@ def test_klt_makes_variances_flat_and_hadamard_does_not() -> None:
         assert flatness(profile.after) <= 1.01
         assert flatness(profile.hadamard) > 1.2
     # Measured afresh on the rewritten graph, and not only computed from the covariance.
-    requests = [passes.Request(block.dt.name, covariance=True) for block in rewrite.blocks]
+    requests = requests_for_dt(rewrite, covariance=True)
     again = passes.collect(rewrite.module, requests, real_batches(model))
     for request in requests:
         assert flatness(again[request.node].covariance().diagonal()) <= 1.01
@@ -176,7 +177,8 @@ def test_smoothing_levels_outliers_that_were_planted() -> None:
     def spread(names: list[str]) -> list[float]:
         graph = passes.apply(capture(model, ()), names, real_batches(model)).module
         rewrite = passes.Rewrite(graph)
-        nodes = [node.name for b in rewrite.blocks for node in (b.out_input, b.dt, b.conv_input, b.c)]
+        nodes = [block.out_input.name for block in rewrite.blocks]
+        nodes += [node.name for d in rewrite.directions for node in (d.dt, d.conv_input, d.c) if node is not None]
         found = passes.collect(graph, map(passes.Request, nodes), real_batches(model))
         return [float(found[name].maximum.max() / found[name].maximum.median()) for name in nodes]
 

@@ -150,16 +150,16 @@ def test_ranges_are_those_of_the_float_values(built: Built) -> None:
     # in_proj, conv1d, x_proj with u, dt_proj, out_proj; delta, B, C; y and z: ten a layer, and the head.
     assert len(rows) == len(built.data.ranges) == 10 * len(blocks) + 1
     for block in blocks:
-        assert block.gate is not None
-        u, delta = block.scan.args[:2]
+        (gate,), (direction,) = block.gates, block.directions
+        u, delta = direction.scan.args[:2]
         wanted = {
             ("x_proj, scan u", f"{block.name}.x_proj"): u,
             ("scan delta", block.name): delta,
-            ("scan B", block.name): block.b,
-            ("scan C", block.name): block.c,
-            ("gate y", block.name): block.gate.y,
-            ("gate z", block.name): block.gate.z,
-            ("conv1d", f"{block.name}.conv1d"): block.conv_input,
+            ("scan B", block.name): direction.b,
+            ("scan C", block.name): direction.c,
+            ("gate y", block.name): gate.y,
+            ("gate z", block.name): gate.z,
+            ("conv1d", f"{block.name}.conv1d"): direction.conv_input,
             ("out_proj", f"{block.name}.out_proj"): block.out_input,
         }
         for key, node in wanted.items():

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from mq_ao.lowering.inductor.lower import compile_float_language_model, lower, lower_language_model, rewrite
+from mq_ao.lowering.inductor.lower import (
+    compile_float,
+    compile_float_language_model,
+    lower,
+    lower_language_model,
+    rewrite,
+)
 from mq_ao.lowering.inductor.program import InductorProgram
 from mq_ao.lowering.inductor.rewrite import INTEGER_KERNELS, count_integer_kernels
 
 __all__ = [
     "INTEGER_KERNELS",
     "InductorProgram",
+    "compile_float",
     "compile_float_language_model",
     "count_integer_kernels",
     "lower",

@@ -79,8 +79,18 @@ def lower(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
     Raises:
         MqAoError: there is nothing quantized in the graph.
     """
+    return compile_float(rewrite(converted).module, example_args)
+
+
+def compile_float(module: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
+    """Compiles a graph as it is; a float one for comparison with what `lower` gives.
+
+    Args:
+        module: `ExportedProgram.module()`, or what `rewrite` gives.
+        example_args: inputs to compile for.
+    """
     compiler()
-    compiled = torch.compile(rewrite(converted).module, options={"freezing": True})
+    compiled = torch.compile(module, options={"freezing": True})
     with torch.no_grad():
         compiled(*example_args)
     return compiled

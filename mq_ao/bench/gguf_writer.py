@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from mq_ao.errors import MqAoError
+from mq_ao.models import MambaConfig, MambaLM
 
 if TYPE_CHECKING:
     import numpy
-
-    from mq_ao.models import MambaLM
 
 CONTEXT_LENGTH = 1 << 20
 """A Mamba has no limit of its own; llama.cpp wants a number."""
@@ -33,6 +32,7 @@ def write_f32(model: MambaLM, path: Path) -> None:
     except ImportError as error:
         raise MqAoError("writing GGUF needs the gguf package: pip install gguf.") from error
     config = model.config
+    assert isinstance(config, MambaConfig), "prepare refuses the others"
     if config.bias:
         raise MqAoError("llama.cpp's Mamba has no bias in in_proj and out_proj: this model cannot be written as GGUF.")
     writer = GGUFWriter(path, "mamba")

@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
+from mq_ao.models import MambaConfig as OurConfig
 from mq_ao.models import MambaLM
 
 
 def convert(model: MambaLM) -> MambaForCausalLM:
     """transformers' model with the weights of ours."""
     config = model.config
+    assert isinstance(config, OurConfig), "prepare refuses the others"
     theirs = MambaForCausalLM(
         MambaConfig(
             vocab_size=config.vocab_size,

@@ -15,13 +15,13 @@ from mq_ao.bench.gguf_writer import write_f32
 from mq_ao.bench.worker import Kind, Spec
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES
-from mq_ao.models import MAMBA_130M, MambaLM, demo
+from mq_ao.models import MAMBA2_130M, MAMBA_130M, Mamba2Config, MambaConfig, MambaLM, demo, language_model
 from mq_ao.models.saving import save_pretrained
 from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe
 from mq_ao.text import BYTE_VOCABULARY, ByteCodec, calibration_batches, read_tokens
 
-RANDOM_MODELS = {"mamba-130m": MAMBA_130M}
+RANDOM_MODELS: dict[str, MambaConfig | Mamba2Config] = {"mamba-130m": MAMBA_130M, "mamba2-130m": MAMBA2_130M}
 """Shapes that are benched with random weights: speed does not depend on their values."""
 
 FP32_EAGER, FP32, INT8 = "fp32 eager", "fp32 compiled", "int8"
@@ -89,7 +89,7 @@ def open_model(source: str, seed: int = 0) -> MambaLM:
         return MambaLM.from_pretrained(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MambaLM(RANDOM_MODELS[source]).eval()
+        return language_model(RANDOM_MODELS[source]).eval()
 
 
 def random_ids(vocab_size: int, count: int, seed: int = 0) -> list[int]:
@@ -133,6 +133,8 @@ def prepare(
     Raises:
         MqAoError: the model cannot be quantized or written, or two recipes have the same name.
     """
+    if peers and not isinstance(model.config, MambaConfig):
+        raise MqAoError("peers are set up for Mamba-1 alone: bench this model with --peers none.")
     step = step or nullcontext
     torch.set_num_threads(threads)
     specs = []

@@ -120,10 +120,10 @@ class Results:
         return figures + self.own_figures()
 
     def own_figures(self) -> list[Figure]:
-        """Times of the recipes against the first one's; linearity and weights of each."""
+        """Times of the recipes against the first one's; linearity, weights and memory of each."""
         figures = [figure for other in self.quantized[1:] for figure in self._times(self.quantized[0], other)]
         for name in self.quantized:
-            figures += [*self._linearity(name), *self._weights(name)]
+            figures += [*self._linearity(name), *self._weights(name), *self._overhead(name)]
         return figures
 
     def _times(self, base: str, other: str) -> list[Figure]:
@@ -163,6 +163,13 @@ class Results:
         if ours is None or theirs is None:
             return []
         return [Figure(f"resident weights of {name} against {FP32}", ours.weight_bytes / theirs.weight_bytes)]
+
+    def _overhead(self, name: str) -> list[Figure]:
+        memory = self.contenders[name].memory
+        share = None if memory is None else memory.decoding_overhead
+        if share is None:
+            return []
+        return [Figure(f"memory of {name} while decoding, beyond libraries and weights, of its weights", share)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from mq_ao.bench.quantizing import QuantizingCost
 from mq_ao.bench.results import Measured, Results
+from mq_ao.bench.worker import Memory
 
 
 def render(results: Results) -> list[Table | str]:
@@ -21,15 +22,20 @@ def _times(results: Results) -> Table:
     table.add_column("", overflow="fold")  # long names of recipes give way to figures
     for tokens in results.lengths:
         table.add_column(f"{tokens} tokens\nms", justify="right", no_wrap=True)
-    for name in ("decode\nms a token", "weights\nMB", "peak MB\n(libraries)", "logits\noff by"):
+    for name in ("decode\nms a token", "weights\nMB", "decoding, peak MB\n(libraries)", "logits\noff by"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results.contenders.values():
         prefill = [_against(row.prefill_median(n), base.prefill_median(n)) for n in results.lengths]
         weights = "-" if row.memory is None else f"{row.memory.weight_bytes / 1e6:.1f}"
-        peak = "-" if row.memory is None else f"{row.memory.peak / 1e6:.0f} ({row.memory.libraries / 1e6:.0f})"
+        memory = "-" if row.memory is None else _memory(row.memory)
         error = "-" if row.logits_error is None else f"{row.logits_error:.1e}"
-        table.add_row(row.name, *prefill, _against(row.decode_median, base.decode_median), weights, peak, error)
+        table.add_row(row.name, *prefill, _against(row.decode_median, base.decode_median), weights, memory, error)
     return table
+
+
+def _memory(memory: Memory) -> str:
+    decoding = "-" if memory.decoding is None else f"{memory.decoding / 1e6:.0f}"
+    return f"{decoding}, {memory.peak / 1e6:.0f} ({memory.libraries / 1e6:.0f})"
 
 
 def _against(seconds: float | None, base: float | None) -> str:
@@ -43,8 +49,9 @@ def _against(seconds: float | None, base: float | None) -> str:
 def _notes(results: Results) -> list[str]:
     notes = [f"{figure.name}: {figure.value:.3g}x" for figure in results.own_figures()]
     notes += [
-        "Prefill computes the last token's logits only. Peak memory is that of the contender's process: "
-        "interpreter and libraries (in brackets), opening and running. Logits: relative L2 distance to the first row's."
+        "Prefill computes the last token's logits only. Memory is that of the contender's process, interpreter and "
+        "libraries (in brackets) included: while it decodes, and at most, opening included. Logits: relative L2 "
+        "distance to the first row's."
     ]
     most = max((len(samples) for row in results.contenders.values() for samples in row.prefill.values()), default=0)
     for row in results.contenders.values():

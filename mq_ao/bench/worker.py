@@ -65,11 +65,20 @@ class Memory:
         weight_bytes: the weights that it needs to run.
         libraries: resident bytes before the model was opened.
         peak: most resident bytes so far, opening the model included.
+        decoding: resident bytes after tokens were decoded last, or None before.
     """
 
     weight_bytes: int
     libraries: int
     peak: int
+    decoding: int | None = None
+
+    @property
+    def decoding_overhead(self) -> float | None:
+        """Bytes beyond libraries and weights while decoding, as a share of the weights."""
+        if self.decoding is None:
+            return None
+        return (self.decoding - self.libraries) / self.weight_bytes - 1
 
 
 class Worker:
@@ -192,6 +201,7 @@ class _Server:
         opener = _opener(spec)
         self._libraries = resident()
         self._contender = opener()
+        self._decoding: int | None = None
 
     def prefill(self, ids: list[int]) -> float:
         tokens = _row(ids)
@@ -200,14 +210,16 @@ class _Server:
     def decode(self, prompt: list[int], ids: list[int]) -> float:
         tokens = _row(ids)
         self._contender.prefill(_row(prompt))
-        return _median(lambda: self._contender.decode(tokens)) / len(ids)
+        seconds = _median(lambda: self._contender.decode(tokens)) / len(ids)
+        self._decoding = resident()
+        return seconds
 
     def logits(self, prompt: list[int], ids: list[int]) -> list[float]:
         self._contender.prefill(_row(prompt))
         return self._contender.decode(_row(ids)).tolist()
 
     def memory(self) -> Memory:
-        return Memory(self._contender.weight_bytes, self._libraries, peak())
+        return Memory(self._contender.weight_bytes, self._libraries, peak(), self._decoding)
 
 
 def _serve(spec: Spec, pipe: Connection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mq_ao.capture.mamba_ssm import import_mamba_ssm
 from mq_ao.capture.program import export
 
-__all__ = ["export"]
+__all__ = ["export", "import_mamba_ssm"]

@@ -13,9 +13,16 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
+from mq_ao.capture import mamba_ssm, transformers
+from mq_ao.capture.layout import ChannelLast
+from mq_ao.capture.replacing import replaced
 from mq_ao.errors import MqAoError
 
 logger = logging.getLogger(__name__)
+
+_ADAPTERS = (mamba_ssm, transformers)
+_IMAGES = 4
+"""Axes of a batch of images."""
 
 
 def export(
@@ -26,8 +33,11 @@ def export(
 ) -> ExportedProgram:
     """Captures `module` as one program for any batch and length, length 1 included.
 
+    The module is taken as it is: the functions of mamba_ssm and transformers that it calls are replaced by our
+    operators while it is traced, and put back afterwards.
+
     Args:
-        module: model in eval mode whose scan is `torch.ops.mq_ao.selective_scan`.
+        module: model in eval mode whose scan is mamba_ssm's, transformers' or `torch.ops.mq_ao.selective_scan`.
         args: example positional inputs. Batch and length must be at least 2 here: torch.export takes a size of 1
             for a constant.
         kwargs: example keyword inputs.
@@ -37,7 +47,8 @@ def export(
         Program over aten and mq_ao operators.
 
     Raises:
-        MqAoError: the module is in training mode, an input is empty, or torch.export cannot capture it.
+        MqAoError: the module is in training mode, an input is empty, its scan is of a kind that there is no operator
+            for, or torch.export cannot capture it.
     """
     if module.training:
         raise MqAoError(f"{type(module).__name__} is in training mode: call .eval() before capture.")
@@ -50,18 +61,42 @@ def export(
     if dynamic_shapes is None:
         dynamic_shapes = torch.utils._pytree.tree_map(_all_dynamic, (args, kwargs))
         dynamic_shapes = dynamic_shapes[0] if not kwargs else _by_name(module, args, dynamic_shapes)
+    replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
     try:
-        with torch.no_grad():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+        with torch.no_grad(), replaced(replacements), ChannelLast():
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    except MqAoError as error:
+        place = _place(module, error)
+        raise MqAoError(f"{place} cannot be captured: {error}") from error
     except (UserError, Unsupported, GuardOnDataDependentSymNode) as error:
         reason = str(error).strip().splitlines()[0]
         raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {reason}") from error
+    # torch.export keeps what nobody reads, and the reordering that ChannelLast made needless is that.
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def _place(module: nn.Module, error: BaseException) -> str:
+    """Type and name of the innermost submodule whose code raised `error`."""
+    names = {id(part.__dict__): name for name, part in module.named_modules()}
+    found = type(module).__name__
+    trace = error.__traceback__
+    while trace is not None:
+        part = trace.tb_frame.f_locals.get("self")
+        if isinstance(part, nn.Module) and names.get(id(part.__dict__)):
+            # torch.export hands out proxies that share the module's attributes.
+            found = f"{names[id(part.__dict__)]} ({type(part).__name__})"
+        trace = trace.tb_next
+    return found
 
 
 def _all_dynamic(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
-    fixed = [axis for axis, size in enumerate(value.shape) if size == 1 and axis < 2]
+    # Batch and length; the second axis of images is their colours, which may well be one.
+    vary = 1 if value.dim() == _IMAGES else 2
+    fixed = [axis for axis, size in enumerate(value.shape[:vary]) if size == 1]
     if fixed:
         logger.warning(
             "axis %s of an example input of shape %s has size 1 and will be fixed to 1: give a size of 2 or more there",

@@ -38,13 +38,23 @@ def demo(
     ),
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file.")] = "mambaquant-w8a8",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="The bundled image classifier instead, which is not saved.")
+    ] = False,
 ) -> None:
     """Quantize the bundled model, save it, and show what that cost and gained, on text that it has not seen.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     mq-ao demo -o demo-w8a8.pt2
+
+    mq-ao demo --vision
     """
+    if vision:
+        from mq_ao.cli.demo_vision import demo_vision
+
+        demo_vision(recipe)
+        return
     check_output(output, ".pt2")
     with step("starting"):
         from mq_ao import api

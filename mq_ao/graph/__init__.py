@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mq_ao.graph.block import Block
+from mq_ao.graph.block import Block, Direction
 from mq_ao.graph.matcher import Match, Rejection, match
 from mq_ao.graph.roles import Role
 
-__all__ = ["Block", "Match", "Rejection", "Role", "match"]
+__all__ = ["Block", "Direction", "Match", "Rejection", "Role", "match"]

@@ -33,6 +33,11 @@ class Gate:
         """The other operand of the multiplication."""
         return next(item for item in walk.inputs(self.node) if item is not self.activated)
 
+    @property
+    def readers(self) -> set[Node]:
+        """The nodes of the activation that read z."""
+        return {user for user in self.z.users if user.target in walk.ACTIVATION | walk.MUL | {aten.sigmoid.default}}
+
 
 def gate_of(node: Node, y: Node) -> Gate | None:
     """The gate that `node` multiplies what comes from `y` by, or None if no operand is an activation."""

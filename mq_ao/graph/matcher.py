@@ -1,18 +1,24 @@
-"""Finds Mamba-1 blocks by dataflow, anchored on the scan (DESIGN.md, decision 1)."""
+"""Finds Mamba blocks by dataflow, anchored on the scan (DESIGN.md, decision 1)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
-from mq_ao.graph.block import Block
+from mq_ao.graph.block import Block, Direction
 from mq_ao.graph.edit import is_constant
 from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
+
+_PRODUCT = re.compile(r"(^|_)(add|badd)?b?(mm|matmul)(_|$)")
+"""In the name of an operator that multiplies matrices; libraries define their own for experts."""
+_ROUTING = frozenset({walk.aten.topk.default, walk.aten.softmax.int, walk.aten._softmax.default})
 
 
 @dataclass(frozen=True)
@@ -37,19 +43,27 @@ class Match:
         heads: linears outside blocks that feed an output of the graph.
         embeddings: embedding look-ups.
         rejected: scans whose neighbourhood was not understood, and linears without a role.
+        linears: other linears, such as those of attention and MLPs.
     """
 
     blocks: tuple[Block, ...]
     heads: tuple[Node, ...] = ()
     embeddings: tuple[Node, ...] = ()
     rejected: tuple[Rejection, ...] = field(default=())
+    linears: tuple[Node, ...] = ()
 
     def by_role(self) -> list[tuple[Role, Node]]:
         """Every (role, node) pair of the graph."""
         pairs = [(Role.EMBEDDING, node) for node in self.embeddings]
         for block in self.blocks:
             pairs.extend(block.by_role())
+        pairs += [(Role.LINEAR, node) for node in self.linears]
         return pairs + [(Role.HEAD, node) for node in self.heads]
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """The scans of all blocks."""
+        return tuple(direction for block in self.blocks for direction in block.directions)
 
     def describe(self) -> str:
         """Text that lists each block's nodes by role, then what was left out and why."""
@@ -57,22 +71,24 @@ class Match:
         for block in self.blocks:
             lines.append(f"  {block.name}")
             gate = block.gate_proj if block.gate_proj is not block.in_proj else None
-            rows: list[tuple[str, Node | None]] = [("scan", block.scan)]
+            rows: list[tuple[str, Node | None]] = [("scan", direction.scan) for direction in block.directions]
             rows += [(str(role), node) for role, node in block.by_role() if node is not gate]
-            rows += [("gate_proj", gate), ("gate", None if block.gate is None else block.gate.node)]
+            rows += [("gate_proj", gate), *(("gate", item.node) for item in block.gates)]
+            rows += [("norm", norm) for norm in block.norms]
             lines += [f"    {role:<9} {_label(node)}" for role, node in rows if node is not None]
         lines += [f"embedding   {_label(node)}" for node in self.embeddings]
+        lines += [f"linear      {_label(node)}" for node in self.linears]
         lines += [f"head        {_label(node)}" for node in self.heads]
         lines += [f"left out    {item.node}: {item.reason}" for item in self.rejected]
         return "\n".join(lines)
 
 
 class _WalkEnded(Exception):
-    """The neighbourhood of a scan is not that of a Mamba-1 block."""
+    """The neighbourhood of a scan is not that of a Mamba block."""
 
 
 def match(module: GraphModule) -> Match:
-    """Finds the Mamba-1 blocks, head and embeddings of an exported graph.
+    """Finds the Mamba blocks, heads, other linears and embeddings of an exported graph.
 
     Args:
         module: float graph of aten and mq_ao operators (`ExportedProgram.module()`).
@@ -80,48 +96,155 @@ def match(module: GraphModule) -> Match:
     Raises:
         MqAoError: the graph has no scan at all.
     """
-    scans = walk.calls(module, walk.SCAN | walk.SCAN_STATES)
+    scans = walk.calls(module, walk.SCAN | walk.SCAN_STATES | walk.SSD)
     if not scans:
         raise MqAoError(
             "no mq_ao::selective_scan in the graph, so there is nothing to recognise as Mamba: capture the model with "
             "mq_ao.export, from a model whose scan is torch.ops.mq_ao.selective_scan."
         )
-    blocks, rejected = [], []
+    found: dict[Node, list[_Scan]] = {}
+    rejected = []
     for scan in scans:
         try:
-            blocks.append(_block(scan))
+            item = _Scan.of(scan)
+            found.setdefault(item.output.out_proj, []).append(item)
         except _WalkEnded as end:
             rejected.append(Rejection(scan.name, str(end)))
+    blocks = []
+    for items in found.values():
+        try:
+            blocks.append(_block(items))
+        except _WalkEnded as end:
+            rejected += [Rejection(item.direction.scan.name, str(end)) for item in items]
     taken = {node for block in blocks for _, node in block.by_role()}
-    heads = []
+    heads, linears = [], []
     for node in walk.calls(module, walk.LINEAR):
         if node in taken:
             continue
-        if any(user.op == "output" for user in walk.downstream(node)):
+        reason = _unsuited(node)
+        if reason is not None:
+            rejected.append(Rejection(node.name, reason))
+        elif _is_output(node):
             heads.append(node)
         else:
-            rejected.append(Rejection(node.name, "a linear outside every Mamba block that is not an output head"))
+            linears.append(node)
+    for node in module.graph.nodes:
+        if _is_product(node):
+            reason = "a product with constant weights that is no linear, as of experts: it stays in float"
+            rejected.append(Rejection(node.name, reason))
     embeddings = walk.calls(module, {walk.aten.embedding.default})
-    return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected))
+    return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears))
 
 
-def _block(scan: Node) -> Block:
-    u, delta, b = (_node(scan, index) for index in (0, 1, 3))
-    product, y = _product(scan)
-    c = _node(scan, 4) if product is None else _other(product, scan)
-    dt_proj = _expect(delta, walk.LINEAR, "delta", "dt_proj (a linear)")
-    x_proj = _expect(_node(dt_proj, 0), walk.LINEAR, "dt_proj's input", "x_proj (a linear)")
+def _is_product(node: Node) -> bool:
+    """Whether a node multiplies by a constant matrix, but is no linear."""
+    name = getattr(node.target, "_opname", "")
+    weights = (item for item in walk.inputs(node) if is_constant(item))
+    return bool(_PRODUCT.search(name)) and any(weight.meta["val"].dim() > 1 for weight in weights)
+
+
+def _is_output(value: Node) -> bool:
+    """Whether the graph gives a value, perhaps multiplied by a number."""
+    users = list(walk.downstream(value))
+    return any(user.op == "output" or (walk.is_scaling(user) and _is_output(user)) for user in users)
+
+
+def _unsuited(linear: Node) -> str | None:
+    """Why a linear outside the blocks has no role."""
+    if not is_constant(linear.args[1]):
+        return "its weight is computed at run time"
+    if any(user.target in _ROUTING for user in walk.downstream(linear)):
+        return "a router: its few scores choose experts, and a rounded one chooses others"
+    return None
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What lies between a scan and out_proj."""
+
+    gates: tuple[Gate, ...]
+    norms: tuple[Node, ...]
+    out_proj: Node
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """A scan with its surroundings, before scans of one block are put together."""
+
+    direction: Direction
+    in_proj: Node
+    gate_proj: Node | None
+    output: _Output
+
+    @classmethod
+    def of(cls, scan: Node) -> _Scan:
+        product, y = _product(scan)
+        c = _node(scan, 4) if product is None else _other(product, scan)
+        own = _state_space_duality if scan.target in walk.SSD else _low_rank
+        conv1d, x_projs, dt_projs = own(scan, _node(scan, 3), c)
+        in_proj = _expect(_node(conv1d, 0), walk.LINEAR, "conv1d's input", "in_proj (a linear)")
+        output = _output_side(y)
+        gate_projs = {_expect(gate.z, walk.LINEAR, "the gate", "a linear") for gate in output.gates}
+        if len(gate_projs) > 1:
+            raise _WalkEnded(f"it is gated by several linears: {', '.join(sorted(map(str, gate_projs)))}")
+        name = walk.module_path(scan) or scan.name
+        direction = Direction(name, scan, conv1d, x_projs, dt_projs, c, y, product)
+        return cls(direction, in_proj, next(iter(gate_projs), None), output)
+
+
+def _low_rank(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
+    """(conv1d, x_projs, dt_projs) of a Mamba-1 scan."""
+    u, delta = _node(scan, 0), _node(scan, 1)
+    dt_projs = _sources([delta], walk.LINEAR, "delta", "dt_proj (a linear)", also_through=walk.NORM)
+    low = [_node(dt_proj, 0) for dt_proj in dt_projs]
+    x_projs = _sources(low, walk.LINEAR, "dt_proj's input", "x_proj (a linear)", also_through=walk.NORM)
     for name, node in (("B", b), ("C", c)):
-        if _expect(node, walk.LINEAR, name, "x_proj (a linear)") is not x_proj:
-            raise _WalkEnded(f"{name} does not come from {x_proj.name}, from which delta comes")
+        if set(_sources([node], walk.LINEAR, name, "x_proj (a linear)", also_through=walk.NORM)) != set(x_projs):
+            raise _WalkEnded(f"{name} does not come from {_listed(x_projs)}, from which delta comes")
     conv1d = _expect(u, walk.CONV, "u", "conv1d", also_through=walk.ACTIVATION)
-    if _expect(_node(x_proj, 0), walk.CONV, "x_proj's input", "conv1d", also_through=walk.ACTIVATION) is not conv1d:
+    inputs = [_node(x_proj, 0) for x_proj in x_projs]
+    found = _sources(inputs, walk.CONV, "x_proj's input", "conv1d", also_through=walk.ACTIVATION)
+    if found != (conv1d,):
         raise _WalkEnded(f"x_proj's input does not come from {conv1d.name}, from which u comes")
-    in_proj = _expect(_node(conv1d, 0), walk.LINEAR, "conv1d's input", "in_proj (a linear)")
-    gate, out_proj = _output_side(y)
-    gate_proj = None if gate is None else _expect(gate.z, walk.LINEAR, "the gate", "a linear")
-    name = walk.module_path(scan) or scan.name
-    return Block(name, scan, in_proj, conv1d, x_proj, dt_proj, gate_proj, gate, out_proj, c, y, product)
+    return conv1d, x_projs, dt_projs
+
+
+def _state_space_duality(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
+    """(conv1d, nothing, nothing) of a Mamba-2 scan."""
+    conv1d = _expect(_node(scan, 0), walk.CONV, "x", "conv1d", also_through=walk.ACTIVATION)
+    for name, node in (("B", b), ("C", c)):
+        if _expect(node, walk.CONV, name, "conv1d", also_through=walk.ACTIVATION) is not conv1d:
+            raise _WalkEnded(f"{name} does not come from {conv1d.name}, from which x comes")
+    _expect(_node(scan, 1), walk.LINEAR, "dt", "in_proj (a linear)")
+    return conv1d, (), ()
+
+
+def _block(items: list[_Scan]) -> Block:
+    """One block of the scans that lead to one out_proj."""
+    first = items[0]
+    for item in items[1:]:
+        if item.in_proj is not first.in_proj:
+            raise _WalkEnded(
+                f"its input comes from {item.in_proj.name}, and that of {first.direction.name} from "
+                f"{first.in_proj.name}, though both lead to {first.output.out_proj.name}"
+            )
+    gate_projs = {item.gate_proj for item in items}
+    if len(gate_projs) > 1:
+        raise _WalkEnded(f"the scans that lead to {first.output.out_proj.name} have different gates")
+    gates = {gate.node: gate for item in items for gate in item.output.gates}
+    norms = dict.fromkeys(norm for item in items for norm in item.output.norms)
+    directions = [item.direction for item in items]
+    if len(items) > 1:
+        directions = [replace(item, name=f"{item.name} ({item.scan.name})") for item in directions]
+    return Block(
+        first.direction.name,
+        first.in_proj,
+        first.gate_proj,
+        tuple(gates.values()),
+        tuple(norms),
+        first.output.out_proj,
+        tuple(directions),
+    )
 
 
 def _node(node: Node, index: int) -> Node:
@@ -139,10 +262,45 @@ def _expect(
     *,
     also_through: frozenset[object] = frozenset(),
 ) -> Node:
-    end = walk.upstream(node, through=walk.TRANSPARENT | also_through)
-    if end.op == "call_function" and end.target in targets:
-        return end
-    raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected")
+    """The one node of these targets that a value comes from."""
+    found = _sources([node], targets, what, wanted, also_through=also_through)
+    if len(found) > 1:
+        raise _WalkEnded(f"{what} comes from {_listed(found)}, where one was expected: {wanted}")
+    return found[0]
+
+
+def _sources(
+    nodes: Iterable[Node],
+    targets: frozenset[object],
+    what: str,
+    wanted: str,
+    *,
+    also_through: frozenset[object],
+) -> tuple[Node, ...]:
+    """The nodes of these targets that values come from, in graph order; of what was joined, from every part."""
+    found: dict[Node, None] = {}
+    pending = list(nodes)
+    while pending:
+        end = _unscaled(pending.pop(), walk.TRANSPARENT | also_through)
+        if end.target in walk.JOINING:
+            pending += walk.inputs(end)
+        elif end.op == "call_function" and end.target in targets:
+            found[end] = None
+        else:
+            raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected")
+    return tuple(sorted(found))
+
+
+def _listed(nodes: Iterable[Node]) -> str:
+    return ", ".join(node.name for node in nodes)
+
+
+def _unscaled(node: Node, through: frozenset[object]) -> Node:
+    """Where a walk up ends that also passes multiplications by constants, as of mup-parametrised models."""
+    end = walk.upstream(node, through=through)
+    while end.target in walk.MUL and (walk.is_scaling(end) or is_constant(end.args[1])):
+        end = walk.upstream(walk.argument(end, 0), through=through)
+    return end
 
 
 def _product(scan: Node) -> tuple[Node | None, Node]:
@@ -150,7 +308,7 @@ def _product(scan: Node) -> tuple[Node | None, Node]:
     outputs = [user for user in scan.users if user.args[1:] == (0,)]
     if len(outputs) != 1:
         raise _WalkEnded(f"the scan's output is read by {len(outputs)} nodes, where one was expected")
-    if scan.target in walk.SCAN:
+    if scan.target not in walk.SCAN_STATES:
         return None, outputs[0]
     product = _following(outputs[0], walk.MUL, through=walk.TRANSPARENT | walk.HADAMARD)
     return product, _following(_following(product, walk.SUM), walk.ADD)
@@ -170,23 +328,40 @@ def _other(product: Node, scan: Node) -> Node:
     return _node(c, 0) if c.target == walk.aten.unsqueeze.default else c
 
 
-def _output_side(y: Node) -> tuple[Gate | None, Node]:
-    """Follows the scan's output y to out_proj; returns the gate, if any, and out_proj."""
-    gate, node, previous = None, y, y
+def _output_side(y: Node) -> _Output:
+    """Follows the scan's output y to out_proj."""
+    gates: list[Gate] = []
+    norms: list[Node] = []
+    node = y
     while True:
-        users = list(dict.fromkeys(walk.downstream(node, through=walk.TRANSPARENT | walk.HADAMARD)))
-        if len(users) != 1:
-            names = ", ".join(user.name for user in users) or "nothing"
-            raise _WalkEnded(f"{node.name}, after the scan, feeds {names}, where one node was expected")
-        previous, node = node, users[0]
+        previous, node = node, _next(node)
         if node.op == "call_function" and node.target in walk.LINEAR:
-            return gate, node
-        if node.op != "call_function" or node.target not in walk.MUL | walk.ADD:
+            return _Output(tuple(gates), tuple(norms), node)
+        if node.op == "call_function" and node.target in walk.NORM:
+            norms.append(node)
+        elif node.op != "call_function" or node.target not in walk.MUL | walk.DIV | walk.ADD:
             raise _WalkEnded(f"the walk from the scan's output ended at {_label(node)}, where out_proj was expected")
-        if node.target in walk.MUL and not any(map(is_constant, walk.inputs(node))):
+        elif node.target in walk.MUL and not walk.is_scaling(node) and not any(map(is_constant, walk.inputs(node))):
             gate = gate_of(node, previous)
             if gate is None:
                 raise _WalkEnded(f"no operand of {node.name} is an activated gate")
+            gates.append(gate)
+
+
+def _next(node: Node) -> Node:
+    """What reads a value; where parts of it are added up, the sum of all of them."""
+    through = walk.TRANSPARENT | walk.HADAMARD
+    users = set(walk.downstream(node, through=through))
+    while len(users) > 1 and all(user.target in walk.ADD for user in users):
+        first = min(users)
+        following = set(walk.downstream(first, through=through))
+        if len(following) != 1:
+            break
+        users = users - {first} | following
+    if len(users) != 1:
+        names = _listed(sorted(users)) or "nothing"
+        raise _WalkEnded(f"{node.name}, after the scan, feeds {names}, where one node was expected")
+    return users.pop()
 
 
 def _label(node: Node) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
@@ -17,7 +18,7 @@ from mq_ao.graph.edit import channels, is_constant
 
 aten = walk.aten
 
-NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
+NORM = walk.NORM
 
 SELECTING = walk.COPYING | {aten.index_select.default, aten.select.int, aten.slice.Tensor}
 """Operators that hand on some or all rows of their input."""
@@ -26,6 +27,7 @@ _BY_CHANNEL = SELECTING | {
     aten.add.Tensor,
     aten.add_.Tensor,
     aten.cat.default,
+    aten.concatenate.default,
     aten.expand.default,
     aten.flip.default,
     aten.gather.default,
@@ -39,6 +41,11 @@ _BY_CHANNEL = SELECTING | {
 """Operators that are linear and treat every channel alike, if the last axis keeps its size and is not what they act
 on."""
 
+
+_ALONG_ONE = frozenset(
+    {aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.cat.default, aten.concatenate.default}
+)
+"""Operators that act on one axis, which may be left out: the first."""
 
 _SHAPE_ONLY = frozenset(
     {
@@ -132,14 +139,15 @@ def _backward(stream: Stream, value: Node) -> list[Node]:
             return _end(stream, value, "it normalises over more than the channels")
         stream.norms.append(value)
         return [walk.argument(value, 0)]
-    if value.target in _BY_CHANNEL:
+    if value.target in _BY_CHANNEL or walk.is_scaling(value):
         return _operands(stream, value)
     return _end(stream, value, f"{value.target if value.op == 'call_function' else value.op} is not understood")
 
 
 def _operands(stream: Stream, value: Node) -> list[Node]:
     inside = []
-    operands = list(walk.inputs(value))
+    # Sizes may be nodes too.
+    operands = [node for node in walk.inputs(value) if isinstance(node.meta["val"], Tensor)]
     if value.target in (aten.index.Tensor, aten.index_select.default, aten.gather.default):
         operands = operands[:1]
     for operand in operands:
@@ -171,7 +179,7 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
         return [user]
     if user.op == "output":
         return _end(stream, value, "it is an output of the graph")
-    if user.target in _BY_CHANNEL:
+    if user.target in _BY_CHANNEL or walk.is_scaling(user):
         if not keeps_channels(user, stream.width):
             return _end(stream, user, "it does not keep the channels in place")
         return [user]
@@ -192,7 +200,13 @@ def keeps_channels(user: Node, width: int) -> bool:
     axes: list[int] = []
     if user.target in (aten.mean.dim, aten.sum.dim_IntList, aten.flip.default):
         axes = list(acted_on)
-    elif user.target in (aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.cat.default):
+    elif user.target in (
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.squeeze.dim,
+        aten.cat.default,
+        aten.concatenate.default,
+    ):
         axes = [acted_on or 0]
     elif user.target in (aten.index_select.default, aten.gather.default):
         axes = [acted_on]

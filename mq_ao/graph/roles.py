@@ -15,6 +15,8 @@ class Role(StrEnum):
     X_PROJ = "x_proj"
     DT_PROJ = "dt_proj"
     OUT_PROJ = "out_proj"
+    LINEAR = "linear"
+    """Any linear outside Mamba blocks but the head: patch embeddings, attention, MLPs."""
     HEAD = "head"
     EMBEDDING = "embedding"
     SCAN = "scan"

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mq_ao.errors import MqAoError
+from mq_ao.errors import Unsuitable
 from mq_ao.graph import walk
 
 aten = walk.aten
+
+_SPLITS = frozenset({aten.chunk.default, aten.split_with_sizes.default, aten.split.Tensor})
+_RESHAPES = frozenset(
+    {
+        aten.flatten.using_ints,
+        aten.reshape.default,
+        aten.squeeze.dim,
+        aten.unflatten.int,
+        aten.view.default,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -35,40 +49,136 @@ class Rows:
         return slice(self.start, self.stop)
 
 
-def rows_of(node: Node) -> Rows:
-    """Follows `node` up to the linear that computes it.
+def rows_of(node: Node, read_by: Collection[Node] = ()) -> Rows:
+    """Follows the channels of `node`, its last axis, up to the linear that computes them.
+
+    Args:
+        node: a value.
+        read_by: who may read these channels; empty: it does not matter.
 
     Raises:
-        MqAoError: something on the way is not a slice along the last axis.
+        Unsuitable: something on the way changes or mixes channels, or others read them too.
     """
-    if node.target in walk.LINEAR:
+    rows = _rows(node, node.meta["val"].dim() - 1, node)
+    if read_by:
+        _check_readers(rows, read_by)
+    return rows
+
+
+def _rows(node: Node, axis: int, of: Node) -> Rows:
+    """Rows of the linear behind `node`, whose channels lie on `axis`; `of` is what was asked about."""
+    if node.target in walk.LINEAR and axis == node.meta["val"].dim() - 1:
         return Rows(node, 0, int(node.meta["val"].shape[-1]))
     source = node.args[0] if node.args else None
     if isinstance(source, Node):
-        if node.target in walk.COPYING:
-            return rows_of(source)
         if node.target is operator.getitem:
-            piece = _piece(source, node.args[1])
-            if piece is not None:
-                return _within(rows_of(walk.argument(source, 0)), *piece)
-        if node.target == aten.slice.Tensor and _is_last(source, node.args[1] if len(node.args) > 1 else 0):
-            start, stop, step = [*node.args[2:], *[None] * (5 - len(node.args))][:3]
-            size = int(source.meta["val"].shape[-1])
-            if step in (None, 1) and isinstance(start or 0, int) and isinstance(stop or size, int):
-                begin, end, _ = slice(start, stop).indices(size)
-                return _within(rows_of(source), begin, end)
-    raise MqAoError(f"{node.name} is not a range of channels of a linear, so it cannot be scaled or rotated there.")
+            source = walk.argument(source, 0)
+        found = channel_source(node, axis)
+        if found is not None:
+            inner, start, stop = found
+            return _within(_rows(source, inner, of), start, stop)
+    raise Unsuitable(f"{of.name} is not a range of channels of a linear, so it cannot be scaled or rotated there.")
 
 
-def piece_bounds(split: Node) -> list[tuple[int, int]] | None:
-    """(start, stop) of every output of a split or chunk along the last axis, or None if `split` is none."""
-    if split.target not in (aten.chunk.default, aten.split_with_sizes.default, aten.split.Tensor):
+def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
+    """Where the channels of a node that moves values come from.
+
+    Args:
+        node: call of an operator.
+        axis: which axis of its value, not negative, the channels lie on.
+
+    Returns:
+        (axis of its input, first channel there, one past the last), or None where channels are mixed or changed.
+    """
+    size = int(node.meta["val"].shape[axis])
+    if node.target is operator.getitem:
+        split = walk.argument(node, 0)
+        source = walk.argument(split, 0).meta["val"]
+        if split.target not in _SPLITS:
+            return None
+        bounds = piece_bounds(split, axis)
+        # Along another axis, a piece has all channels.
+        return (axis, 0, int(source.shape[axis])) if bounds is None else (axis, *bounds[_index(node)])
+    source = walk.argument(node, 0).meta["val"]
+    whole = (axis, 0, size)
+    if node.target in walk.COPYING or node.target == aten.expand.default:
+        return whole if source.dim() == node.meta["val"].dim() else None
+    if node.target in (aten.flip.default, aten.index_select.default):
+        acted_on = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+        return None if axis in _positive(acted_on, source.dim()) else whole
+    if node.target == aten.slice.Tensor:
+        return _sliced(node, axis)
+    if node.target == aten.transpose.int:
+        first, second = _positive(node.args[1:3], source.dim())
+        return ({first: second, second: first}.get(axis, axis), 0, size)
+    if node.target == aten.permute.default:
+        return (_positive(node.args[1], source.dim())[axis], 0, size)
+    if node.target == aten.select.int:
+        (removed,) = _positive(node.args[1:2], source.dim())
+        return (axis + (axis >= removed), 0, size)
+    if node.target == aten.unsqueeze.default:
+        (added,) = _positive(node.args[1:2], source.dim() + 1)
+        return None if axis == added else (axis - (axis > added), 0, size)
+    if node.target in _RESHAPES:
+        return _reshaped(source.shape, node.meta["val"].shape, axis)
+    return None
+
+
+def _sliced(node: Node, axis: int) -> tuple[int, int, int] | None:
+    source = walk.argument(node, 0).meta["val"]
+    _, dim, start, stop, step = walk.padded(node, 5)
+    size = int(source.shape[axis])
+    if _positive([dim or 0], source.dim()) != [axis]:
+        return axis, 0, size
+    if step not in (None, 1) or not isinstance(start or 0, int) or not isinstance(stop or size, int):
         return None
-    source: Any = split.args[0]
+    begin, end, _ = slice(start, stop).indices(size)
+    return axis, begin, end
+
+
+def _reshaped(source: Sequence[Any], target: Sequence[Any], axis: int) -> tuple[int, int, int] | None:
+    """The axis of a reshape's input that is `axis` of its output, if that is one and the same axis."""
+    size, behind = target[axis], math.prod(target[axis + 1 :])
+    for candidate in range(len(source)):
+        # Not `and` alone: the truth of a comparison of sizes that vary would fix them.
+        same = (source[candidate] == size, math.prod(source[candidate + 1 :]) == behind)
+        if all(map(statically_known_true, same)):
+            return candidate, 0, int(size)
+    return None
+
+
+def _check_readers(rows: Rows, read_by: Collection[Node]) -> None:
+    """Raises Unsuitable if anything outside `read_by` reads some of these channels."""
+    for reader in walk.downstream(rows.linear, through=walk.TRANSPARENT):
+        for value in () if reader in read_by else reader.all_input_nodes:
+            try:
+                others = rows_of(value)
+            except Unsuitable:
+                continue
+            if others.linear is rows.linear and others.start < rows.stop and rows.start < others.stop:
+                raise Unsuitable(f"{reader.name} reads channels of {rows.linear.name} that would be changed.")
+
+
+def _positive(axes: Any, dim: int) -> list[int]:
+    return [axis % dim for axis in axes]
+
+
+def _index(piece: Node) -> int:
+    index = piece.args[1]
+    assert isinstance(index, int)
+    return index
+
+
+def piece_bounds(split: Node, axis: int = -1) -> list[tuple[int, int]] | None:
+    """(start, stop) of every output of a split or chunk along an axis, or None if `split` is none."""
+    if split.target not in _SPLITS:
+        return None
+    source = walk.argument(split, 0).meta["val"]
     how: Any = split.args[1]
-    if not _is_last(source, split.args[2] if len(split.args) > 2 else 0):
+    along = split.args[2] if len(split.args) > 2 else 0
+    if _positive([along], source.dim()) != _positive([axis], source.dim()):
         return None
-    width = int(source.meta["val"].shape[-1])
+    width = int(source.shape[axis])
     if split.target == aten.split_with_sizes.default:
         sizes = list(how)
     else:
@@ -86,15 +196,6 @@ def pieces(linear: Node) -> list[tuple[Node, int, int]] | None:
         return None
     indices: list[tuple[Node, Any]] = [(user, user.args[1]) for user in split.users]
     return [(user, *bounds[index]) for user, index in indices]
-
-
-def _piece(split: Node, index: Any) -> tuple[int, int] | None:
-    bounds = piece_bounds(split)
-    return None if bounds is None else bounds[index]
-
-
-def _is_last(source: Node, axis: Any) -> bool:
-    return axis in (-1, source.meta["val"].dim() - 1)
 
 
 def _within(outer: Rows, start: int, stop: int) -> Rows:

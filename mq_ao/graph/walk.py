@@ -15,13 +15,17 @@ aten = torch.ops.aten
 getitem = operator.getitem
 
 LINEAR = frozenset({aten.linear.default})
-CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, aten.conv1d.padding})
+CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default})
 SCAN = frozenset({torch.ops.mq_ao.selective_scan.default})
+SSD = frozenset({torch.ops.mq_ao.ssd_scan.default})
 SCAN_STATES = frozenset({torch.ops.mq_ao.scan_states.default})
 ACTIVATION = frozenset({aten.silu.default, aten.silu_.default})
 HADAMARD = frozenset({torch.ops.mq_ao.hadamard.default})
 MUL = frozenset({aten.mul.Tensor})
+DIV = frozenset({aten.div.Tensor})
 ADD = frozenset({aten.add.Tensor})
+JOINING = frozenset({aten.cat.default, aten.concatenate.default, aten.stack.default})
+NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 SUM = frozenset({aten.sum.dim_IntList})
 
 COPYING = frozenset(
@@ -44,6 +48,8 @@ TRANSPARENT = COPYING | {
     aten.chunk.default,
     aten.expand.default,
     aten.flatten.using_ints,
+    aten.flip.default,
+    aten.index_select.default,
     aten.permute.default,
     aten.reshape.default,
     aten.select.int,
@@ -52,6 +58,7 @@ TRANSPARENT = COPYING | {
     aten.split_with_sizes.default,
     aten.squeeze.dim,
     aten.transpose.int,
+    aten.unbind.int,
     aten.unflatten.int,
     aten.unsqueeze.default,
     aten.view.default,
@@ -86,6 +93,11 @@ def downstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Itera
             yield from downstream(user, through=through)
         else:
             yield user
+
+
+def is_scaling(node: Node) -> bool:
+    """Whether a node multiplies or divides a value by one number."""
+    return node.target in MUL | DIV and isinstance(node.args[1], int | float)
 
 
 def only_user(node: Node) -> Node | None:

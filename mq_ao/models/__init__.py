@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from mq_ao.models.config import MAMBA_130M, MambaConfig
+from mq_ao.models.config import MAMBA2_130M, MAMBA_130M, Mamba2Config, MambaConfig
 from mq_ao.models.generate import Sampling, generate, stream
 from mq_ao.models.mamba import MambaLM
+from mq_ao.models.mamba2 import Mamba2LM, language_model
+from mq_ao.models.vim import Vim
+from mq_ao.models.vision_config import VIM_BASE, VIM_SMALL, VIM_TINY, VimConfig
 
-__all__ = ["MAMBA_130M", "MambaConfig", "MambaLM", "Sampling", "generate", "stream"]
+__all__ = [
+    "MAMBA2_130M",
+    "MAMBA_130M",
+    "VIM_BASE",
+    "VIM_SMALL",
+    "VIM_TINY",
+    "Mamba2Config",
+    "Mamba2LM",
+    "MambaConfig",
+    "MambaLM",
+    "Sampling",
+    "Vim",
+    "VimConfig",
+    "generate",
+    "language_model",
+    "stream",
+]

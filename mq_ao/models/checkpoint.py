@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for name in FILES:
         path = folder / name
         if path.is_file():
-            return _read_shards(path) if name.endswith(".index.json") else _read_file(path)
+            return _read_shards(path) if name.endswith(".index.json") else read_file(path)
     raise MqAoError(f"{folder} has no weights: one of {', '.join(FILES)} has to be there.")
 
 
@@ -51,18 +52,25 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         # A shard lies beside its index: an index that points elsewhere is not followed.
         if Path(name).name != name or not (index.parent / name).is_file():
             raise MqAoError(f"{index} names {name}, and there is no such file beside it: fetch it.")
-        weights |= _read_file(index.parent / name)
+        weights |= read_file(index.parent / name)
     return weights
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All weights of a file; where it is a training checkpoint, those under "model".
+
+    Raises:
+        MqAoError: it is cut off, broken or not a plain table of tensors.
+    """
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise MqAoError(f"{path} is cut off or broken ({error}): fetch it again.") from error
     try:
-        values: Any = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts keep their options beside the weights; a Namespace holds data alone.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            values: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MqAoError(
             f"{path} is broken or holds more than tensors, which is never executed "
@@ -70,6 +78,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise MqAoError(f"{path} is cut off or broken ({_first_sentence(error)}): fetch it again.") from error
+    if isinstance(values, dict) and isinstance(values.get("model"), dict):
+        values = values["model"]
     if not isinstance(values, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
     ):

@@ -1,9 +1,8 @@
-"""From a name to a `MambaLM`: the bundled model, local folders and hub ids."""
+"""From a name to a `MambaLM` or `Mamba2LM`: the bundled model, local folders and hub ids."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,12 +13,14 @@ from mq_ao.models import demo
 from mq_ao.models.checkpoint import FILES, has_weights, read_weights
 from mq_ao.models.layouts import Layout, read_layout
 from mq_ao.models.mamba import MambaLM
+from mq_ao.models.mamba2 import language_model
+from mq_ao.models.weights import fitted
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load(source: str | Path) -> MambaLM:
-    """Loads a Mamba-1 language model in float32, in evaluation mode.
+    """Loads a Mamba language model, of version 1 or 2, in float32, in evaluation mode.
 
     Args:
         source: `"demo"` (the bundled model), a folder (transformers', mamba_ssm's or our layout) or a hub id.
@@ -43,7 +44,7 @@ def load_folder(folder: Path) -> MambaLM:
     """Loads the model in `folder`; see `load`."""
     layout = read_layout(folder)
     with torch.device("meta"):
-        model = MambaLM(layout.config)
+        model = language_model(layout.config)
     try:
         weights = _matched(model, layout, read_weights(folder))
     except MqAoError as error:
@@ -63,30 +64,7 @@ def _matched(model: MambaLM, layout: Layout, stored: dict[str, Tensor]) -> dict[
         head = weights.setdefault("lm_head.weight", embedding)
         if not torch.equal(head, embedding):
             raise MqAoError("the configuration ties the head to the embedding, and lm_head.weight differs from it.")
-    if missing := expected.keys() - weights.keys():
-        raise MqAoError(f"weights are missing: {_listed(missing)}.")
-    if extra := weights.keys() - expected.keys():
-        raise MqAoError(f"there are weights that a model of this configuration does not have: {_listed(extra)}.")
-    wrong = [
-        f"{name} is {tuple(weights[name].shape)} and should be {tuple(shape)}"
-        for name, shape in expected.items()
-        if weights[name].shape != shape
-    ]
-    if wrong:
-        raise MqAoError(f"weights do not fit the configuration: {_listed(wrong)}.")
-    if whole := [name for name in expected if not weights[name].is_floating_point()]:
-        raise MqAoError(f"weights are no floating-point numbers (already quantized?): {_listed(whole)}.")
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    if broken := [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]:
-        raise MqAoError(f"weights hold NaN or infinity: {_listed(broken)}.")
-    return weights
-
-
-def _listed(names: Iterable[str], most: int = 6) -> str:
-    """The first names in order, and how many more there are."""
-    ordered = sorted(names)
-    more = len(ordered) - most
-    return ", ".join(ordered[:most]) + (f", and {more} more" if more > 0 else "")
+    return fitted(weights, expected)
 
 
 def _download(source: str) -> Path:

@@ -6,15 +6,16 @@ Parameter names are those of mamba_ssm's `MambaLMHeadModel`, so its checkpoints 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.errors import MqAoError
-from mq_ao.models.config import MambaConfig
+from mq_ao.models.config import Mamba2Config, MambaConfig
 
 if TYPE_CHECKING:
     from mq_ao.models.generate import Sampling
@@ -29,8 +30,8 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, d_conv).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if bias else None
 
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x (batch, length, channels), state (batch, d_conv - 1, channels) -> the same shapes."""
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (batch, length, channels), state (batch, d_conv - 1, channels), zeros if None -> the same shapes."""
         return torch.ops.mq_ao.causal_conv1d(x, self.weight.squeeze(1), self.bias, state, "silu")
 
 
@@ -48,6 +49,11 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.bias)
+
+    def reset_parameters(self, n_layer: int) -> None:
+        """Initialises as mamba_ssm does, in a model of `n_layer` blocks."""
+        init_dt(self.dt_proj)
+        init_projections(self.in_proj, self.out_proj, n_layer)
 
     def forward(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (batch, length, d_model); returns the block's output and both new states."""
@@ -73,10 +79,10 @@ class MambaMixer(nn.Module):
 class MambaBlock(nn.Module):
     """Pre-norm residual block: `hidden + mixer(norm(hidden))`."""
 
-    def __init__(self, config: MambaConfig) -> None:
+    def __init__(self, d_model: int, norm_epsilon: float, mixer: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
-        self.mixer = MambaMixer(config)
+        self.norm = nn.RMSNorm(d_model, eps=norm_epsilon)
+        self.mixer = mixer
 
     def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden (batch, length, d_model); returns it updated, and both new states."""
@@ -87,10 +93,11 @@ class MambaBlock(nn.Module):
 class MambaBackbone(nn.Module):
     """Embedding, blocks and final norm."""
 
-    def __init__(self, config: MambaConfig) -> None:
+    def __init__(self, config: MambaConfig | Mamba2Config, mixer: Callable[[Any], nn.Module]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(MambaBlock(config) for _ in range(config.n_layer))
+        blocks = (MambaBlock(config.d_model, config.norm_epsilon, mixer(config)) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(blocks)
         self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
 
     def forward(self, input_ids: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,10 +118,15 @@ class MambaLM(nn.Module):
         config: the model's shape.
     """
 
-    def __init__(self, config: MambaConfig) -> None:
+    model_type: ClassVar[str] = "mq_ao.mamba"
+    """`model_type` in the config.json of our own layout."""
+    mixer_type: ClassVar[Callable[[Any], nn.Module]] = MambaMixer
+    """What mixes tokens in a block."""
+
+    def __init__(self, config: MambaConfig | Mamba2Config) -> None:
         super().__init__()
         self.config = config
-        self.backbone = MambaBackbone(config)
+        self.backbone = MambaBackbone(config, type(self).mixer_type)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
@@ -125,27 +137,20 @@ class MambaLM(nn.Module):
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.lm_head.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, MambaMixer):
-                _init_dt(module.dt_proj)
-                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
-                with torch.no_grad():
-                    module.out_proj.weight /= math.sqrt(self.config.n_layer)
-                for linear in (module.in_proj, module.out_proj):
-                    if linear.bias is not None:
-                        nn.init.zeros_(linear.bias)
+        mixers: list[Any] = [block.mixer for block in self.backbone.layers]
+        for mixer in mixers:
+            mixer.reset_parameters(self.config.n_layer)
 
     def initial_states(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Zero states: conv (n_layer, batch, d_conv - 1, d_inner), ssm (n_layer, batch, d_inner, d_state).
+        """Zero states: conv (n_layer, batch, d_conv - 1, conv_channels), ssm (n_layer, batch, *ssm_shape).
 
         They are float32, and float64 for a float64 model.
         """
         c = self.config
         weight = self.backbone.embedding.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        conv = torch.zeros(c.n_layer, batch, c.d_conv - 1, c.d_inner, dtype=dtype, device=weight.device)
-        ssm = torch.zeros(c.n_layer, batch, c.d_inner, c.d_state, dtype=dtype, device=weight.device)
-        return conv, ssm
+        conv = torch.zeros(c.n_layer, batch, c.d_conv - 1, c.conv_channels, dtype=dtype, device=weight.device)
+        return conv, torch.zeros(c.n_layer, batch, *c.ssm_shape, dtype=dtype, device=weight.device)
 
     def forward(
         self, input_ids: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None
@@ -154,8 +159,8 @@ class MambaLM(nn.Module):
 
         Args:
             input_ids: (batch, length) int64, in [0, vocab_size).
-            conv_state: (n_layer, batch, d_conv - 1, d_inner) float32.
-            ssm_state: (n_layer, batch, d_inner, d_state) float32.
+            conv_state: (n_layer, batch, d_conv - 1, conv_channels) float32.
+            ssm_state: (n_layer, batch, *ssm_shape) float32.
 
         Returns:
             logits (batch, length, vocab_size) and both states after the last token.
@@ -170,7 +175,10 @@ class MambaLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> MambaLM:
-        """Loads `"demo"`, a folder (transformers or mamba_ssm layout) or a hub id; see `loading.load`."""
+        """Loads `"demo"`, a folder (transformers or mamba_ssm layout) or a hub id; see `loading.load`.
+
+        Whatever class this is called on, a Mamba-2 checkpoint gives a `Mamba2LM`.
+        """
         from mq_ao.models.loading import load
 
         return load(source)
@@ -199,10 +207,25 @@ class MambaLM(nn.Module):
         return generate(self, input_ids, max_new_tokens, sampling)
 
 
-def _init_dt(dt_proj: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
-    """Initialises so that softplus(bias) is log-uniform in [dt_min, dt_max] (Mamba paper, section 3.6)."""
+def init_projections(in_proj: nn.Linear, out_proj: nn.Linear, n_layer: int) -> None:
+    """Scales what writes into the residual stream by 1/sqrt(n_layer); biases are zero."""
+    nn.init.kaiming_uniform_(out_proj.weight, a=math.sqrt(5))
+    with torch.no_grad():
+        out_proj.weight /= math.sqrt(n_layer)
+    for linear in (in_proj, out_proj):
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
+def init_dt(dt_proj: nn.Linear) -> None:
+    """Initialises so that softplus(bias) is log-uniform in [1e-3, 0.1] (Mamba paper, section 3.6)."""
     bound = dt_proj.in_features**-0.5
     nn.init.uniform_(dt_proj.weight, -bound, bound)
-    dt = torch.exp(torch.rand(dt_proj.out_features) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_floor)
     with torch.no_grad():
-        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        dt_proj.bias.copy_(dt_bias(dt_proj.out_features))
+
+
+def dt_bias(count: int, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> Tensor:
+    """Biases (count,) whose softplus is log-uniform in [dt_min, dt_max]."""
+    dt = torch.exp(torch.rand(count) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_floor)
+    return dt + torch.log(-torch.expm1(-dt))

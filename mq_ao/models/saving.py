@@ -12,13 +12,11 @@ from mq_ao.files import write_atomically
 
 if TYPE_CHECKING:
     from mq_ao.models.mamba import MambaLM
-
-MODEL_TYPE = "mq_ao.mamba"
-"""`model_type` in the config.json of our own layout."""
+    from mq_ao.models.vim import Vim
 
 
-def save_pretrained(model: MambaLM, folder: str | Path) -> None:
-    """Writes model.safetensors (names of mamba_ssm, tied head left out) and config.json into `folder`.
+def save_pretrained(model: MambaLM | Vim, folder: str | Path) -> None:
+    """Writes model.safetensors (the model's own names, a tied weight once) and config.json into `folder`.
 
     The configuration is written last: a folder with a config.json is complete.
 
@@ -26,9 +24,7 @@ def save_pretrained(model: MambaLM, folder: str | Path) -> None:
         MqAoError: the folder cannot be written.
     """
     folder = Path(folder)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del state["lm_head.weight"]
-    config: dict[str, Any] = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    state = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
+    config: dict[str, Any] = {"model_type": model.model_type, **model.config.to_dict()}
     write_atomically(folder / "model.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())

@@ -13,7 +13,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, Unsuitable
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
@@ -119,7 +119,7 @@ def factor(n: int) -> tuple[int, int]:
     """The order m of the base and the power of two 2^k, as large as can be, with n = m * 2^k.
 
     Raises:
-        MqAoError: no Hadamard matrix of order n can be made; the message names the nearest orders.
+        Unsuitable: no Hadamard matrix of order n can be made; the message names the nearest orders.
     """
     found = _factor(n)
     if found is None:
@@ -127,7 +127,7 @@ def factor(n: int) -> tuple[int, int]:
         above = next(i for i in itertools.count(max(n + 1, 1)) if _factor(i))
         nearest = f"{above}" if below is None else f"{below} and {above}"
         why = "is known here" if n > 0 and n % 4 == 0 else "exists (it is 1, 2 or a multiple of 4)"
-        raise MqAoError(f"no Hadamard matrix of order {n} {why}: the nearest orders to choose are {nearest}.")
+        raise Unsuitable(f"no Hadamard matrix of order {n} {why}: the nearest orders to choose are {nearest}.")
     return found
 
 

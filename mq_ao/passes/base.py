@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mq_ao.errors import MqAoError
-from mq_ao.graph import Block, edit, match, walk
+from mq_ao.errors import MqAoError, Unsuitable
+from mq_ao.graph import Block, Direction, edit, match, walk
 from mq_ao.graph.residual import Stream, streams
 from mq_ao.graph.rows import Rows
 from mq_ao.memory import release
@@ -91,6 +92,11 @@ class Rewrite:
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of the graph as it is now."""
         return match(self.module).blocks
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """The scans of all blocks of the graph as it is now."""
+        return match(self.module).directions
 
     @property
     def streams(self) -> list[Stream]:
@@ -179,7 +185,7 @@ class Rewrite:
         """Puts a fast Hadamard transform between a value and what reads it; returns its matrix, float64.
 
         Raises:
-            MqAoError: the value's width has no Hadamard matrix; nothing is changed then.
+            Unsuitable: the value's width has no Hadamard matrix; nothing is changed then.
         """
         matrix = hadamard_matrix.matrix(edit.channels(value))
         with self.module.graph.inserting_before(reader):
@@ -225,6 +231,14 @@ class Pass(ABC):
     def note(self, rewrite: Rewrite, where: str, detail: str = "") -> None:
         """Records an application."""
         rewrite.transforms.append(Transform(self.name, self.step, where, Status.APPLIED, detail))
+
+    @contextmanager
+    def where_suitable(self, rewrite: Rewrite, where: str) -> Iterator[None]:
+        """Records a place as left out if the rewrite cannot be made there; it has to find that out before it edits."""
+        try:
+            yield
+        except Unsuitable as error:
+            self.leave_out(rewrite, where, str(error))
 
     def leave_out(self, rewrite: Rewrite, where: str, reason: str) -> None:
         """Records a place that was left as it is."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from mq_ao.graph import Block, edit, walk
+from mq_ao.graph import Direction, edit, walk
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.probe import states_arguments
 
@@ -21,14 +21,17 @@ class ExposeState(Pass):
     name = "expose_state"
 
     def apply(self, rewrite: Rewrite) -> None:
-        """Exposes every block's h C."""
-        for block in rewrite.blocks:
-            _expose(rewrite, block)
-            self.note(rewrite, block.name)
+        """Exposes every scan's h C."""
+        for direction in rewrite.directions:
+            if direction.scan.target in walk.SSD:
+                self.leave_out(rewrite, direction.name, "Mamba-2's scan has no operator that gives all states")
+                continue
+            _expose(rewrite, direction)
+            self.note(rewrite, direction.name)
 
 
-def _expose(rewrite: Rewrite, block: Block) -> None:
-    module, scan = rewrite.module, block.scan
+def _expose(rewrite: Rewrite, direction: Direction) -> None:
+    module, scan = rewrite.module, direction.scan
     skip = scan.args[5] if len(scan.args) > 5 else None
 
     def call(target: object, *args: object) -> Node:
@@ -37,7 +40,7 @@ def _expose(rewrite: Rewrite, block: Block) -> None:
     with module.graph.inserting_before(scan):
         states = call(torch.ops.mq_ao.scan_states.default, *states_arguments(scan))
         h, last = call(walk.getitem, states, 0), call(walk.getitem, states, 1)
-        product = call(aten.mul.Tensor, h, call(aten.unsqueeze.default, block.c, 2))
+        product = call(aten.mul.Tensor, h, call(aten.unsqueeze.default, direction.c, 2))
         through = call(aten.mul.Tensor, scan.args[0], skip) if skip is not None else 0.0
         y = call(aten.add.Tensor, call(aten.sum.dim_IntList, product, [-1]), through)
     for output in list(scan.users):

@@ -9,7 +9,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from mq_ao.errors import MqAoError
+from mq_ao.errors import Unsuitable
 from mq_ao.ops import hadamard_matrix
 from mq_ao.passes.base import Profile
 from mq_ao.passes.statistics import ChannelStatistics
@@ -50,7 +50,7 @@ def rotation(statistics: ChannelStatistics, basis: Basis, where: str) -> Rotatio
     With too few tokens for a covariance (fewer than 4 a channel) the Hadamard matrix alone is used, after a warning.
 
     Raises:
-        MqAoError: there is no Hadamard matrix of that order; or a KLT-enhanced rotation does not flatten the variances.
+        Unsuitable: there is no Hadamard matrix of that order; or a KLT-enhanced one does not flatten variances.
     """
     width, covariance = statistics.channels, statistics.covariance()
     matrix, what = random_hadamard(width), "Hadamard"
@@ -60,7 +60,7 @@ def rotation(statistics: ChannelStatistics, basis: Basis, where: str) -> Rotatio
         matrix, what = torch.linalg.eigh(covariance).eigenvectors @ hadamard_matrix.matrix(width), "KLT and Hadamard"
         after = variances(covariance, matrix)
         if not flatness(after) <= FLAT:
-            raise MqAoError(
+            raise Unsuitable(
                 f"the KLT rotation at {where} leaves channel variances {flatness(after):.3g} apart: its covariance is "
                 "not usable, calibrate on other data or use the basis 'hadamard'."
             )

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mq_ao.graph import edit
 from mq_ao.passes.base import Pass, Rewrite
-from mq_ao.passes.smooth_gate import scale_gate
+from mq_ao.passes.low_rank import low_rank
+from mq_ao.passes.smooth_conv import shared_inputs
+from mq_ao.passes.smooth_gate import scale_out_input
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,25 @@ class PlantOutliers(Pass):
             return result
 
         for block in rewrite.blocks:
-            if block.gate is not None:
+            with self.where_suitable(rewrite, block.name):
                 gate = factors(edit.channels(block.out_input))
-                scale_gate(rewrite, block, block.gate, gate)
+                scale_out_input(rewrite, block, gate)
                 rewrite.scale_columns(block.out_proj, 1 / gate)
-            dt = factors(edit.channels(block.dt))
-            rewrite.scale_rows(block.dt_rows, dt)
-            rewrite.scale_columns(block.dt_proj, 1 / dt)
-            state = factors(edit.channels(block.c))
-            rewrite.scale_rows(block.c_rows, state)
-            rewrite.scale_rows(block.b_rows, 1 / state)
-            conv = factors(edit.channels(block.conv_input))
-            rewrite.scale_rows(block.u_rows, conv)
-            rewrite.scale_taps(block.conv1d, 1 / conv)
+            for direction in block.directions:
+                with self.where_suitable(rewrite, direction.name):
+                    pair = low_rank(direction)
+                    dt = factors(edit.channels(pair.dt))
+                    rewrite.scale_rows(pair.rows, dt)
+                    rewrite.scale_columns(pair.dt_proj, 1 / dt)
+                with self.where_suitable(rewrite, direction.name):
+                    b_rows, c_rows = direction.b_rows, direction.c_rows
+                    state = factors(edit.channels(direction.c))
+                    rewrite.scale_rows(b_rows, 1 / state)
+                    rewrite.scale_rows(c_rows, state)
+            with self.where_suitable(rewrite, block.name):
+                for rows, convs in shared_inputs(block).items():
+                    conv = factors(rows.stop - rows.start)
+                    rewrite.scale_rows(rows, conv)
+                    for node in convs:
+                        rewrite.scale_taps(node, 1 / conv)
             self.note(rewrite, block.name, f"x{self.factor:g}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mq_ao.errors import MqAoError
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.klt import Basis, rotation
+from mq_ao.passes.low_rank import low_rank, requests_for_dt
 from mq_ao.passes.statistics import Request
 
 
@@ -26,19 +26,17 @@ class RotateDt(Pass):
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Covariances of dt_proj's inputs."""
-        return [Request(block.dt.name, covariance=True) for block in rewrite.blocks]
+        return requests_for_dt(rewrite, covariance=True)
 
     def apply(self, rewrite: Rewrite) -> None:
-        """Rotates every block's dt_proj input; a rank without a Hadamard matrix is left as it is."""
-        for block in rewrite.blocks:
-            statistics = rewrite.of(block.dt)
-            try:
-                found = rotation(statistics, self.basis, f"{block.name} dt_proj input")
-            except MqAoError as error:
-                self.leave_out(rewrite, block.name, str(error))
-                continue
-            rewrite.profiles.append(found.profile)
-            rewrite.rotate_rows(block.dt_rows, found.matrix)
-            rewrite.rotate_columns(block.dt_proj, found.matrix)
-            rewrite.update(block.dt, statistics.rotated(found.matrix))
-            self.note(rewrite, block.name, found.detail)
+        """Rotates every dt_proj input; a rank without a Hadamard matrix is left as it is."""
+        for direction in rewrite.directions:
+            with self.where_suitable(rewrite, direction.name):
+                pair = low_rank(direction)
+                statistics = rewrite.of(pair.dt)
+                found = rotation(statistics, self.basis, f"{direction.name} dt_proj input")
+                rewrite.profiles.append(found.profile)
+                rewrite.rotate_rows(pair.rows, found.matrix)
+                rewrite.rotate_columns(pair.dt_proj, found.matrix)
+                rewrite.update(pair.dt, statistics.rotated(found.matrix))
+                self.note(rewrite, direction.name, found.detail)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mq_ao.errors import MqAoError
 from mq_ao.passes.base import Pass, Rewrite
 
 
@@ -18,10 +17,7 @@ class RotateOutProj(Pass):
     def apply(self, rewrite: Rewrite) -> None:
         """Rotates every block's out_proj input; a width without a Hadamard matrix is left as it is."""
         for block in rewrite.blocks:
-            try:
+            with self.where_suitable(rewrite, block.name):
                 matrix = rewrite.rotate_input(block.out_proj, block.out_input)
-            except MqAoError as error:
-                self.leave_out(rewrite, block.name, str(error))
-                continue
-            rewrite.rotate_columns(block.out_proj, matrix)
-            self.note(rewrite, block.name, f"fast transform of {len(matrix)} channels")
+                rewrite.rotate_columns(block.out_proj, matrix)
+                self.note(rewrite, block.name, f"fast transform of {len(matrix)} channels")

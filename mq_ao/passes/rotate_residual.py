@@ -8,7 +8,6 @@ from functools import reduce
 
 from torch import Tensor
 
-from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.graph.residual import Stream
 from mq_ao.graph.rows import Rows
@@ -46,18 +45,15 @@ class RotateResidual(Pass):
                 self.leave_out(rewrite, stream.name, reason)
                 continue
             pooled = reduce(ChannelStatistics.merged, (rewrite.of(node) for node in stream.inputs))
-            try:
+            with self.where_suitable(rewrite, stream.name):
                 found = rotation(pooled, self.basis, stream.name)
-            except MqAoError as error:
-                self.leave_out(rewrite, stream.name, str(error))
-                continue
-            rewrite.profiles.append(found.profile)
-            change_basis(rewrite, stream, found.matrix)
-            for reader in stream.readers:
-                rewrite.rotate_columns(reader, found.matrix)
-            for node in stream.inputs:
-                del rewrite.statistics[node.name]  # of another basis, and large
-            self.note(rewrite, stream.name, found.detail)
+                rewrite.profiles.append(found.profile)
+                change_basis(rewrite, stream, found.matrix)
+                for reader in stream.readers:
+                    rewrite.rotate_columns(reader, found.matrix)
+                for node in stream.inputs:
+                    del rewrite.statistics[node.name]  # of another basis, and large
+                self.note(rewrite, stream.name, found.detail)
 
 
 def change_basis(rewrite: Rewrite, stream: Stream, matrix: Tensor) -> None:

@@ -18,14 +18,16 @@ class RotateState(Pass):
 
     def apply(self, rewrite: Rewrite) -> None:
         """Rotates every exposed product h C."""
-        for block in rewrite.blocks:
-            if block.product is None:
-                raise MqAoError("rotate_state needs the product h C as a node: put expose_state before it.")
-            h = next(item for item in walk.inputs(block.product) if walk.upstream(item) is block.scan)
-            try:
-                matrix = rewrite.rotate_input(block.product, h)
-            except MqAoError as error:
-                self.leave_out(rewrite, block.name, str(error))
+        for direction in rewrite.directions:
+            scan, product = direction.scan, direction.product
+            if scan.target in walk.SSD:
+                self.leave_out(rewrite, direction.name, "h C is inside the scan of Mamba-2")
                 continue
-            rewrite.rotate_rows(block.c_rows, matrix)
-            self.note(rewrite, block.name, f"{len(matrix)} states")
+            if product is None:
+                raise MqAoError("rotate_state needs the product h C as a node: put expose_state before it.")
+            h = next(item for item in walk.inputs(product) if walk.upstream(item) is scan)
+            with self.where_suitable(rewrite, direction.name):
+                rows = direction.c_rows
+                matrix = rewrite.rotate_input(product, h)
+                rewrite.rotate_rows(rows, matrix)
+                self.note(rewrite, direction.name, f"{len(matrix)} states")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mq_ao.graph import edit
 from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.low_rank import low_rank, requests_for_dt
 from mq_ao.passes.statistics import ChannelStatistics, Request
 
 _DELTA_BIAS = 6
@@ -23,25 +24,27 @@ class ShiftDt(Pass):
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Ranges of dt_proj's inputs."""
-        return [Request(block.dt.name) for block in rewrite.blocks]
+        return requests_for_dt(rewrite)
 
     def apply(self, rewrite: Rewrite) -> None:
-        """Centres every block's dt_proj input."""
-        for block in rewrite.blocks:
-            d, rows = block.dt, block.dt_rows
-            statistics = rewrite.of(d)
-            low, high = statistics.extremes
-            middle = (low + high) / 2
-            bias = rewrite.bias(rows.linear)
-            if bias is None:
-                bias = torch.zeros(rewrite.weight(rows.linear).shape[0], dtype=torch.float64)
-            bias[rows.slice] -= middle
-            rewrite.set_bias(rows.linear, bias)
-            moved = rewrite.weight(block.dt_proj) @ middle
-            old = edit.operand(rewrite.module, block.scan, _DELTA_BIAS)
-            edit.set_operand(rewrite.module, block.scan, _DELTA_BIAS, moved if old is None else old + moved)
-            rewrite.update(d, shifted(statistics, -middle))
-            self.note(rewrite, block.name, f"shifts up to {middle.abs().max():.3g}")
+        """Centres every dt_proj input."""
+        for direction in rewrite.directions:
+            with self.where_suitable(rewrite, direction.name):
+                pair = low_rank(direction)
+                statistics = rewrite.of(pair.dt)
+                low, high = statistics.extremes
+                middle = (low + high) / 2
+                x_proj, scan = pair.rows.linear, direction.scan
+                bias = rewrite.bias(x_proj)
+                if bias is None:
+                    bias = torch.zeros(rewrite.weight(x_proj).shape[0], dtype=torch.float64)
+                bias[pair.rows.slice] -= middle
+                rewrite.set_bias(x_proj, bias)
+                moved = rewrite.weight(pair.dt_proj) @ middle
+                old = edit.operand(rewrite.module, scan, _DELTA_BIAS)
+                edit.set_operand(rewrite.module, scan, _DELTA_BIAS, moved if old is None else old + moved)
+                rewrite.update(pair.dt, shifted(statistics, -middle))
+                self.note(rewrite, direction.name, f"shifts up to {middle.abs().max():.3g}")
 
 
 def shifted(statistics: ChannelStatistics, by: Tensor) -> ChannelStatistics:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mq_ao.errors import Unsuitable
+from mq_ao.graph import Block, walk
+from mq_ao.graph.rows import Rows, rows_of
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.statistics import Request
+
+_CHANNEL_LAST = frozenset({torch.ops.mq_ao.causal_conv1d.default})
 
 
 @dataclass(frozen=True)
@@ -28,15 +38,38 @@ class SmoothConv(Pass):
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of the convolutions' inputs."""
-        return [Request(block.conv_input.name) for block in rewrite.blocks]
+        directions = (item for item in rewrite.directions if item.conv1d.target in _CHANNEL_LAST)
+        return [Request(direction.conv_input.name) for direction in directions]
 
     def apply(self, rewrite: Rewrite) -> None:
-        """Balances every block's convolution input against the taps."""
+        """Balances every block's convolution input against the taps, of all directions that read it."""
         for block in rewrite.blocks:
-            u = block.conv_input
-            largest = rewrite.weight(block.conv1d).flatten(1).abs().amax(1)
-            scales = balance(rewrite.of(u).maximum, largest, self.alpha)
-            rewrite.scale_rows(block.u_rows, 1 / scales)
-            rewrite.scale_taps(block.conv1d, scales)
-            rewrite.update(u, rewrite.of(u).scaled(1 / scales))
-            self.note(rewrite, block.name, describe(scales))
+            with self.where_suitable(rewrite, block.name):
+                for rows, convs in shared_inputs(block).items():
+                    scales = self._balance(rewrite, convs)
+                    rewrite.scale_rows(rows, 1 / scales)
+                    for conv in convs:
+                        rewrite.scale_taps(conv, scales)
+                    for u in dict.fromkeys(walk.argument(conv, 0) for conv in convs):
+                        rewrite.update(u, rewrite.of(u).scaled(1 / scales))
+                    self.note(rewrite, block.name, describe(scales))
+
+    def _balance(self, rewrite: Rewrite, convs: list[Node]) -> Tensor:
+        inputs = [rewrite.of(walk.argument(conv, 0)).maximum for conv in convs]
+        taps = [rewrite.weight(conv).flatten(1).abs().amax(1) for conv in convs]
+        return balance(reduce(torch.maximum, inputs), reduce(torch.maximum, taps), self.alpha)
+
+
+def shared_inputs(block: Block) -> dict[Rows, list[Node]]:
+    """The convolutions of a block, by the channels of in_proj that they read.
+
+    Raises:
+        Unsuitable: something else reads such channels too, or a convolution is not ours.
+    """
+    convs = list(dict.fromkeys(direction.conv1d for direction in block.directions))
+    result: dict[Rows, list[Node]] = {}
+    for conv in convs:
+        if conv.target not in _CHANNEL_LAST:
+            raise Unsuitable(f"{conv.name} reads channels before positions, as no integer kernel does.")
+        result.setdefault(rows_of(walk.argument(conv, 0), convs), []).append(conv)
+    return result

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.low_rank import low_rank, requests_for_dt
 from mq_ao.passes.statistics import Request
 
 
@@ -25,14 +26,15 @@ class SmoothDt(Pass):
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of dt_proj's inputs."""
-        return [Request(block.dt.name) for block in rewrite.blocks]
+        return requests_for_dt(rewrite)
 
     def apply(self, rewrite: Rewrite) -> None:
-        """Balances every block's dt_proj input against dt_proj."""
-        for block in rewrite.blocks:
-            d = block.dt
-            scales = balance(rewrite.of(d).maximum, rewrite.largest_by_column(block.dt_proj), self.alpha)
-            rewrite.scale_rows(block.dt_rows, 1 / scales)
-            rewrite.scale_columns(block.dt_proj, scales)
-            rewrite.update(d, rewrite.of(d).scaled(1 / scales))
-            self.note(rewrite, block.name, describe(scales))
+        """Balances every dt_proj input against dt_proj."""
+        for direction in rewrite.directions:
+            with self.where_suitable(rewrite, direction.name):
+                pair = low_rank(direction)
+                scales = balance(rewrite.of(pair.dt).maximum, rewrite.largest_by_column(pair.dt_proj), self.alpha)
+                rewrite.scale_rows(pair.rows, 1 / scales)
+                rewrite.scale_columns(pair.dt_proj, scales)
+                rewrite.update(pair.dt, rewrite.of(pair.dt).scaled(1 / scales))
+                self.note(rewrite, direction.name, describe(scales))

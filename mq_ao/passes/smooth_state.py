@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mq_ao.graph import Block
+from mq_ao.graph import Direction
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.probe import states_name
@@ -40,20 +40,24 @@ class SmoothState(Pass):
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of C and of its partner."""
-        for block in rewrite.blocks:
-            yield Request(block.c.name)
-            yield Request(self._partner_name(block))
+        for direction in rewrite.directions:
+            if direction.x_projs:
+                yield Request(direction.c.name)
+                yield Request(self._partner_name(direction))
 
     def apply(self, rewrite: Rewrite) -> None:
-        """Balances every block's C."""
-        for block in rewrite.blocks:
-            partner, c = rewrite.statistics[self._partner_name(block)], rewrite.of(block.c)
-            scales = balance(partner.maximum, c.maximum, 0.5)
-            rewrite.scale_rows(block.c_rows, scales)
-            rewrite.scale_rows(block.b_rows, 1 / scales)
-            rewrite.update(block.c, c.scaled(scales))
-            rewrite.statistics[self._partner_name(block)] = partner.scaled(1 / scales)
-            self.note(rewrite, block.name, describe(scales))
+        """Balances every scan's C."""
+        for direction in rewrite.directions:
+            with self.where_suitable(rewrite, direction.name):
+                b_rows, c_rows = direction.b_rows, direction.c_rows
+                name = self._partner_name(direction)
+                partner, c = rewrite.statistics[name], rewrite.of(direction.c)
+                scales = balance(partner.maximum, c.maximum, 0.5)
+                rewrite.scale_rows(b_rows, 1 / scales)
+                rewrite.scale_rows(c_rows, scales)
+                rewrite.update(direction.c, c.scaled(scales))
+                rewrite.statistics[name] = partner.scaled(1 / scales)
+                self.note(rewrite, direction.name, describe(scales))
 
-    def _partner_name(self, block: Block) -> str:
-        return states_name(block.scan) if self.partner is Partner.STATE else block.b.name
+    def _partner_name(self, direction: Direction) -> str:
+        return states_name(direction.scan) if self.partner is Partner.STATE else direction.b.name

@@ -1,0 +1,79 @@
+"""The functions that transformers' Mamba models call, and their norms."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from mq_ao.capture import norms, scans
+from mq_ao.capture.replacing import Replacement, imported
+
+
+def replacements(module: nn.Module) -> Iterator[Replacement]:
+    """What stands in for transformers' functions while `module` is captured; nothing if it is not imported.
+
+    A model is captured without its cache: `use_cache` is False in its configuration.
+    """
+    if "transformers" not in sys.modules:
+        return
+    # Each model's file has functions of its own, under the same names.
+    for source in imported("transformers.models."):
+        for name, ours in _FUNCTIONS.items():
+            if callable(vars(source).get(name)):
+                yield Replacement(source, name, ours)
+    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    for config in configs.values():
+        if getattr(config, "use_cache", False):
+            yield Replacement(config, "use_cache", False)
+    yield from norms.replacements(module, "transformers")
+
+
+def causal_conv1d_fn(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
+) -> Any:
+    """hidden_states (batch, channels, length)."""
+    return scans.causal_conv1d_fn(hidden_states, weight, bias, seq_idx=kwargs.get("seq_idx"), activation=activation)
+
+
+def mamba_selective_scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Any:
+    """hidden_states, dt (batch, channels, length), B, C (batch, [groups,] d_state, length)."""
+    return scans.selective_scan_fn(hidden_states, dt, A, B, C, **_known(kwargs, _SCAN_OPTIONS))
+
+
+def mamba2_chunk_scan(
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **kwargs: Any
+) -> Any:
+    """hidden_states (batch, length, heads, headdim), B, C (batch, length, groups, d_state)."""
+    return scans.mamba_chunk_scan_combined(
+        hidden_states, dt, A, B, C, chunk_size, **_known(kwargs, _CHUNK_SCAN_OPTIONS)
+    )
+
+
+def _known(kwargs: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """Models hand on whatever options they were called with; the kernels take those that they know."""
+    return {name: value for name, value in kwargs.items() if name in names}
+
+
+_SCAN_OPTIONS = frozenset({"D", "z", "delta_bias", "delta_softplus", "return_last_state"})
+_CHUNK_SCAN_OPTIONS = frozenset(
+    {
+        "D",
+        "z",
+        "dt_bias",
+        "initial_states",
+        "seq_idx",
+        "cu_seqlens",
+        "dt_softplus",
+        "dt_limit",
+        "return_final_states",
+    }
+)
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": causal_conv1d_fn,
+    "mamba_selective_scan": mamba_selective_scan,
+    "mamba2_chunk_scan": mamba2_chunk_scan,
+}
