@@ -269,6 +269,7 @@ BAD: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
     "D's rank": ({"D": lambda x: x[None, None]}, "D must be"),
     "bias": ({"dt_bias": lambda x: x[None]}, "dt_bias must have shape"),
     "state": ({"initial_state": lambda x: x.transpose(2, 3)}, "initial_state must have shape"),
+    "state's dtype": ({"initial_state": Tensor.int}, "initial_state must be floating point"),
     "seq_idx": ({"seq_idx": lambda x: x[0]}, "seq_idx must have shape"),
     "seq_idx's dtype": ({"seq_idx": Tensor.float}, "seq_idx must be integers"),
     "limits": ({"dt_min": lambda _: 0.6}, "dt_min must not exceed dt_max"),

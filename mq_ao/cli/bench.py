@@ -46,7 +46,7 @@ def bench(
     ] = None,
     backend: Annotated[str, typer.Option(help="What runs ours: inductor, or executorch (.pte programs).")] = "inductor",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. Default: all cores.")] = None,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Time the scan kernel against an int8 matmul.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time the scan kernels against an int8 matmul.")] = False,
     quantize: Annotated[
         bool, typer.Option("--quantize", help="Measure time and memory of quantizing itself, a process each.")
     ] = False,
@@ -173,17 +173,21 @@ def _run(source: str, plan: Plan, peers: list[Peer], recipes: list[Recipe], back
 def _kernels(content: dict[str, Any], json: str | None) -> None:
     from dataclasses import asdict
 
-    from mq_ao.bench.kernels import measure_scan
+    from mq_ao.bench.kernels import D_MODEL, KERNELS, LENGTH, measure
 
-    with step("timing the scan kernel"):
-        times = measure_scan()
-    _write({**content, "kernels": {"scan": asdict(times)}}, json)
+    times = {}
+    for kernel in KERNELS:
+        with step(f"timing {kernel.name}"):
+            times[kernel] = measure(kernel)
+    _write({**content, "kernels": {kernel.name: asdict(taken) for kernel, taken in times.items()}}, json)
     if json != "-":
-        out().print(
-            f"selective_scan, 1 x 1024 x 1536, d_state 16, fp32: {times.scan_ms:.2f} ms; "
-            f"torch._int_mm, 1024 x 768 x 3072: {times.int_mm_ms:.2f} ms; ratio {times.ratio:.2f}",
-            soft_wrap=True,
-        )
+        for kernel, taken in times.items():
+            out().print(
+                f"{kernel.name}, {kernel.shape}, fp32: {taken.scan_ms:.2f} ms; "
+                f"torch._int_mm, {LENGTH} x {D_MODEL} x {kernel.in_proj}: {taken.int_mm_ms:.2f} ms; "
+                f"ratio {taken.ratio:.2f}; recurrence in PyTorch: {taken.recurrence_ms:.0f} ms",
+                soft_wrap=True,
+            )
 
 
 def _quantizing(

@@ -62,6 +62,10 @@ def _check(
         shapes.append(("dt_bias", dt_bias, (heads,)))
     if initial_state is not None:
         shapes.append(("initial_state", initial_state, (batch, heads, headdim, d_state)))
+        require(
+            initial_state.is_floating_point(),
+            f"ssd_scan: initial_state must be floating point, it is {initial_state.dtype}.",
+        )
     if seq_idx is not None:
         shapes.append(("seq_idx", seq_idx, (batch, length)))
         require(

@@ -6,37 +6,6 @@
 namespace mq_ao {
 namespace {
 
-// An activation as the operator takes it: 8-bit with its scale and zero point, or float32.
-struct Operand {
-  Tensor values;
-  double scale;
-  int64_t zero_point;
-
-  bool integer() const { return is_byte(values); }
-  bool native() const {
-    return integer() ? is_grid(is_signed(values), scale, zero_point) : values.scalar_type() == at::kFloat;
-  }
-  Grid grid() const { return Grid(is_signed(values), scale, zero_point); }
-};
-
-QRows channel_rows(const Operand& x) {
-  const Tensor& t = x.values;
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), x.integer(), x.grid()};
-}
-
-// B or C as float32. They are small, and every channel reads them.
-Tensor float_matrix(const Tensor& dense, const Operand& given) {
-  if (!given.integer()) return dense;
-  const Tensor values = at::empty(dense.sizes(), dense.options().dtype(at::kFloat));
-  const Rows<const uint8_t> from = byte_rows(dense);
-  const Rows<float> to = rows<float>(values);
-  const int64_t groups = dense.dim() == 4 ? dense.size(2) : 1, d_state = dense.size(-1);
-  for (int64_t b = 0; b < dense.size(0); ++b)
-    for (int64_t t = 0; t < dense.size(1); ++t)
-      for (int64_t g = 0; g < groups; ++g) dequantize(from.at(b, t, g), given.grid(), d_state, to.at(b, t, g));
-  return values;
-}
-
 bool good_states(const Tensor& A, const OptionalTensor& initial_state, const OptionalTensor& scale) {
   if (scale && (scale->scalar_type() != at::kFloat || scale->sizes() != A.sizes())) return false;
   return !initial_state || (scale ? initial_state->scalar_type() == at::kChar : initial_state->is_floating_point());

@@ -19,7 +19,8 @@ namespace mq_ao {
 
 constexpr int kSsdChunk = 64;        // steps of a chunk, a multiple of every kLanes
 constexpr int64_t kSsdFewSteps = 12;  // shorter sequences are taken step by step
-constexpr int kSsdRows = kMaxGroup == 16 ? 8 : 4;  // a tile of a product, which lies in registers, has two vectors a row
+constexpr int kSsdPanel = 2 * kLanes;  // columns of a product
+constexpr int kSsdRows = kMaxGroup == 16 ? 8 : 4;  // of a product whose sums lie in registers
 
 struct SsdShape {
   int64_t batch, length, heads, headdim, groups, d_state;
@@ -69,7 +70,7 @@ struct SsdTasks {
   SsdShape shape;
 
   // Heads of their own are enough for many threads; a few heads are cut, which costs their decays several times.
-  int64_t range() const { return shape.batch * shape.heads < 16 ? 2 * kLanes : shape.headdim; }
+  int64_t range() const { return shape.batch * shape.heads < 16 ? kSsdPanel : shape.headdim; }
   int64_t ranges() const { return ceil_div(shape.headdim, range()); }
   int64_t units() const { return shape.batch * shape.heads * ranges(); }
   // The task that begins with a unit and ends before `end` at the latest: its heads share what C and B alone make.
@@ -91,31 +92,27 @@ inline Vec ssd_step_sizes(const In& in, const SsdTask& task, int64_t t) {
   return at_most(at_least(in.dt_softplus ? softplus(raw) : raw, in.dt_min), in.dt_max);
 }
 
-// acc[i][v] += sum_k left[i * row + k * inner] right[k][v], of `count` rows of `right`, `stride` apart.
+// acc[i][v] += sum_k left[i][k] right[k][v] over `count` k; rows of `left` are `row` apart, those of `right` `stride`.
 template <int R, int V>
 inline void accumulate(
-    Vec (&acc)[R][V], const float* left, int64_t row, int64_t inner, const float* right, int64_t stride,
-    int64_t count) {
+    Vec (&acc)[R][V], const float* left, int64_t row, const float* right, int64_t stride, int64_t count) {
   for (int64_t k = 0; k < count; ++k) {
     Vec columns[V];
-#pragma GCC unroll 2
     for (int v = 0; v < V; ++v) columns[v] = load(right + k * stride + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[i][v] += left[i * row + k * inner] * columns[v];
+      for (int v = 0; v < V; ++v) acc[i][v] += left[i * row + k] * columns[v];
   }
 }
 
-// Calls f(rows, first row, vectors, first column) for tiles that cover `rows` rows of `columns` columns (whole vectors).
+// Calls f(constant number of vectors) for a panel, which has two or, at the end of headdim, one.
 template <typename F>
-inline void for_tiles(int64_t rows, int64_t columns, F&& f) {
-  for_groups<kSsdRows>(rows, [&](auto R, int64_t i) {
-    for_groups<2>(columns / kLanes, [&](auto V, int64_t v) { f(R, i, V, v * kLanes); });
-  });
+inline void with_vectors(int64_t columns, F&& f) {
+  columns > kLanes ? f(std::integral_constant<int, 2>{}) : f(std::integral_constant<int, 1>{});
 }
 
-// A task of the block decomposition with its work memory.
+// A task of the block decomposition with its work memory. Columns are worked on in panels of kSsdPanel, which lie
+// together: what a panel needs stays in the first-level cache.
 template <typename In, typename Output>
 class SsdChunks {
  public:
@@ -124,8 +121,9 @@ class SsdChunks {
         task_(task),
         y_(y),
         N_(in.shape.d_state),
-        width_(ceil_div(task.width, kLanes) * kLanes),
-        memory_(kSsdChunk * (4 * N_ + 2 * kSsdChunk + 3 * width_ + kLanes) + task.heads * N_ * width_) {
+        panels_(ceil_div(task.width, kSsdPanel)),
+        memory_(kSsdChunk * (2 * kSsdChunk + 3 * kSsdPanel + kLanes + 2 * N_) +
+                task.heads * panels_ * N_ * kSsdPanel) {
     float* next = memory_.get();
     const auto take = [&](int64_t count) {
       float* taken = next;
@@ -134,19 +132,18 @@ class SsdChunks {
     };
     products_ = take(kSsdChunk * kSsdChunk);
     mixing_ = take(kSsdChunk * kSsdChunk);
-    values_ = take(kSsdChunk * width_);
-    weighted_ = take(kSsdChunk * width_);
-    out_ = take(kSsdChunk * width_);
+    values_ = take(kSsdChunk * kSsdPanel);
+    weighted_ = take(kSsdChunk * kSsdPanel);
+    out_ = take(kSsdChunk * kSsdPanel);
     steps_ = take(kSsdChunk * kLanes);
-    transposed_ = take(kSsdChunk * N_);
-    B_copy_ = take(kSsdChunk * N_);
-    C_copy_ = take(kSsdChunk * N_);
-    states_ = take(task.heads * N_ * width_);
+    states_ = take(task.heads * panels_ * N_ * kSsdPanel);
+    B_ = take(kSsdChunk * N_);
+    C_ = take(kSsdChunk * N_);
   }
 
   void run(float* last_state) {
     bool zero = !in_.initial_state;
-    if (!zero) read_states(in_.initial_state);
+    if (!zero) read_states();
     for (int64_t start = 0; start < in_.shape.length;) {
       zero |= in_.restarts(task_.b, start);
       int steps = 1;
@@ -159,50 +156,80 @@ class SsdChunks {
   }
 
  private:
-  // States of the task's head k: (d_state, width_).
-  float* state(int64_t k) const { return states_ + k * N_ * width_; }
+  // One panel of one head: columns [first, first + columns), whose states are (d_state, kSsdPanel).
+  struct Panel {
+    int64_t head, first, columns;
+    float* state;
+  };
 
-  void read_states(const float* from) {
-    for (int64_t k = 0; k < task_.heads; ++k) {
-      const float* rows = from + in_.shape.state(task_.b, task_.head + k, task_.first);
+  Panel panel(int64_t k, int64_t i) const {
+    const int64_t first = i * kSsdPanel;
+    return {task_.head + k, task_.first + first, std::min<int64_t>(kSsdPanel, task_.width - first),
+            states_ + (k * panels_ + i) * N_ * kSsdPanel};
+  }
+
+  // Calls f(panel, offset of its states) for all heads.
+  template <typename F>
+  void for_panels(F&& f) const {
+    for (int64_t k = 0; k < task_.heads; ++k)
+      for (int64_t i = 0; i < panels_; ++i) {
+        const Panel at = panel(k, i);
+        f(at, in_.shape.state(task_.b, at.head, at.first));
+      }
+  }
+
+  void read_states() {
+    for_panels([&](const Panel& at, int64_t offset) {
       for (int64_t n = 0; n < N_; ++n)
-        for (int64_t p = 0; p < width_; ++p) state(k)[n * width_ + p] = p < task_.width ? rows[p * N_ + n] : 0.0f;
-    }
+        for (int64_t p = 0; p < kSsdPanel; ++p)
+          at.state[n * kSsdPanel + p] = p < at.columns ? in_.initial_state[offset + p * N_ + n] : 0.0f;
+    });
   }
 
   void write_states(float* to) const {
-    for (int64_t k = 0; k < task_.heads; ++k) {
-      float* rows = to + in_.shape.state(task_.b, task_.head + k, task_.first);
-      for (int64_t p = 0; p < task_.width; ++p)
-        for (int64_t n = 0; n < N_; ++n) rows[p * N_ + n] = state(k)[n * width_ + p];
-    }
+    for_panels([&](const Panel& at, int64_t offset) {
+      for (int64_t p = 0; p < at.columns; ++p)
+        for (int64_t n = 0; n < N_; ++n) to[offset + p * N_ + n] = at.state[n * kSsdPanel + p];
+    });
   }
 
   void chunk(int64_t start, int steps, bool zero) {
-    const FloatRows B = float_rows(in_.B.at(task_.b, start, task_.g), in_.B.time, steps, N_, B_copy_);
-    const FloatRows C = float_rows(in_.C.at(task_.b, start, task_.g), in_.C.time, steps, N_, C_copy_);
-    multiply_B_and_C(steps, B, C);
+    load_B_and_C(start, steps);
+    multiply_B_and_C(steps);
     for (int t = 0; t < steps; ++t) store(ssd_step_sizes(in_, task_, start + t), steps_ + t * kLanes);
     for (int64_t k = 0; k < task_.heads; ++k) {
       load_decays(steps, k);
-      load_values(start, steps, task_.head + k);
       mix(steps);
-      outputs(steps, C, zero ? nullptr : state(k));
-      store_outputs(start, steps, task_.head + k);
-      carry(steps, B, state(k), zero);
+      for (int64_t i = 0; i < panels_; ++i) {
+        const Panel at = panel(k, i);
+        load_values(start, steps, at);
+        with_vectors(at.columns, [&](auto V) {
+          outputs<V>(steps, zero ? nullptr : at.state);
+          carry<V>(steps, at.state, zero);
+        });
+        store_outputs(start, steps, at);
+      }
     }
   }
 
+  // B (d_state, kSsdChunk), so transposed, and C (steps, d_state): near each other, as many heads read them.
+  void load_B_and_C(int64_t start, int steps) {
+    for (int t = 0; t < steps; ++t) {
+      const auto *b = in_.B.at(task_.b, start + t, task_.g), *c = in_.C.at(task_.b, start + t, task_.g);
+      for (int64_t n = 0; n < N_; ++n) B_[n * kSsdChunk + t] = to_float(b[n]);
+      for (int64_t n = 0; n < N_; ++n) C_[t * N_ + n] = to_float(c[n]);
+    }
+    for (int64_t n = 0; n < N_; ++n) std::fill(B_ + n * kSsdChunk + steps, B_ + (n + 1) * kSsdChunk, 0.0f);
+  }
+
   // products[i][j] = C[i] . B[j] for j <= i; what lies further right is not read.
-  void multiply_B_and_C(int steps, FloatRows B, FloatRows C) {
-    for (int64_t n = 0; n < N_; ++n)
-      for (int j = 0; j < kSsdChunk; ++j) transposed_[n * kSsdChunk + j] = j < steps ? B.data[j * B.stride + n] : 0.0f;
-    for_tiles(steps, kSsdChunk, [&](auto R, int64_t i, auto V, int64_t j) {
-      if (j >= i + R) return;
-      Vec acc[R][V] = {};
-      accumulate<R, V>(acc, C.data + i * C.stride, C.stride, 1, transposed_ + j, kSsdChunk, N_);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(acc[r][v], products_ + (i + r) * kSsdChunk + j + v * kLanes);
+  void multiply_B_and_C(int steps) {
+    for_groups<kSsdRows>(steps, [&](auto R, int64_t i) {
+      for (int64_t j = 0; j < i + R; j += kLanes) {
+        Vec acc[R][1] = {};
+        accumulate<R, 1>(acc, C_ + i * N_, N_, B_ + j, kSsdChunk, N_);
+        for (int r = 0; r < R; ++r) store(acc[r][0], products_ + (i + r) * kSsdChunk + j);
+      }
     });
   }
 
@@ -218,20 +245,11 @@ class SsdChunks {
       high_[t] = float(sum);
       low_[t] = float(sum - double(high_[t]));
     }
+    const int last = steps - 1;
     for (int t = 0; t < kSsdChunk; t += kLanes) {
-      const int last = steps - 1;
       store(exp2(load(high_ + t)), from_start_ + t);
       store(exp2((high_[last] - load(high_ + t)) + (low_[last] - load(low_ + t))) * load(step_ + t), to_end_ + t);
     }
-  }
-
-  void load_values(int64_t start, int steps, int64_t h) {
-    for (int t = 0; t < steps; ++t)
-      for_vectors(task_.width, [&](int64_t p, auto lanes) {
-        const Vec x = load_row(in_.x, task_.b, start + t, h * in_.shape.headdim + task_.first + p, lanes);
-        store(x, values_ + t * width_ + p);
-        store(to_end_[t] * x, weighted_ + t * width_ + p);
-      });
   }
 
   // mixing[i][j]: what y[i] has of x[j]. What lies right of the diagonal is not read.
@@ -243,56 +261,73 @@ class SsdChunks {
       }
   }
 
+  void load_values(int64_t start, int steps, const Panel& at) {
+    for (int t = 0; t < steps; ++t)
+      for_vectors(at.columns, [&](int64_t p, auto lanes) {
+        // Rows are short and far apart, which hardware prefetchers do not follow: of the next panel, and of this one's
+        // output.
+        const int64_t column = at.head * in_.shape.headdim + at.first + p;
+        __builtin_prefetch(row_address(in_.x, task_.b, start + t, column + kSsdPanel));
+        __builtin_prefetch(row_address(y_, task_.b, start + t, column), 1);
+        const Vec x = load_row(in_.x, task_.b, start + t, column, lanes);
+        store(x, values_ + t * kSsdPanel + p);
+        store(to_end_[t] * x, weighted_ + t * kSsdPanel + p);
+      });
+  }
+
   // out = 2^c C h + mixing x; `h` is null for zero.
-  void outputs(int steps, FloatRows C, const float* h) {
-    for_tiles(steps, width_, [&](auto R, int64_t i, auto V, int64_t p) {
+  template <int V>
+  void outputs(int steps, const float* h) {
+    for_groups<kSsdRows>(steps, [&](auto R, int64_t i) {
       Vec acc[R][V] = {};
       if (h) {
-        accumulate<R, V>(acc, C.data + i * C.stride, C.stride, 1, h + p, width_, N_);
+        accumulate<R, V>(acc, C_ + i * N_, N_, h, kSsdPanel, N_);
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < V; ++v) acc[r][v] *= from_start_[i + r];
       }
       const float* mixing = mixing_ + i * kSsdChunk;
-      accumulate<R, V>(acc, mixing, kSsdChunk, 1, values_ + p, width_, i);
+      accumulate<R, V>(acc, mixing, kSsdChunk, values_, kSsdPanel, i);
       // The tile on the diagonal is a triangle: a NaN must not reach the steps before it, even times zero.
       for (int r = 0; r < R; ++r)
         for (int j = 0; j <= r; ++j)
           for (int v = 0; v < V; ++v)
-            acc[r][v] += mixing[r * kSsdChunk + i + j] * load(values_ + (i + j) * width_ + p + v * kLanes);
+            acc[r][v] += mixing[r * kSsdChunk + i + j] * load(values_ + (i + j) * kSsdPanel + v * kLanes);
       for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(acc[r][v], out_ + (i + r) * width_ + p + v * kLanes);
+        for (int v = 0; v < V; ++v) store(acc[r][v], out_ + (i + r) * kSsdPanel + v * kLanes);
     });
-  }
-
-  void store_outputs(int64_t start, int steps, int64_t h) const {
-    for (int t = 0; t < steps; ++t)
-      for_vectors(task_.width, [&](int64_t p, auto lanes) {
-        Vec y = load(out_ + t * width_ + p);
-        if (in_.D) y += in_.skip(h, task_.first + p, lanes) * load(values_ + t * width_ + p);
-        store_row(y, y_, task_.b, start + t, h * in_.shape.headdim + task_.first + p, lanes);
-      });
   }
 
   // h = 2^c[last] h + B^T weighted.
-  void carry(int steps, FloatRows B, float* h, bool zero) {
+  template <int V>
+  void carry(int steps, float* h, bool zero) {
     const float decay = from_start_[steps - 1];
-    for_tiles(N_, width_, [&](auto R, int64_t n, auto V, int64_t p) {
+    for_groups<kSsdRows>(N_, [&](auto R, int64_t n) {
+      float* state = h + n * kSsdPanel;
       Vec acc[R][V] = {};
       if (!zero)
         for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) acc[r][v] = decay * load(h + (n + r) * width_ + p + v * kLanes);
-      accumulate<R, V>(acc, B.data + n, 1, B.stride, weighted_ + p, width_, steps);
+          for (int v = 0; v < V; ++v) acc[r][v] = decay * load(state + r * kSsdPanel + v * kLanes);
+      accumulate<R, V>(acc, B_ + n * kSsdChunk, kSsdChunk, weighted_, kSsdPanel, steps);
       for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(acc[r][v], h + (n + r) * width_ + p + v * kLanes);
+        for (int v = 0; v < V; ++v) store(acc[r][v], state + r * kSsdPanel + v * kLanes);
     });
+  }
+
+  void store_outputs(int64_t start, int steps, const Panel& at) const {
+    for (int t = 0; t < steps; ++t)
+      for_vectors(at.columns, [&](int64_t p, auto lanes) {
+        Vec y = load(out_ + t * kSsdPanel + p);
+        if (in_.D) y += in_.skip(at.head, at.first + p, lanes) * load(values_ + t * kSsdPanel + p);
+        store_row(y, y_, task_.b, start + t, at.head * in_.shape.headdim + at.first + p, lanes);
+      });
   }
 
   const In& in_;
   const SsdTask task_;
   const Output& y_;
-  const int64_t N_, width_;  // d_state; the task's columns in whole vectors
+  const int64_t N_, panels_;  // d_state; panels of a head's columns
   const Scratch<float> memory_;
-  float *products_, *mixing_, *values_, *weighted_, *out_, *steps_, *transposed_, *B_copy_, *C_copy_, *states_;
+  float *products_, *mixing_, *values_, *weighted_, *out_, *steps_, *states_, *B_, *C_;
   // Of one head: step sizes, c as a sum of two floats, 2^c, and step 2^(c[last] - c).
   alignas(64) float step_[kSsdChunk], high_[kSsdChunk], low_[kSsdChunk], from_start_[kSsdChunk], to_end_[kSsdChunk];
 };

@@ -30,6 +30,7 @@ struct SsdTensors {
     const int64_t batch = x.size(0), length = x.size(1), heads = x.size(2), headdim = x.size(3);
     if (heads % B.size(2) != 0 || !(dt_min <= highest())) return false;
     if (seq_idx && !c10::isIntegralType(seq_idx->scalar_type(), true)) return false;
+    if (initial_state && !initial_state->is_floating_point()) return false;
     return dt.sizes() == at::DimVector{batch, length, heads} && A.sizes() == at::DimVector{heads} &&
            B.sizes() == at::DimVector{batch, length, B.size(2), B.size(3)} && C.sizes() == B.sizes() &&
            (has_shape(D, {heads}) || has_shape(D, {heads, headdim})) && has_shape(dt_bias, {heads}) &&
