@@ -57,7 +57,7 @@ class GraphRewriter:
     def scan(self, node: Node) -> None:
         """A scan with integers among its operands, output and carried states."""
         u, delta, a, b, c, skip, bias, softplus, *rest = walk.padded(node, 9 if node.target in walk.SCAN else 12)
-        state, state_scale = carried(rest[-1]) if node.target in walk.SCAN else (None, None)
+        state, state_scale = carried(rest[0])  # of Mamba-2, whose states stay in float, a number without a scale
         operands = [self.operand(value) for value in (u, delta, b, c)]
         y, last = _output(node, 0), _output(node, 1)
         # The scan's own integers are uint8 unless u is int8.
