@@ -21,6 +21,12 @@ from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, Quantizatio
 from mq_ao.quantizer.states import CarriedState, carried_states
 from mq_ao.quantizer.weights import QuantizedWeight
 
+_OFF = "switched off by the configuration"
+_WITHOUT_KERNEL: Mapping[object, str] = {
+    walk.aten.conv2d.default: "there is no integer kernel for convolutions over two axes",
+    **dict.fromkeys(walk.SSD, "there is no integer kernel for Mamba-2's scan yet"),
+}
+
 
 class MambaQuantizer(Quantizer):
     """Quantizes the roles of Mamba blocks, the embedding and the head.
@@ -172,6 +178,8 @@ class MambaQuantizer(Quantizer):
                 )
 
     def _spec(self, role: Role, node: Node) -> RoleSpec | None:
+        if node.target in _WITHOUT_KERNEL:
+            return None
         path = module_path(node)
         names = [name for name in self._modules if _inside(path, name)]
         if names:
@@ -186,11 +194,9 @@ class MambaQuantizer(Quantizer):
     ) -> Decision:
         path, spec = module_path(node), self._spec(role, node)
         if spec is None:
-            return Decision(node.name, path, role, False, "switched off by the configuration")
+            return Decision(node.name, path, role, False, _WITHOUT_KERNEL.get(node.target, _OFF))
         if is_annotated(node):
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
-        if node.target in walk.SSD:
-            return Decision(node.name, path, role, False, "there is no integer kernel for Mamba-2's scan yet")
         if operands is not None:
             annotator.inputs(node, tuple(operands.values()), spec)
             return Decision(node.name, path, role, True, f"{spec.input}: {', '.join(operands)}")

@@ -29,7 +29,7 @@ INTEGER_KERNELS = frozenset(
         mq.qgate_per_token.default,
     }
 )
-# Narrower pieces than one panel of the kernel are cheaper as columns of a shared product.
+# A piece that begins inside a panel of the kernel is cheaper as columns of a shared product.
 _PANEL = 64
 
 
@@ -73,7 +73,7 @@ class Rewriter(GraphRewriter):
         known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
         if weight is None or not known:
             return
-        bounds = _wide_pieces(node)
+        bounds = _panels(node)
         if bounds is None or bias is not None:
             self.replace(node, self._product(node, x, weight, bias))
             return
@@ -156,7 +156,7 @@ def count_integer_kernels(module: GraphModule) -> Counter[str]:
     return counts
 
 
-def _wide_pieces(node: Node) -> list[tuple[Node, int, int]] | None:
-    """(getitem, start, stop) of a linear that is only read in wide pieces along its last axis, else None."""
+def _panels(node: Node) -> list[tuple[Node, int, int]] | None:
+    """(getitem, start, stop) of a linear that is only read in pieces of whole panels of channels, else None."""
     found = pieces(node)
-    return found if found is not None and not any((stop - start) % _PANEL for _, start, stop in found) else None
+    return found if found is not None and not any(start % _PANEL for _, start, _ in found) else None

@@ -18,6 +18,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import linear, silu
 from torch.overrides import TorchFunctionMode
 
+from mq_ao.capture import grouped
+
 Groups = tuple[tuple[int, ...], ...]
 
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
@@ -79,6 +81,10 @@ class ChannelLast(TorchFunctionMode):
         if _writes(name, kwargs):
             # What is written to may be a copy of what it is a view of, or the other way round.
             self._views.clear()
+        elif name == "einsum" and len(args) == 3:
+            product = grouped.einsum(*args)
+            if product is not None:
+                return product
         elif name in _HANDLERS and args and isinstance(args[0], Tensor):
             handler = _HANDLERS[name]
             try:
@@ -187,6 +193,16 @@ class ChannelLast(TorchFunctionMode):
             return NotImplemented
         return self._give(_View(linear(known.base, weight), known.groups, (known.base, weight)))
 
+    def _conv1d(
+        self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A convolution of kernel size 1 is a linear."""
+        given = {**dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)), **kwargs}
+        groups = given.pop("groups", 1)
+        changed = {key: value for key, value in given.items() if value not in (_CONV1D[key], (_CONV1D[key],))}
+        product = grouped.pointwise_conv1d(x, weight, bias, groups, changed)
+        return NotImplemented if product is None else product
+
     def _add(self, name: str, x: Tensor, other: Any) -> Any:
         """`weight @ x + bias[:, None]` is one linear."""
         known = self._known(x)
@@ -238,6 +254,7 @@ def _take(base: Tensor, axes: Sequence[int], sizes: Sequence[Any]) -> list[tuple
     return groups
 
 
+_CONV1D = {"stride": 1, "padding": 0, "dilation": 1}
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
 _WRITING = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())})
 
@@ -266,6 +283,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "linear": ChannelLast._linear,
     "matmul": ChannelLast._matmul,
     "__matmul__": ChannelLast._matmul,
+    "conv1d": ChannelLast._conv1d,
     "add": ChannelLast._add,
     "__add__": ChannelLast._add,
 }

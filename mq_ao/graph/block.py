@@ -27,8 +27,9 @@ class Direction:
         name: the block's name; of several directions, with the scan node's.
         scan: `mq_ao::selective_scan` or `mq_ao::ssd_scan`, or `mq_ao::scan_states` where h C was taken out of it.
         conv1d: depthwise convolution.
-        x_proj: linear that yields dt's low rank, B and C; None in Mamba-2, whose in_proj yields them.
-        dt_proj: linear that raises dt to d_inner; None in Mamba-2.
+        x_projs: linear that yields dt's low rank, B and C; several where groups of channels have their own (VMamba's
+            four directions in one scan), none in Mamba-2, whose in_proj yields them.
+        dt_projs: linears that raise dt to d_inner, likewise.
         c: operand C of the scan.
         y: the scan's output, D u included.
         product: multiplication h C where it is a node of its own, else None.
@@ -37,8 +38,8 @@ class Direction:
     name: str
     scan: Node
     conv1d: Node
-    x_proj: Node | None
-    dt_proj: Node | None
+    x_projs: tuple[Node, ...]
+    dt_projs: tuple[Node, ...]
     c: Node
     y: Node
     product: Node | None = None
@@ -50,8 +51,8 @@ class Direction:
 
     @property
     def dt(self) -> Node | None:
-        """What dt_proj reads, (batch, length, dt_rank), or None in Mamba-2."""
-        return None if self.dt_proj is None else argument(self.dt_proj, 0)
+        """What dt_proj reads, (batch, length, dt_rank), or None unless there is just one."""
+        return argument(self.dt_projs[0], 0) if len(self.dt_projs) == 1 else None
 
     @property
     def b(self) -> Node:
@@ -70,8 +71,8 @@ class Direction:
 
     def by_role(self) -> list[tuple[Role, Node]]:
         """(role, node) pairs of the layers with weights, in dataflow order."""
-        pairs = [(Role.CONV1D, self.conv1d), (Role.X_PROJ, self.x_proj), (Role.DT_PROJ, self.dt_proj)]
-        return [(role, node) for role, node in pairs if node is not None]
+        pairs = [(Role.CONV1D, self.conv1d), *((Role.X_PROJ, node) for node in self.x_projs)]
+        return [*pairs, *((Role.DT_PROJ, node) for node in self.dt_projs)]
 
     def operands(self) -> list[tuple[Role, Node, dict[str, Node]]]:
         """(role, node, its inputs that may be quantized, by METHOD.md's symbols) of the scan and of h C.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +16,8 @@ from mq_ao.graph.edit import is_constant
 from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
 
+_PRODUCT = re.compile(r"(^|_)(add|badd)?b?(mm|matmul)(_|$)")
+"""In the name of an operator that multiplies matrices; libraries define their own for experts."""
 _ROUTING = frozenset({walk.aten.topk.default, walk.aten.softmax.int, walk.aten._softmax.default})
 
 
@@ -120,12 +124,29 @@ def match(module: GraphModule) -> Match:
         reason = _unsuited(node)
         if reason is not None:
             rejected.append(Rejection(node.name, reason))
-        elif any(user.op == "output" for user in walk.downstream(node)):
+        elif _is_output(node):
             heads.append(node)
         else:
             linears.append(node)
+    for node in module.graph.nodes:
+        if _is_product(node):
+            reason = "a product with constant weights that is no linear, as of experts: it stays in float"
+            rejected.append(Rejection(node.name, reason))
     embeddings = walk.calls(module, {walk.aten.embedding.default})
     return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears))
+
+
+def _is_product(node: Node) -> bool:
+    """Whether a node multiplies by a constant matrix, but is no linear."""
+    name = getattr(node.target, "_opname", "")
+    weights = (item for item in walk.inputs(node) if is_constant(item))
+    return bool(_PRODUCT.search(name)) and any(weight.meta["val"].dim() > 1 for weight in weights)
+
+
+def _is_output(value: Node) -> bool:
+    """Whether the graph gives a value, perhaps multiplied by a number."""
+    users = list(walk.downstream(value))
+    return any(user.op == "output" or (walk.is_scaling(user) and _is_output(user)) for user in users)
 
 
 def _unsuited(linear: Node) -> str | None:
@@ -160,39 +181,42 @@ class _Scan:
         product, y = _product(scan)
         c = _node(scan, 4) if product is None else _other(product, scan)
         own = _state_space_duality if scan.target in walk.SSD else _low_rank
-        conv1d, x_proj, dt_proj = own(scan, _node(scan, 3), c)
+        conv1d, x_projs, dt_projs = own(scan, _node(scan, 3), c)
         in_proj = _expect(_node(conv1d, 0), walk.LINEAR, "conv1d's input", "in_proj (a linear)")
         output = _output_side(y)
         gate_projs = {_expect(gate.z, walk.LINEAR, "the gate", "a linear") for gate in output.gates}
         if len(gate_projs) > 1:
             raise _WalkEnded(f"it is gated by several linears: {', '.join(sorted(map(str, gate_projs)))}")
         name = walk.module_path(scan) or scan.name
-        direction = Direction(name, scan, conv1d, x_proj, dt_proj, c, y, product)
+        direction = Direction(name, scan, conv1d, x_projs, dt_projs, c, y, product)
         return cls(direction, in_proj, next(iter(gate_projs), None), output)
 
 
-def _low_rank(scan: Node, b: Node, c: Node) -> tuple[Node, Node | None, Node | None]:
-    """(conv1d, x_proj, dt_proj) of a Mamba-1 scan."""
+def _low_rank(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
+    """(conv1d, x_projs, dt_projs) of a Mamba-1 scan."""
     u, delta = _node(scan, 0), _node(scan, 1)
-    dt_proj = _expect(delta, walk.LINEAR, "delta", "dt_proj (a linear)", also_through=walk.NORM)
-    x_proj = _expect(_node(dt_proj, 0), walk.LINEAR, "dt_proj's input", "x_proj (a linear)", also_through=walk.NORM)
+    dt_projs = _sources([delta], walk.LINEAR, "delta", "dt_proj (a linear)", also_through=walk.NORM)
+    low = [_node(dt_proj, 0) for dt_proj in dt_projs]
+    x_projs = _sources(low, walk.LINEAR, "dt_proj's input", "x_proj (a linear)", also_through=walk.NORM)
     for name, node in (("B", b), ("C", c)):
-        if _expect(node, walk.LINEAR, name, "x_proj (a linear)", also_through=walk.NORM) is not x_proj:
-            raise _WalkEnded(f"{name} does not come from {x_proj.name}, from which delta comes")
+        if set(_sources([node], walk.LINEAR, name, "x_proj (a linear)", also_through=walk.NORM)) != set(x_projs):
+            raise _WalkEnded(f"{name} does not come from {_listed(x_projs)}, from which delta comes")
     conv1d = _expect(u, walk.CONV, "u", "conv1d", also_through=walk.ACTIVATION)
-    if _expect(_node(x_proj, 0), walk.CONV, "x_proj's input", "conv1d", also_through=walk.ACTIVATION) is not conv1d:
+    inputs = [_node(x_proj, 0) for x_proj in x_projs]
+    found = _sources(inputs, walk.CONV, "x_proj's input", "conv1d", also_through=walk.ACTIVATION)
+    if found != (conv1d,):
         raise _WalkEnded(f"x_proj's input does not come from {conv1d.name}, from which u comes")
-    return conv1d, x_proj, dt_proj
+    return conv1d, x_projs, dt_projs
 
 
-def _state_space_duality(scan: Node, b: Node, c: Node) -> tuple[Node, Node | None, Node | None]:
-    """(conv1d, None, None) of a Mamba-2 scan."""
+def _state_space_duality(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
+    """(conv1d, nothing, nothing) of a Mamba-2 scan."""
     conv1d = _expect(_node(scan, 0), walk.CONV, "x", "conv1d", also_through=walk.ACTIVATION)
     for name, node in (("B", b), ("C", c)):
         if _expect(node, walk.CONV, name, "conv1d", also_through=walk.ACTIVATION) is not conv1d:
             raise _WalkEnded(f"{name} does not come from {conv1d.name}, from which x comes")
     _expect(_node(scan, 1), walk.LINEAR, "dt", "in_proj (a linear)")
-    return conv1d, None, None
+    return conv1d, (), ()
 
 
 def _block(items: list[_Scan]) -> Block:
@@ -238,10 +262,45 @@ def _expect(
     *,
     also_through: frozenset[object] = frozenset(),
 ) -> Node:
-    end = walk.upstream(node, through=walk.TRANSPARENT | also_through)
-    if end.op == "call_function" and end.target in targets:
-        return end
-    raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected")
+    """The one node of these targets that a value comes from."""
+    found = _sources([node], targets, what, wanted, also_through=also_through)
+    if len(found) > 1:
+        raise _WalkEnded(f"{what} comes from {_listed(found)}, where one was expected: {wanted}")
+    return found[0]
+
+
+def _sources(
+    nodes: Iterable[Node],
+    targets: frozenset[object],
+    what: str,
+    wanted: str,
+    *,
+    also_through: frozenset[object],
+) -> tuple[Node, ...]:
+    """The nodes of these targets that values come from, in graph order; of what was joined, from every part."""
+    found: dict[Node, None] = {}
+    pending = list(nodes)
+    while pending:
+        end = _unscaled(pending.pop(), walk.TRANSPARENT | also_through)
+        if end.target in walk.JOINING:
+            pending += walk.inputs(end)
+        elif end.op == "call_function" and end.target in targets:
+            found[end] = None
+        else:
+            raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected")
+    return tuple(sorted(found))
+
+
+def _listed(nodes: Iterable[Node]) -> str:
+    return ", ".join(node.name for node in nodes)
+
+
+def _unscaled(node: Node, through: frozenset[object]) -> Node:
+    """Where a walk up ends that also passes multiplications by constants, as of mup-parametrised models."""
+    end = walk.upstream(node, through=through)
+    while end.target in walk.MUL and (walk.is_scaling(end) or is_constant(end.args[1])):
+        end = walk.upstream(walk.argument(end, 0), through=through)
+    return end
 
 
 def _product(scan: Node) -> tuple[Node | None, Node]:
@@ -275,11 +334,7 @@ def _output_side(y: Node) -> _Output:
     norms: list[Node] = []
     node = y
     while True:
-        users = list(dict.fromkeys(walk.downstream(node, through=walk.TRANSPARENT | walk.HADAMARD)))
-        if len(users) != 1:
-            names = ", ".join(user.name for user in users) or "nothing"
-            raise _WalkEnded(f"{node.name}, after the scan, feeds {names}, where one node was expected")
-        previous, node = node, users[0]
+        previous, node = node, _next(node)
         if node.op == "call_function" and node.target in walk.LINEAR:
             return _Output(tuple(gates), tuple(norms), node)
         if node.op == "call_function" and node.target in walk.NORM:
@@ -291,6 +346,22 @@ def _output_side(y: Node) -> _Output:
             if gate is None:
                 raise _WalkEnded(f"no operand of {node.name} is an activated gate")
             gates.append(gate)
+
+
+def _next(node: Node) -> Node:
+    """What reads a value; where parts of it are added up, the sum of all of them."""
+    through = walk.TRANSPARENT | walk.HADAMARD
+    users = set(walk.downstream(node, through=through))
+    while len(users) > 1 and all(user.target in walk.ADD for user in users):
+        first = min(users)
+        following = set(walk.downstream(first, through=through))
+        if len(following) != 1:
+            break
+        users = users - {first} | following
+    if len(users) != 1:
+        names = _listed(sorted(users)) or "nothing"
+        raise _WalkEnded(f"{node.name}, after the scan, feeds {names}, where one node was expected")
+    return users.pop()
 
 
 def _label(node: Node) -> str:

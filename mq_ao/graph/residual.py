@@ -27,6 +27,7 @@ _BY_CHANNEL = SELECTING | {
     aten.add.Tensor,
     aten.add_.Tensor,
     aten.cat.default,
+    aten.concatenate.default,
     aten.expand.default,
     aten.flip.default,
     aten.gather.default,
@@ -40,6 +41,11 @@ _BY_CHANNEL = SELECTING | {
 """Operators that are linear and treat every channel alike, if the last axis keeps its size and is not what they act
 on."""
 
+
+_ALONG_ONE = frozenset(
+    {aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.cat.default, aten.concatenate.default}
+)
+"""Operators that act on one axis, which may be left out: the first."""
 
 _SHAPE_ONLY = frozenset(
     {
@@ -194,7 +200,13 @@ def keeps_channels(user: Node, width: int) -> bool:
     axes: list[int] = []
     if user.target in (aten.mean.dim, aten.sum.dim_IntList, aten.flip.default):
         axes = list(acted_on)
-    elif user.target in (aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.cat.default):
+    elif user.target in (
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.squeeze.dim,
+        aten.cat.default,
+        aten.concatenate.default,
+    ):
         axes = [acted_on or 0]
     elif user.target in (aten.index_select.default, aten.gather.default):
         axes = [acted_on]

@@ -24,6 +24,7 @@ HADAMARD = frozenset({torch.ops.mq_ao.hadamard.default})
 MUL = frozenset({aten.mul.Tensor})
 DIV = frozenset({aten.div.Tensor})
 ADD = frozenset({aten.add.Tensor})
+JOINING = frozenset({aten.cat.default, aten.concatenate.default, aten.stack.default})
 NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 SUM = frozenset({aten.sum.dim_IntList})
 
@@ -57,6 +58,7 @@ TRANSPARENT = COPYING | {
     aten.split_with_sizes.default,
     aten.squeeze.dim,
     aten.transpose.int,
+    aten.unbind.int,
     aten.unflatten.int,
     aten.unsqueeze.default,
     aten.view.default,

@@ -32,11 +32,14 @@ def low_rank(direction: Direction) -> LowRank:
     """The pair of a scan.
 
     Raises:
-        Unsuitable: Mamba-2 has none, or something is between both linears.
+        Unsuitable: there is none or several, or something is between both linears.
     """
-    if direction.dt is None or direction.dt_proj is None:
+    if not direction.dt_projs:
         raise Unsuitable("dt has no low-rank pair of linears: Mamba-2 takes it from in_proj.")
-    return LowRank(direction.dt, rows_of(direction.dt, {direction.dt_proj}), direction.dt_proj)
+    if direction.dt is None:
+        raise Unsuitable("groups of channels have a pair of linears each.")
+    (dt_proj,) = direction.dt_projs
+    return LowRank(direction.dt, rows_of(direction.dt, {dt_proj}), dt_proj)
 
 
 def requests_for_dt(rewrite: Rewrite, *, covariance: bool = False) -> list[Request]:

@@ -25,7 +25,7 @@ def readers_of(norm: Node) -> list[Node] | str:
         for reader in walk.downstream(pending.pop(), through=SELECTING):
             if reader.target in walk.LINEAR:
                 readers[reader] = None
-            elif reader.target in _AVERAGING and keeps_channels(reader, channels(norm)):
+            elif walk.is_scaling(reader) or (reader.target in _AVERAGING and keeps_channels(reader, channels(norm))):
                 pending.append(reader)
             else:
                 return f"{norm.name} is also read by {reader.name}, which is not a linear"

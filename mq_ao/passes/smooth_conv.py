@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mq_ao.errors import Unsuitable
 from mq_ao.graph import Block, walk
 from mq_ao.graph.rows import Rows, rows_of
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.statistics import Request
+
+_CHANNEL_LAST = frozenset({torch.ops.mq_ao.causal_conv1d.default})
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class SmoothConv(Pass):
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of the convolutions' inputs."""
-        return [Request(direction.conv_input.name) for direction in rewrite.directions]
+        directions = (item for item in rewrite.directions if item.conv1d.target in _CHANNEL_LAST)
+        return [Request(direction.conv_input.name) for direction in directions]
 
     def apply(self, rewrite: Rewrite) -> None:
         """Balances every block's convolution input against the taps, of all directions that read it."""
@@ -60,10 +64,12 @@ def shared_inputs(block: Block) -> dict[Rows, list[Node]]:
     """The convolutions of a block, by the channels of in_proj that they read.
 
     Raises:
-        Unsuitable: something else reads such channels too.
+        Unsuitable: something else reads such channels too, or a convolution is not ours.
     """
     convs = list(dict.fromkeys(direction.conv1d for direction in block.directions))
     result: dict[Rows, list[Node]] = {}
     for conv in convs:
+        if conv.target not in _CHANNEL_LAST:
+            raise Unsuitable(f"{conv.name} reads channels before positions, as no integer kernel does.")
         result.setdefault(rows_of(walk.argument(conv, 0), convs), []).append(conv)
     return result

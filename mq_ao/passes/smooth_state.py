@@ -41,7 +41,7 @@ class SmoothState(Pass):
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of C and of its partner."""
         for direction in rewrite.directions:
-            if direction.x_proj is not None:
+            if direction.x_projs:
                 yield Request(direction.c.name)
                 yield Request(self._partner_name(direction))
 

@@ -1,0 +1,67 @@
+"""Linears of several groups, each with weights of its own, that source libraries write as one product.
+
+VMamba's four directions have one tensor of x_proj weights, (directions, out, in), and one of dt_proj; it multiplies by
+them with an einsum, or with a convolution of kernel size 1. Written out as linears, each can be quantized and matched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import linear
+
+
+def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor | None:
+    """`torch.einsum` of a batched product such as "b k d l, k c d -> b k c l" as a linear a group.
+
+    Args:
+        equation: as torch.einsum takes it.
+        x: first operand.
+        weight: second operand, a parameter of three axes: one that both operands and the result have (the group), one
+            that only the result has besides (out), and one that only x has besides (in).
+
+    Returns:
+        The product, or None for any other equation.
+    """
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    # A product of activations may look the same: it has no groups, but sequences.
+    if not arrow or len(names) != 2 or not isinstance(weight, Parameter) or weight.dim() != 3 or "." in equation:
+        return None
+    left, right = names
+    group, inner, outer = (
+        [name for name in right if (name in left, name in out) == kind]
+        for kind in ((True, True), (True, False), (False, True))
+    )
+    rest = [name for name in out if name in left and name not in group]
+    if not len(group) == len(inner) == len(outer) == 1 or {*left} != {*rest, *group, *inner}:
+        return None
+    ordered = weight.permute([right.index(name) for name in (*group, *outer, *inner)])
+    lines = x.permute([left.index(name) for name in (*group, *rest, *inner)])
+    products = [linear(lines[index], ordered[index]) for index in range(weight.shape[right.index(group[0])])]
+    axes = [*group, *rest, *outer]
+    return torch.stack(products).permute([axes.index(name) for name in out])
+
+
+def pointwise_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, options: Any) -> Tensor | None:
+    """`torch.nn.functional.conv1d` of kernel size 1 as a linear a group; None for any other convolution.
+
+    Args:
+        x: (batch, groups * in, length).
+        weight: (groups * out, in, 1).
+        bias: (groups * out,) or None.
+        groups: number of groups.
+        options: stride, padding and dilation where they are not the defaults.
+    """
+    if weight.shape[-1] != 1 or options or x.dim() != 3:
+        return None
+    parts = zip(
+        x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).unbind(),
+        weight.squeeze(-1).unflatten(0, (groups, -1)).unbind(),
+        [None] * groups if bias is None else bias.unflatten(0, (groups, -1)).unbind(),
+        strict=True,
+    )
+    return torch.cat([linear(*part) for part in parts], dim=-1).transpose(1, 2)

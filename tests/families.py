@@ -1,0 +1,148 @@
+"""What mq-ao does with the models of other libraries, captured as they are: the README's table.
+
+python -m tests.families    # prints it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import mq_ao
+from mq_ao.graph import match
+from mq_ao.graph.residual import streams
+from mq_ao.lowering import inductor
+from tests import captured
+
+RECIPE = "mambaquant-w8a8"
+OFF = "switched off by the configuration"
+"""The gate's operands: a choice of the recipe, the same for all."""
+HEADER = ("model", "Mamba blocks", "R1", "int8 linears", "in float, and why", "decoding with states")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What was measured of one model.
+
+    Attributes:
+        name: of the model.
+        blocks: Mamba blocks that were matched, of `scans` scans.
+        scans: scans in the graph.
+        rotated: why R1 was left out, or None.
+        linears: linears that run in int8, of `all_linears`.
+        all_linears: linears in the graph.
+        left_out: reasons why parts stay in float, each once.
+        decodes: whether `MambaLM.from_pretrained` loads it, with states for decoding.
+        capture_error: largest difference of the captured graph to the library's own forward, relative.
+        integer_error: relative L2 distance of the integer program to the q/dq simulation.
+    """
+
+    name: str
+    blocks: int
+    scans: int
+    rotated: str | None
+    linears: int
+    all_linears: int
+    left_out: tuple[str, ...]
+    decodes: bool
+    capture_error: float
+    integer_error: float
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Cells of the table."""
+        why = "; ".join(self.left_out) or "nothing"
+        return (
+            self.name,
+            f"{self.blocks} of {self.scans}",
+            "yes" if self.rotated is None else f"no: {self.rotated}",
+            f"{self.linears} of {self.all_linears}",
+            why,
+            "yes, as `MambaLM`" if self.decodes else "no",
+        )
+
+
+class Logits(nn.Module):
+    """A language model of another library as a function of token ids."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (batch, length) -> logits (batch, length, vocabulary)."""
+        return self.model(ids).logits
+
+
+def measure(name: str, model: nn.Module, eager: Callable[[Tensor], Tensor], *, decodes: bool, vocab: int) -> Family:
+    """Captures, matches, quantizes and runs one model.
+
+    Args:
+        name: of the model.
+        model: of another library, ids -> an output with `logits`.
+        eager: the library's own forward, ids -> logits.
+        decodes: whether `MambaLM.from_pretrained` loads it.
+        vocab: number of tokens.
+    """
+
+    def tokens(*shape: int, seed: int = 0) -> Tensor:
+        return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+    whole, probe = Logits(model).eval(), tokens(3, 11, seed=1)
+    graph = mq_ao.export(whole, (tokens(2, 5),)).module(check_guards=False)
+    found = match(graph)
+    problems = dict.fromkeys(stream.problem for stream in streams(graph, found.blocks))
+    scans = {torch.ops.mq_ao.selective_scan.default, torch.ops.mq_ao.ssd_scan.default}
+    quantized = mq_ao.quantize(whole, [(tokens(4, 40, seed=2),)], RECIPE)
+    integer = inductor.rewrite(quantized.converted)
+    with torch.no_grad():
+        simulated, got = quantized.converted(probe), integer.module(probe)
+        capture_error = captured.difference(graph(probe), eager(probe))
+    decisions = quantized.report().quantization.decisions
+    remaining = integer.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    linears = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return Family(
+        name=name,
+        blocks=len(found.blocks),
+        scans=sum(node.target in scans for node in graph.graph.nodes),
+        rotated=next((_short(problem) for problem in problems if problem), None),
+        linears=len(linears) - len(remaining),
+        all_linears=len(linears),
+        left_out=tuple(dict.fromkeys(item.detail for item in decisions if not item.accepted and item.detail != OFF)),
+        decodes=decodes,
+        capture_error=capture_error,
+        integer_error=float((got - simulated).norm() / simulated.norm()),
+    )
+
+
+def _short(reason: str) -> str:
+    """A reason without the name of the node that it was found at."""
+    return reason.rpartition(": ")[2] if reason.startswith("the walk along") else reason
+
+
+def transformers_families() -> Iterator[Family]:
+    """Every model of `test_capture_transformers`."""
+    from tests import test_capture_transformers as source
+
+    for name in source.MODELS:
+        model = source.build(name)
+
+        def eager(ids: Tensor, model: nn.Module = model) -> Tensor:
+            return model(ids, use_cache=False).logits
+
+        decodes = type(model).__name__ in ("MambaForCausalLM", "Mamba2ForCausalLM")
+        yield measure(name, model, eager, decodes=decodes, vocab=source.VOCAB)
+
+
+def table(families: Iterable[Family]) -> str:
+    """Markdown."""
+    rows = [HEADER, *(family.row for family in families)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(HEADER), *lines[1:]])
+
+
+if __name__ == "__main__":
+    print(table(transformers_families()))

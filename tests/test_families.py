@@ -1,0 +1,38 @@
+"""The README's table of other libraries' models is what this tree does with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import families
+
+pytest.importorskip("transformers", reason='needs pip install "mq-ao[hf]"')
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[families.Family]:
+    return list(families.transformers_families())
+
+
+def test_every_block_of_every_model_is_matched_and_quantized(measured: list[families.Family]) -> None:
+    for family in measured:
+        assert family.blocks == family.scans > 0, family.name
+        assert family.linears >= family.all_linears - len(family.left_out), family.name
+
+
+def test_captured_models_equal_the_library_and_integers_equal_their_simulation(
+    measured: list[families.Family],
+) -> None:
+    for family in measured:
+        assert family.capture_error < 1e-4, family.name
+        # A value on the border between two integers may fall to either side; then the next layers follow it.
+        assert family.integer_error < 2e-2, family.name
+
+
+def test_the_table_in_the_readme_is_this_one(measured: list[families.Family]) -> None:
+    # `python -m tests.families` prints it.
+    assert families.table(measured) in README.read_text(encoding="utf-8")
