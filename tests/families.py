@@ -137,6 +137,25 @@ def transformers_families() -> Iterator[Family]:
         yield measure(name, model, eager, decodes=decodes, vocab=source.VOCAB)
 
 
+def mamba_ssm_families() -> Iterator[Family]:
+    """`MambaLMHeadModel` with both kinds of layers, its norms fused with the additions.
+
+    Raises:
+        MqAoError: mamba_ssm is not installed.
+    """
+    from tests import test_capture_mamba_ssm as source
+
+    with source.package() as package:
+        run = source.by_references()
+        for layer in ("Mamba1", "Mamba2"):
+            model = source.language_model(package, layer, rms_norm=True, fused_add_norm=True)
+
+            def eager(ids: Tensor, model: nn.Module = model) -> Tensor:
+                return run(model, ids)
+
+            yield measure(f"mamba_ssm, {layer}", model, eager, decodes=True, vocab=64)
+
+
 def table(families: Iterable[Family]) -> str:
     """Markdown."""
     rows = [HEADER, *(family.row for family in families)]
@@ -145,4 +164,4 @@ def table(families: Iterable[Family]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(transformers_families()))
+    print(table([*mamba_ssm_families(), *transformers_families()]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -24,18 +25,25 @@ CLOSE = 1e-5
 OTHER_SHAPES = ((1, 1), (3, 1), (1, 11), (3, 8))
 
 
-@pytest.fixture(scope="module")
-def mamba_ssm() -> Iterator[ModuleType]:
-    """The package; forgotten afterwards, since transformers' models call its CUDA kernels where it is imported."""
+@contextmanager
+def package() -> Iterator[ModuleType]:
+    """mamba_ssm; forgotten afterwards, since transformers' models call its CUDA kernels where it is imported."""
     before = set(sys.modules)
     try:
         yield import_mamba_ssm()
-    except MqAoError as error:
-        pytest.skip(str(error))
     finally:
         for name in set(sys.modules) - before:
             if name.partition(".")[0] in ("mamba_ssm", "selective_scan_cuda"):
                 del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def mamba_ssm() -> Iterator[ModuleType]:
+    try:
+        with package() as module:
+            yield module
+    except MqAoError as error:
+        pytest.skip(str(error))
 
 
 def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -46,6 +54,10 @@ def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activa
 
 @pytest.fixture
 def eager(mamba_ssm: ModuleType) -> Callable[[nn.Module, Tensor], Tensor]:
+    return by_references()
+
+
+def by_references() -> Callable[[nn.Module, Tensor], Tensor]:
     """Runs a model of the package by the package's own references, none of which is ours."""
     from mamba_ssm.ops import selective_scan_interface as scan
     from mamba_ssm.ops.triton import layer_norm, layernorm_gated, ssd_combined
