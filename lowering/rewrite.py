@@ -56,8 +56,8 @@ class GraphRewriter:
 
     def scan(self, node: Node) -> None:
         """A scan with integers among its operands, output and carried states."""
-        u, delta, a, b, c, skip, bias, softplus, initial = walk.padded(node, 9)
-        state, state_scale = carried(initial)
+        u, delta, a, b, c, skip, bias, softplus, *rest = walk.padded(node, 9 if node.target in walk.SCAN else 12)
+        state, state_scale = carried(rest[0])  # of Mamba-2, whose states stay in float, a number without a scale
         operands = [self.operand(value) for value in (u, delta, b, c)]
         y, last = _output(node, 0), _output(node, 1)
         # The scan's own integers are uint8 unless u is int8.
@@ -65,10 +65,16 @@ class GraphRewriter:
         if following is None and state_scale is None and not any(operand.static for operand in operands):
             return
         out = (None, 0) if following is None else (following.args[1], following.args[2])
-        first, second, *rest = (operand.arguments for operand in operands)
+        first, second, third, fourth = (operand.arguments for operand in operands)
         with self.graph.inserting_before(node):
-            args = (*first, *second, a, *rest[0], *rest[1], skip, bias, bool(softplus), state, state_scale, *out)
-            self.replace(node, self.graph.call_function(mq.qselective_scan.default, args))
+            args = (*first, *second, a, *third, *fourth, skip, bias, bool(softplus))
+            if node.target in walk.SCAN:
+                new = self.graph.call_function(mq.qselective_scan.default, (*args, state, state_scale, *out))
+            else:
+                low, high, initial, sequences = rest
+                limits = (0.0 if low is None else low, high)
+                new = self.graph.call_function(mq.qssd_scan.default, (*args, *limits, initial, sequences, *out))
+            self.replace(node, new)
         if state_scale is not None and last is not None:
             self._carry(last, state)
         if following is not None and y is not None:

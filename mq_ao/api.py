@@ -18,7 +18,7 @@ from mq_ao.calibrate import calibrate, check_weights
 from mq_ao.capture import export
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES, check_output
-from mq_ao.graph import match
+from mq_ao.graph import match, walk
 from mq_ao.lowering import executorch, inductor
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
@@ -174,6 +174,8 @@ def quantize(
     # Statistics and ranges are two runs over the same data.
     given = [first, *batches] if chosen.needs_statistics else _chain(first, batches)
     graph = capture(model, first)
+    # Before anything takes long.
+    walk.check_scans(graph, quantizer.backend.scans, quantizer.backend.name)
     stored = sizes.stored(graph, sizes.roles(graph))
     rewrite = passes.apply(graph, chosen.passes, given, progress=progress)
     source = build.Source.of(type(model).__name__, stored, rewrite, first)

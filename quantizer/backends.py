@@ -9,7 +9,7 @@ import torch
 from torchao.quantization.pt2e.observer import MappingType
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import Role
+from mq_ao.graph import Role, walk
 from mq_ao.quantizer.specs import LINEAR_ROLES, Activation, RoleSpec, Rounding
 
 
@@ -53,6 +53,7 @@ class Backend:
             are quantized even where nothing that reads them asks for it.
         group_multiple: what the size of a group of weights must be a multiple of.
         group_scale: dtype in which it keeps the scales of groups.
+        scans: the scans that it has an operator for.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Backend:
     integer_outputs: bool = False
     group_multiple: int = 4
     group_scale: torch.dtype = torch.float32
+    scans: frozenset[object] = walk.ANY_SCAN
 
 
 _WEIGHTLESS = {role: frozenset({Activation.STATIC}) for role in (Role.SCAN, Role.GATE)}
@@ -92,6 +94,7 @@ BACKENDS: Mapping[str, Backend] = {
         integer_outputs=True,
         group_multiple=32,
         group_scale=torch.bfloat16,
+        scans=walk.ANY_SCAN - walk.SSD,
     ),
 }
 """The backends by name."""

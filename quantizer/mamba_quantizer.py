@@ -24,7 +24,6 @@ from mq_ao.quantizer.weights import QuantizedWeight
 _OFF = "switched off by the configuration"
 _WITHOUT_KERNEL: Mapping[object, str] = {
     walk.aten.conv2d.default: "there is no integer kernel for convolutions over two axes",
-    **dict.fromkeys(walk.SSD, "there is no integer kernel for Mamba-2's scan yet"),
 }
 
 
@@ -107,8 +106,10 @@ class MambaQuantizer(Quantizer):
         """Rounds the weights, and chooses the carried states' scales; calibration still runs in float.
 
         Raises:
-            MqAoError: GPTQ or an int8 carried state was asked for and no statistics were given.
+            MqAoError: GPTQ or an int8 carried state was asked for and no statistics were given; or the backend has no
+                operator for a scan.
         """
+        walk.check_scans(model, self.backend.scans, self.backend.name)
         found = match(model)
         for scan, state in self._carried_states(found).items():
             if isinstance(state, CarriedState) and scan not in self._scales:

@@ -120,9 +120,33 @@ def same_dtype(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
     return x.transpose(1, 2).to(x.dtype).type_as(x).double().to(dtype=torch.float64).to("cpu") * 1
 
 
+def keywords(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    y = x.permute(dims=(0, 2, 1)).transpose(dim0=1, dim1=2).contiguous(memory_format=torch.contiguous_format)
+    first, second = y.transpose(1, 2).chunk(chunks=2, dim=1)
+    z = torch.matmul(w, other=y.transpose(1, 2)).add(other=b[:, None], alpha=2)
+    return torch.cat((first, second, z), dim=1).to(torch.float64, copy=True).to(memory_format=torch.preserve_format)
+
+
+def activated_in_place(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    flat = (x * 1).permute(2, 0, 1).reshape(6, -1)
+    silu(flat, True)
+    torch.nn.functional.relu(flat, inplace=True)
+    return flat.reshape(6, x.shape[0], x.shape[1]).permute(1, 2, 0) * 1
+
+
 @pytest.mark.parametrize(
     "code",
-    [heads, view_of_contiguous, written_to, source_written_to, weight_is_a_product, split_of_merged, same_dtype],
+    [
+        keywords,
+        activated_in_place,
+        heads,
+        view_of_contiguous,
+        written_to,
+        source_written_to,
+        weight_is_a_product,
+        split_of_merged,
+        same_dtype,
+    ],
 )
 def test_values_stay(code: Callable[..., Tensor]) -> None:
     module = Code(code).eval()

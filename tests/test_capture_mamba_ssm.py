@@ -430,7 +430,18 @@ def test_training_mode(mamba_ssm: ModuleType) -> None:
         export(mixer(mamba_ssm, "fast path").train(), (torch.randn(2, 5, 32),))
 
 
+def test_without_the_extension_only_the_program_runs(mamba_ssm: ModuleType) -> None:
+    if getattr(sys.modules["selective_scan_cuda"], "__file__", None):
+        pytest.skip("mamba_ssm's CUDA extension is installed")
+    with pytest.raises(
+        AttributeError, match=r"CUDA extension is not installed.*: capture the model with mq_ao\.export"
+    ):
+        mixer(mamba_ssm, "slow path")(torch.randn(2, 5, 32))
+
+
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # As if it were not installed.
+    monkeypatch.delitem(sys.modules, "selective_scan_cuda", raising=False)
     with pytest.raises(MqAoError, match=r"mamba_ssm cannot be imported .*: install it with"):
         import_mamba_ssm()
+    assert "selective_scan_cuda" not in sys.modules

@@ -32,7 +32,8 @@ JAMBA = {
     "mamba_dt_rank": 4,
 }
 SSD = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 4}
-FALCON_H1 = {**HYBRID, **SSD, "num_hidden_layers": 2, "mamba_d_ssm": 64, "head_dim": 8}
+MULTIPLIERS = {"ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "ssm_in_multiplier": 1.3, "lm_head_multiplier": 0.5}
+FALCON_H1 = {**HYBRID, **SSD, **MULTIPLIERS, "num_hidden_layers": 2, "mamba_d_ssm": 64, "head_dim": 8}
 
 # Name of the model: configuration, and the nodes that the graph must have.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
@@ -89,6 +90,9 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "num_local_experts": 0,
             "num_experts_per_tok": 0,
             "shared_intermediate_size": 48,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
         },
         {"ssd_scan": 2, "causal_conv1d": 2, "rms_norm": 9, "scaled_dot_product_attention": 1},
     ),
@@ -144,7 +148,7 @@ def test_language_model(name: str) -> None:
     check(model, program)
 
 
-@pytest.mark.parametrize("name", ["Mamba", "Mamba, biases"])
+@pytest.mark.parametrize("name", ["Mamba", "Mamba, biases", "FalconMamba", "Mamba2"])
 def test_blocks_are_matched(name: str) -> None:
     matched = match(export(build(name), (tokens(2, 5),)).module(check_guards=False))
     assert [block.name for block in matched.blocks] == ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]
@@ -221,6 +225,13 @@ def test_an_activation_that_is_not_supported_names_its_module() -> None:
     torch.manual_seed(0)
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**MAMBA, hidden_act="gelu")).eval()
     with pytest.raises(MqAoError, match=r"backbone\.layers\.0\.mixer \(MambaMixer\) cannot be captured: .*'gelu'"):
+        export(model, (tokens(2, 5),))
+
+
+def test_a_version_without_functions_to_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("Mamba")
+    monkeypatch.delattr("transformers.models.mamba.modeling_mamba.mamba_selective_scan")
+    with pytest.raises(MqAoError, match=r"backbone\.layers\.0\.mixer \(MambaMixer\) .* install transformers 5\.15"):
         export(model, (tokens(2, 5),))
 
 

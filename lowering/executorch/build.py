@@ -61,6 +61,7 @@ def rewrite(module: GraphModule, options: Options) -> GraphModule:
         module: captured, or converted with q/dq nodes on int8; it is not changed.
         options: what runs the scan.
     """
+    walk.check_scans(module, walk.ANY_SCAN - walk.SSD, "executorch")
     module = copy.deepcopy(module)
     Rewriter(module, native=options.scan is Scan.NATIVE).run()
     for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):

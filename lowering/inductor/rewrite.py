@@ -25,6 +25,7 @@ INTEGER_KERNELS = frozenset(
         mq.wlinear.default,
         mq.qcausal_conv1d.default,
         mq.qselective_scan.default,
+        mq.qssd_scan.default,
         mq.qgate.default,
         mq.qgate_per_token.default,
     }
@@ -53,7 +54,7 @@ class Rewriter(GraphRewriter):
         merge_dequantize(self.module)
         for node in walk.calls(self.module, {mq.causal_conv1d.default}):
             self.conv(node)
-        for node in walk.calls(self.module, walk.SCAN):
+        for node in walk.calls(self.module, walk.SCAN | walk.SSD):
             self.scan(node)
         for node in walk.calls(self.module, walk.LINEAR):
             self._linear(node)

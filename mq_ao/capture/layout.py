@@ -6,6 +6,7 @@ Mamba's public implementations hold activations as (batch, channels, length), or
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from torch.overrides import TorchFunctionMode
 
 from mq_ao.capture import grouped
@@ -44,6 +45,7 @@ class _View:
         """The axes of `base` in the view's order."""
         return tuple(axis for group in self.groups for axis in group)
 
+    @property
     def last(self) -> tuple[int, ...]:
         """The group of an axis that is the last axis of `base`."""
         return (self.base.dim() - 1,)
@@ -76,15 +78,19 @@ class ChannelLast(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        handler = _HANDLERS.get(name)
-        if name in _WRITING or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
+        if _writes(name, kwargs):
             # What is written to may be a copy of what it is a view of, or the other way round.
             self._views.clear()
         elif name == "einsum" and len(args) == 3:
             product = grouped.einsum(*args)
             if product is not None:
                 return product
-        elif handler is not None and args and isinstance(args[0], Tensor):
+        elif name in _HANDLERS and args and isinstance(args[0], Tensor):
+            handler = _HANDLERS[name]
+            try:
+                inspect.signature(handler).bind(self, name, *args, **kwargs)
+            except TypeError:  # Spelled with keywords that the handler does not know.
+                return func(*args, **kwargs)
             result = handler(self, name, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -122,18 +128,18 @@ class ChannelLast(TorchFunctionMode):
             (order,) = order
         return self._reordered(lambda x: x.permute(order), x, order)
 
-    def _transpose(self, name: str, x: Tensor, first: int, second: int) -> Any:
+    def _transpose(self, name: str, x: Tensor, dim0: int, dim1: int) -> Any:
         order = list(range(x.dim()))
-        order[first], order[second] = order[second], order[first]
-        return self._reordered(lambda x: x.transpose(first, second), x, order)
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+        return self._reordered(lambda x: x.transpose(dim0, dim1), x, order)
 
     def _t(self, name: str, x: Tensor) -> Any:
         return self._transpose(name, x, 0, 1) if x.dim() == 2 else NotImplemented
 
-    def _reshape(self, name: str, x: Tensor, *shape: Any, **kwargs: Any) -> Any:
+    def _reshape(self, name: str, x: Tensor, *shape: Any) -> Any:
         if len(shape) == 1 and isinstance(shape[0], Sequence):
             (shape,) = shape
-        if kwargs or not all(isinstance(size, int | torch.SymInt) for size in shape):
+        if not all(isinstance(size, int | torch.SymInt) for size in shape):
             return NotImplemented
         known = self._known(x) or _View(x, _identity(x.dim()))
         groups = _merged(known, shape)
@@ -154,12 +160,11 @@ class ChannelLast(TorchFunctionMode):
         known = self._known(x)
         return NotImplemented if known is None else self._remember(x.contiguous(), known)
 
-    def _elementwise(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _silu(self, name: str, x: Tensor, inplace: bool = False) -> Any:
+        if inplace:
+            self._views.clear()
         known = self._known(x)
-        if kwargs.get("inplace") or known is None:
-            return NotImplemented
-        function = torch.nn.functional.silu if name == "silu" else getattr(Tensor, name)
-        return self._give(_View(function(known.base, *args, **kwargs), known.groups))
+        return NotImplemented if known is None else self._give(_View(silu(known.base), known.groups))
 
     def _cast(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if name in _CASTS:
@@ -169,17 +174,22 @@ class ChannelLast(TorchFunctionMode):
             wanted = wanted.dtype if name == "type_as" else wanted
         else:
             return NotImplemented
-        return x if wanted is x.dtype else self._elementwise(name, x, *args, **kwargs)
+        known = self._known(x)
+        if wanted is x.dtype:
+            return x
+        if known is None or not isinstance(wanted, torch.dtype):
+            return NotImplemented
+        return self._give(_View(known.base.to(wanted), known.groups))
 
     def _linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         known = self._known(x)
-        if known is None or known.groups[-1] != known.last():
+        if known is None or known.groups[-1] != known.last:
             return NotImplemented
         return self._give(_View(linear(known.base, weight, bias), known.groups))
 
     def _matmul(self, name: str, weight: Tensor, x: Tensor) -> Any:
         known = self._known(x)
-        if known is None or weight.dim() != 2 or x.dim() < 2 or known.groups[-2] != known.last():
+        if known is None or weight.dim() != 2 or x.dim() < 2 or known.groups[-2] != known.last:
             return NotImplemented
         return self._give(_View(linear(known.base, weight), known.groups, (known.base, weight)))
 
@@ -193,14 +203,14 @@ class ChannelLast(TorchFunctionMode):
         product = grouped.pointwise_conv1d(x, weight, bias, groups, changed)
         return NotImplemented if product is None else product
 
-    def _add(self, name: str, x: Tensor, other: Any, **kwargs: Any) -> Any:
+    def _add(self, name: str, x: Tensor, other: Any) -> Any:
         """`weight @ x + bias[:, None]` is one linear."""
         known = self._known(x)
-        if known is None or known.product is None or kwargs or not isinstance(other, Tensor):
+        if known is None or known.product is None or not isinstance(other, Tensor):
             return NotImplemented
-        if known.last() not in known.groups:
+        if known.last not in known.groups:
             return NotImplemented
-        after = len(known.groups) - 1 - known.groups.index(known.last())
+        after = len(known.groups) - 1 - known.groups.index(known.last)
         if other.shape != (known.base.shape[-1], *[1] * after):
             return NotImplemented
         return self._give(_View(linear(*known.product, other.flatten()), known.groups))
@@ -248,6 +258,13 @@ _CONV1D = {"stride": 1, "padding": 0, "dilation": 1}
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
 _WRITING = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())})
 
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function changes a tensor that it is given."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _WRITING or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+
+
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "permute": ChannelLast._permute,
     "transpose": ChannelLast._transpose,
@@ -259,7 +276,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "split": ChannelLast._split,
     "split_with_sizes": ChannelLast._split,
     "contiguous": ChannelLast._contiguous,
-    "silu": ChannelLast._elementwise,
+    "silu": ChannelLast._silu,
     "to": ChannelLast._cast,
     "type_as": ChannelLast._cast,
     **dict.fromkeys(_CASTS, ChannelLast._cast),

@@ -26,16 +26,34 @@ def import_mamba_ssm() -> ModuleType:
     Raises:
         MqAoError: mamba_ssm, or something that it needs, is not installed.
     """
-    extension = "selective_scan_cuda"
-    if extension not in sys.modules and importlib.util.find_spec(extension) is None:
-        sys.modules[extension] = ModuleType(extension, "Stands in for mamba_ssm's CUDA extension, which is missing.")
+    missing = _EXTENSION not in sys.modules and importlib.util.find_spec(_EXTENSION) is None
+    if missing:
+        sys.modules[_EXTENSION] = _stand_in()
     try:
         return importlib.import_module("mamba_ssm")
     except ImportError as error:
+        if missing:
+            del sys.modules[_EXTENSION]
         raise MqAoError(
             f"mamba_ssm cannot be imported ({error}): install it with `MAMBA_FORCE_BUILD=TRUE "
             "MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm einops triton`."
         ) from error
+
+
+_EXTENSION = "selective_scan_cuda"
+
+
+def _stand_in() -> ModuleType:
+    module = ModuleType(_EXTENSION, "Stands in for mamba_ssm's CUDA extension, which is not installed.")
+
+    def missing(name: str) -> Any:
+        raise AttributeError(
+            f"mamba_ssm's CUDA extension is not installed, and its {name} is called: capture the model with "
+            "mq_ao.export and run the program."
+        )
+
+    module.__getattr__ = missing  # type: ignore[method-assign]
+    return module
 
 
 def replacements(module: nn.Module) -> Iterator[Replacement]:

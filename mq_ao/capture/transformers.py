@@ -10,15 +10,21 @@ from torch import Tensor, nn
 
 from mq_ao.capture import norms, scans
 from mq_ao.capture.replacing import Replacement, imported
+from mq_ao.errors import MqAoError
 
 
 def replacements(module: nn.Module) -> Iterator[Replacement]:
     """What stands in for transformers' functions while `module` is captured; nothing if it is not imported.
 
     A model is captured without its cache: `use_cache` is False in its configuration.
+
+    Raises:
+        MqAoError: the installed transformers has no functions to replace.
     """
     if "transformers" not in sys.modules:
         return
+    for name, part in module.named_modules():
+        _require_functions(name, part)
     # Each model's file has functions of its own, under the same names.
     for source in imported("transformers.models."):
         for name, ours in _FUNCTIONS.items():
@@ -29,6 +35,19 @@ def replacements(module: nn.Module) -> Iterator[Replacement]:
         if getattr(config, "use_cache", False):
             yield Replacement(config, "use_cache", False)
     yield from norms.replacements(module, "transformers")
+
+
+def _require_functions(name: str, part: nn.Module) -> None:
+    """Older versions spell the scan out in Python: traced, it would be a loop unrolled for the example's length."""
+    place = type(part).__module__
+    if not place.startswith("transformers.models.") or not {"A_log", "D"} <= part._parameters.keys():
+        return
+    if not {"mamba_selective_scan", "mamba2_chunk_scan"} & vars(sys.modules[place]).keys():
+        version = sys.modules["transformers"].__version__
+        raise MqAoError(
+            f"{name or 'the model'} ({type(part).__name__}) cannot be captured: transformers {version} has no function "
+            "for its scan that could be replaced; install transformers 5.15 or newer."
+        )
 
 
 def causal_conv1d_fn(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mq_ao.classify import Comparison
 
 BASELINES = ("rtn-w8a8", "quarot-w8a8")
+IMAGES = 1_000
 ROUNDS = 7
 
 
@@ -33,7 +34,8 @@ def demo_vision(recipe: str) -> None:
     ready_kernels()
     with step("loading the bundled classifier"):
         model, stored = Vim.from_pretrained("demo"), load_file(vision_demo.IMAGES)
-    images, labels = vision_demo.normalised(stored["test_images"]), stored["test_labels"].long()
+    images = vision_demo.normalised(stored["test_images"][:IMAGES])
+    labels = stored["test_labels"][:IMAGES].long()
     calibration = [(batch,) for batch in vision_demo.normalised(stored["calibration_images"]).split(BATCH)]
     quantized = {item.name: api.quantize(model, calibration, item, progress=True) for item in recipes}
     err().print(str(quantized[chosen.name].report()), markup=False, highlight=False, soft_wrap=True)

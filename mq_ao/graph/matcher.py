@@ -96,7 +96,7 @@ def match(module: GraphModule) -> Match:
     Raises:
         MqAoError: the graph has no scan at all.
     """
-    scans = walk.calls(module, walk.SCAN | walk.SCAN_STATES | walk.SSD)
+    scans = walk.calls(module, walk.ANY_SCAN)
     if not scans:
         raise MqAoError(
             "no mq_ao::selective_scan in the graph, so there is nothing to recognise as Mamba: capture the model with "

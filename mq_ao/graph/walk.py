@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
+from mq_ao.errors import MqAoError
 
 aten = torch.ops.aten
 getitem = operator.getitem
@@ -19,6 +20,7 @@ CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, at
 SCAN = frozenset({torch.ops.mq_ao.selective_scan.default})
 SSD = frozenset({torch.ops.mq_ao.ssd_scan.default})
 SCAN_STATES = frozenset({torch.ops.mq_ao.scan_states.default})
+ANY_SCAN = SCAN | SCAN_STATES | SSD
 ACTIVATION = frozenset({aten.silu.default, aten.silu_.default})
 HADAMARD = frozenset({torch.ops.mq_ao.hadamard.default})
 MUL = frozenset({aten.mul.Tensor})
@@ -93,6 +95,16 @@ def downstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Itera
             yield from downstream(user, through=through)
         else:
             yield user
+
+
+def check_scans(module: GraphModule, known: frozenset[object], backend: str) -> None:
+    """Checks that a backend has an operator for every scan of a graph.
+
+    Raises:
+        MqAoError: it has not.
+    """
+    for scan in calls(module, ANY_SCAN - known):
+        raise MqAoError(f"backend {backend!r} has no operator for {scan.name}, a scan of Mamba-2: choose another.")
 
 
 def is_scaling(node: Node) -> bool:
