@@ -229,6 +229,16 @@ def test_merged_tokens_end_a_stream_and_the_next_is_rotated() -> None:
     assert notes and all("down_sample_layer" in note.detail for note in notes.values())
 
 
+def test_between_two_final_norms_no_linear_takes_the_weight_of_the_first() -> None:
+    config = dataclasses.replace(USUAL, final_norm=True)
+    graph = mq_ao.export(model_of(config), (pixels(config, 2),)).module(check_guards=False)
+    rewrite = passes.apply(graph, ["fold_norm", "rotate_residual"], [(pixels(config, 16, seed=3),)])
+    left_out = [item for item in rewrite.transforms if item.status is Status.LEFT_OUT]
+    assert {item.name for item in left_out} == {"fold_norm", "rotate_residual"}
+    (ln1, *_) = left_out
+    assert ln1.detail.startswith("layer_norm_4 is also read by layer_norm_5")
+
+
 def test_with_a_residual_of_the_norm_the_stream_holds_its_weight() -> None:
     config = IMAGES
     graph = mq_ao.export(model_of(config), (pixels(config, 2),)).module(check_guards=False)

@@ -113,11 +113,11 @@ class MambaND(nn.Module):
     """Mamba-ND: blocks read tokens forwards and backwards, by turns along every axis; the head reads their mean.
 
     Of the rotations, R1 depends on the form of the residual. In the usual form, x + mixer(norm(x)), the stream is
-    rotated: LayerNorms become RMSNorms without weight and the changes of order leave channels in place. There, a
-    merging of tokens, whose norm is over four of them, ends a stream: the stream before it stays, the one after it is
-    rotated. So it stays with ln1 and ln2 both, as nothing linear lies between them that could take ln1's weight. With
-    `residual_of_norm`, as in the public checkpoints, each norm's weight is part of the stream itself and R1 is left
-    out. The other rewrites are the same in both.
+    rotated: LayerNorms become RMSNorms without weight, and the changes of order leave channels in place. A merging of
+    tokens, whose norm is over four of them, ends a stream: the one before it stays, the one after it is rotated. The
+    last stream stays where both ln1 and ln2 are there, as no linear between them could take ln1's weight. With
+    `residual_of_norm`, as in the public checkpoints, each norm's weight is part of the stream itself: R1 is left out,
+    and the blocks' norms are neither folded nor smoothed. All other rewrites are the same in both.
 
     Args:
         config: the model's shape.
