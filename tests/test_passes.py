@@ -247,7 +247,7 @@ def test_tied_weights_come_apart_and_the_report_says_so() -> None:
 
 
 class Around(nn.Module):
-    """A stream with a position embedding, a flip, LayerNorms and a pooled head."""
+    """A stream with a position embedding, changes of order, LayerNorms and a pooled head."""
 
     def __init__(self, spoil: str = "") -> None:
         super().__init__()
@@ -266,8 +266,15 @@ class Around(nn.Module):
         for index in range(2):
             conv, ssm = (state[index] for state in self.lm.initial_states(ids.shape[0]))
             ssm = ssm + x.new_zeros(x.shape[0], 1, 1)  # looks at the stream's shape alone
-            y = self.norms[index](x.flip(1))
-            x = x + self.lm.backbone.layers[index].mixer(y, conv, ssm)[0].flip(1)
+            if index == 0:
+                y = self.norms[index](x.flip(-1 if self.spoil == "channels" else 1))
+                x = x + self.lm.backbone.layers[index].mixer(y, conv, ssm)[0].flip(1)
+            else:  # columns before rows, of the norm's output
+                y = self.norms[index](x).unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+                y = self.lm.backbone.layers[index].mixer(y, conv, ssm)[0]
+                if self.spoil == "mixed":
+                    y = y.transpose(1, 2).reshape(y.shape)
+                x = x + y.unflatten(1, (-1, 2)).permute(0, 2, 1, 3).reshape(x.shape)
             if self.spoil == "gelu":
                 x = nn.functional.gelu(x)
         if self.spoil == "output":
@@ -298,7 +305,15 @@ def test_layer_norm_becomes_rms_norm() -> None:
         assert relative(rewrite.module(ids), model(ids)) < EXACT
 
 
-@pytest.mark.parametrize(("spoil", "reason"), [("gelu", "gelu"), ("output", "output of the graph")])
+SPOILT = [
+    ("gelu", "gelu"),
+    ("output", "output of the graph"),
+    ("channels", "flip: it does not keep the channels in place"),
+    ("mixed", "it does not keep the channels in place"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILT)
 def test_a_stream_that_cannot_be_followed_is_left_alone(spoil: str, reason: str) -> None:
     model = Around(spoil).eval()
     ids = tokens(2, 16)

@@ -51,7 +51,7 @@ def expected_mixer(mixer: nn.Module, x: Tensor) -> Tensor:
         conv = getattr(mixer, f"conv1d{suffix}")
         taps = nn.functional.pad(u.transpose(1, 2), (conv.weight.shape[-1] - 1, 0))
         u = nn.functional.silu(nn.functional.conv1d(taps, conv.weight, conv.bias, groups=u.shape[-1])).transpose(1, 2)
-        dt, b, c = getattr(mixer, f"x_proj{suffix}")(u).split(mixer.split_sizes, dim=-1)
+        dt, b, c = getattr(mixer, f"x_proj{suffix}")(u).split([1, 4, 4], dim=-1)
         delta = getattr(mixer, f"dt_proj{suffix}")(dt)
         a = -torch.exp(getattr(mixer, a_log))
         y, _ = scan(u, nn.functional.softplus(delta), a, b, c, getattr(mixer, f"D{suffix}"))

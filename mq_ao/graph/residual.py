@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import walk
 from mq_ao.graph.block import Block
 from mq_ao.graph.edit import channels, is_constant
+from mq_ao.graph.rows import channel_source
 
 aten = walk.aten
 
@@ -23,21 +24,37 @@ NORM = walk.NORM
 SELECTING = walk.COPYING | {aten.index_select.default, aten.select.int, aten.slice.Tensor}
 """Operators that hand on some or all rows of their input."""
 
-_BY_CHANNEL = SELECTING | {
-    aten.add.Tensor,
-    aten.add_.Tensor,
-    aten.cat.default,
-    aten.concatenate.default,
-    aten.expand.default,
-    aten.flip.default,
-    aten.gather.default,
-    aten.index.Tensor,
-    aten.mean.dim,
-    aten.squeeze.dim,
-    aten.sub.Tensor,
-    aten.sum.dim_IntList,
-    aten.unsqueeze.default,
-}
+MOVING = frozenset(
+    {
+        aten.flatten.using_ints,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.transpose.int,
+        aten.unflatten.int,
+        aten.view.default,
+    }
+)
+"""Operators that change the order and the axes of values: in the stream as long as the channels stay the last axis."""
+
+_BY_CHANNEL = (
+    SELECTING
+    | MOVING
+    | {
+        aten.add.Tensor,
+        aten.add_.Tensor,
+        aten.cat.default,
+        aten.concatenate.default,
+        aten.expand.default,
+        aten.flip.default,
+        aten.gather.default,
+        aten.index.Tensor,
+        aten.mean.dim,
+        aten.squeeze.dim,
+        aten.sub.Tensor,
+        aten.sum.dim_IntList,
+        aten.unsqueeze.default,
+    }
+)
 """Operators that are linear and treat every channel alike, if the last axis keeps its size and is not what they act
 on."""
 
@@ -140,6 +157,8 @@ def _backward(stream: Stream, value: Node) -> list[Node]:
         stream.norms.append(value)
         return [walk.argument(value, 0)]
     if value.target in _BY_CHANNEL or walk.is_scaling(value):
+        if not keeps_channels(value, stream.width):
+            return _end(stream, value, _misplaced(value))
         return _operands(stream, value)
     return _end(stream, value, f"{value.target if value.op == 'call_function' else value.op} is not understood")
 
@@ -181,9 +200,15 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
         return _end(stream, value, "it is an output of the graph")
     if user.target in _BY_CHANNEL or walk.is_scaling(user):
         if not keeps_channels(user, stream.width):
-            return _end(stream, user, "it does not keep the channels in place")
+            return _end(stream, user, _misplaced(user))
         return [user]
     return _end(stream, user, f"{user.target} is not understood")
+
+
+def _misplaced(node: Node) -> str:
+    if node.target in walk.JOINING:
+        return "it joins values along their channels"
+    return "it does not keep the channels in place"
 
 
 def normalised(norm: Node) -> list[int]:
@@ -196,17 +221,16 @@ def keeps_channels(user: Node, width: int) -> bool:
     value, source = user.meta["val"], user.all_input_nodes[0].meta["val"]
     if value.dim() == 0 or value.shape[-1] != width:
         return False
+    if user.target in walk.COPYING:
+        return True
+    last = source.dim() - 1
+    if user.target in MOVING:
+        return channel_source(user, value.dim() - 1) == (last, 0, width)
     acted_on = walk.padded(user, 2)[1]
     axes: list[int] = []
     if user.target in (aten.mean.dim, aten.sum.dim_IntList, aten.flip.default):
         axes = list(acted_on)
-    elif user.target in (
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.squeeze.dim,
-        aten.cat.default,
-        aten.concatenate.default,
-    ):
+    elif user.target in _ALONG_ONE:
         axes = [acted_on or 0]
     elif user.target in (aten.index_select.default, aten.gather.default):
         axes = [acted_on]
@@ -214,4 +238,4 @@ def keeps_channels(user: Node, width: int) -> bool:
         return acted_on not in (-1, value.dim() - 1)
     elif user.target == aten.index.Tensor:
         return len(acted_on) < source.dim()
-    return all(axis not in (-1, source.dim() - 1) for axis in axes)
+    return all(axis not in (-1, last) for axis in axes)

@@ -6,11 +6,16 @@ from mq_ao.models.config import MAMBA2_130M, MAMBA_130M, Mamba2Config, MambaConf
 from mq_ao.models.generate import Sampling, generate, stream
 from mq_ao.models.mamba import MambaLM
 from mq_ao.models.mamba2 import Mamba2LM, language_model
+from mq_ao.models.mamba_nd import MambaND
+from mq_ao.models.mamba_nd_config import MAMBA_2D_BASE, MAMBA_2D_SMALL, MAMBA_3D_SMALL, MambaNDConfig
 from mq_ao.models.vim import Vim
 from mq_ao.models.vision_config import VIM_BASE, VIM_SMALL, VIM_TINY, VimConfig
 
 __all__ = [
     "MAMBA2_130M",
+    "MAMBA_2D_BASE",
+    "MAMBA_2D_SMALL",
+    "MAMBA_3D_SMALL",
     "MAMBA_130M",
     "VIM_BASE",
     "VIM_SMALL",
@@ -19,6 +24,8 @@ __all__ = [
     "Mamba2LM",
     "MambaConfig",
     "MambaLM",
+    "MambaND",
+    "MambaNDConfig",
     "Sampling",
     "Vim",
     "VimConfig",

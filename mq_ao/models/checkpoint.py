@@ -57,7 +57,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """All weights of a file; where it is a training checkpoint, those under "model".
+    """All weights of a file; where it is a training checkpoint, those under "model" or "state_dict".
 
     Raises:
         MqAoError: it is cut off, broken or not a plain table of tensors.
@@ -78,8 +78,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise MqAoError(f"{path} is cut off or broken ({_first_sentence(error)}): fetch it again.") from error
-    if isinstance(values, dict) and isinstance(values.get("model"), dict):
-        values = values["model"]
+    if isinstance(values, dict):
+        values = next((values[key] for key in ("model", "state_dict") if isinstance(values.get(key), dict)), values)
     if not isinstance(values, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
     ):

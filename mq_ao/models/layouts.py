@@ -17,6 +17,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.models.mamba import MambaLM
 from mq_ao.models.mamba2 import Mamba2LM
+from mq_ao.models.mamba_nd_config import MambaNDConfig
 from mq_ao.models.vision_config import VimConfig
 
 # Keys that any library may add to a config.json and that say nothing about the mathematics.
@@ -50,7 +51,7 @@ _MAMBA_SSM_CFG_SHAPE = {
 _MAMBA2_CFG_FIXED = {"rmsnorm": True, "d_ssm": None, "activation": "swish"}
 
 
-_Config = TypeVar("_Config", MambaConfig, Mamba2Config, VimConfig)
+_Config = TypeVar("_Config", MambaConfig, Mamba2Config, VimConfig, MambaNDConfig)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.errors import MqAoError
 from mq_ao.models.config import Mamba2Config, MambaConfig
+from mq_ao.models.mamba_nd_config import MambaNDConfig
 
 if TYPE_CHECKING:
     from mq_ao.models.generate import Sampling
@@ -35,13 +36,48 @@ class CausalConv1d(nn.Module):
         return torch.ops.mq_ao.causal_conv1d(x, self.weight.squeeze(1), self.bias, state, "silu")
 
 
+def scan(
+    u: Tensor,
+    conv1d: CausalConv1d,
+    x_proj: nn.Linear,
+    dt_proj: nn.Linear,
+    A_log: Tensor,
+    D: Tensor,
+    conv_state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of a Mamba-1 block, from in_proj to the gate.
+
+    Args:
+        u: (batch, length, d_inner).
+        conv1d: the convolution, with SiLU.
+        x_proj: to dt_rank + 2 * d_state channels.
+        dt_proj: from dt_rank to d_inner channels, with bias.
+        A_log: (d_inner, d_state).
+        D: (d_inner,).
+        conv_state: (batch, d_conv - 1, d_inner), zeros if None.
+        ssm_state: (batch, d_inner, d_state), zeros if None.
+
+    Returns:
+        y (batch, length, d_inner) before the gate, and both new states.
+    """
+    u, conv_state = conv1d(u, conv_state)
+    d_state = A_log.shape[1]
+    dt, B, C = x_proj(u).split([dt_proj.in_features, d_state, d_state], dim=-1)
+    # The bias goes into the scan, where it is added next to the softplus.
+    delta = nn.functional.linear(dt, dt_proj.weight)
+    # A in float32 whatever autocast does.
+    A = -torch.exp(A_log.to(torch.float64 if u.dtype == torch.float64 else torch.float32))
+    y, ssm_state = torch.ops.mq_ao.selective_scan(u, delta, A, B, C, D, dt_proj.bias, True, ssm_state)
+    return y, conv_state, ssm_state
+
+
 class MambaMixer(nn.Module):
     """The Mamba-1 block of the paper's Figure 3, gate included (METHOD.md's equations)."""
 
-    def __init__(self, config: MambaConfig) -> None:
+    def __init__(self, config: MambaConfig | MambaNDConfig) -> None:
         super().__init__()
         d_inner, d_state, rank = config.d_inner, config.d_state, config.rank
-        self.split_sizes = [rank, d_state, d_state]
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
         self.conv1d = CausalConv1d(d_inner, config.d_conv, bias=config.conv_bias)
         self.x_proj = nn.Linear(d_inner, rank + 2 * d_state, bias=False)
@@ -55,23 +91,13 @@ class MambaMixer(nn.Module):
         init_dt(self.dt_proj)
         init_projections(self.in_proj, self.out_proj, n_layer)
 
-    def forward(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (batch, length, d_model); returns the block's output and both new states."""
+    def forward(
+        self, x: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (batch, length, d_model), states as in `scan`; returns the block's output and both new states."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, conv_state = self.conv1d(u, conv_state)
-        dt, B, C = self.x_proj(u).split(self.split_sizes, dim=-1)
-        # The bias goes into the scan, where it is added next to the softplus.
-        delta = nn.functional.linear(dt, self.dt_proj.weight)
-        y, ssm_state = torch.ops.mq_ao.selective_scan(
-            u,
-            delta,
-            -torch.exp(self.A_log.to(ssm_state.dtype)),
-            B,
-            C,
-            self.D,
-            self.dt_proj.bias,
-            True,
-            ssm_state,
+        y, conv_state, ssm_state = scan(
+            u, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, conv_state, ssm_state
         )
         return self.out_proj(y * nn.functional.silu(z)), conv_state, ssm_state
 

@@ -12,10 +12,11 @@ from mq_ao.files import write_atomically
 
 if TYPE_CHECKING:
     from mq_ao.models.mamba import MambaLM
+    from mq_ao.models.mamba_nd import MambaND
     from mq_ao.models.vim import Vim
 
 
-def save_pretrained(model: MambaLM | Vim, folder: str | Path) -> None:
+def save_pretrained(model: MambaLM | MambaND | Vim, folder: str | Path) -> None:
     """Writes model.safetensors (the model's own names, a tied weight once) and config.json into `folder`.
 
     The configuration is written last: a folder with a config.json is complete.

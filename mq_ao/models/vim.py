@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.errors import MqAoError
-from mq_ao.models.mamba import CausalConv1d, init_dt, init_projections
+from mq_ao.models.mamba import CausalConv1d, init_dt, init_projections, scan
+from mq_ao.models.patches import embed_patches
 from mq_ao.models.vision_config import VimConfig
 
 
@@ -27,7 +27,6 @@ class VimMixer(nn.Module):
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
         d_inner, d_state, rank = config.d_inner, config.d_state, config.rank
-        self.split_sizes = [rank, d_state, d_state]
         self.factor = 0.5 if config.mean_of_directions else 1.0
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
         self.conv1d = CausalConv1d(d_inner, config.d_conv, bias=config.conv_bias)
@@ -52,23 +51,12 @@ class VimMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, tokens, d_model) -> the same shape."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        forth = self._scan(u, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        back = self._scan(u.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+        forth, _, _ = scan(u, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        back, _, _ = scan(u.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         y = forth + back.flip(1)
         if self.factor != 1:
             y = y * self.factor
         return self.out_proj(y * nn.functional.silu(z))
-
-    def _scan(
-        self, u: Tensor, conv1d: CausalConv1d, x_proj: nn.Linear, dt_proj: nn.Linear, a_log: Tensor, skip: Tensor
-    ) -> Tensor:
-        u, _ = conv1d(u, None)
-        dt, B, C = x_proj(u).split(self.split_sizes, dim=-1)
-        delta = nn.functional.linear(dt, dt_proj.weight)
-        # A in float32 whatever autocast does.
-        A = -torch.exp(a_log.to(torch.float64 if u.dtype == torch.float64 else torch.float32))
-        y, _ = torch.ops.mq_ao.selective_scan(u, delta, A, B, C, skip, dt_proj.bias, True)
-        return y
 
 
 class VimBlock(nn.Module):
@@ -89,14 +77,12 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
-        self.config = config
         # Holds weight (d_model, in_channels, patch_size, patch_size) and bias under their public names.
         self.proj = nn.Conv2d(config.in_channels, config.d_model, config.patch_size, config.steps)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (batch, in_channels, image_size, image_size) -> (batch, patches, d_model), row by row."""
-        patches = nn.functional.unfold(images, self.config.patch_size, stride=self.config.steps).transpose(1, 2)
-        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return embed_patches(images, self.proj)
 
 
 class Vim(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from mq_ao.graph import edit, walk
-from mq_ao.graph.residual import SELECTING, Stream
+from mq_ao.graph.residual import MOVING, SELECTING, Stream
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.norms import norms, readers_of
 from mq_ao.passes.rotate_residual import change_basis
@@ -78,7 +78,7 @@ def _uncentred(stream: Stream) -> str | None:
         if any(arg is not None for arg in norm.args[2:4]):
             return f"the weight of {norm.name} could not be folded"
     for node in stream.inputs:
-        through = SELECTING | {aten.mean.dim, aten.flip.default}
+        through = SELECTING | MOVING | {aten.mean.dim, aten.flip.default}
         if walk.upstream(node, through=through) not in stream.norms:
             return f"{node.name} is read without a norm"
     return None

@@ -6,10 +6,10 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.edit import channels
-from mq_ao.graph.residual import NORM, SELECTING, keeps_channels, normalised
+from mq_ao.graph.residual import MOVING, NORM, SELECTING, keeps_channels, normalised
 
-_AVERAGING = frozenset({walk.aten.mean.dim, walk.aten.flip.default})
-"""With these over other axes than the channels, weight and bias of a norm may still be applied afterwards."""
+_AVERAGING = MOVING | {walk.aten.mean.dim, walk.aten.flip.default}
+"""With these along other axes than the channels, weight and bias of a norm may still be applied afterwards."""
 
 
 def norms(module: GraphModule) -> list[Node]:
