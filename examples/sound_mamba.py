@@ -111,8 +111,8 @@ def train(steps: int, seed: int = 0) -> Recogniser:
     """A recogniser after that many steps of 64 new sounds each."""
     torch.manual_seed(seed)
     model = Recogniser()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps)
     for step in track(range(steps), "training"):
         sounds, labels = make_sounds(BATCH, seed=step)
         functional.cross_entropy(model(sounds), labels).backward()
@@ -132,7 +132,7 @@ def quantizers(scheme: mq_ao.quantizer.QuantizationConfig) -> ComposableQuantize
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 sounds.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 sounds.")] = 500,
     recipe: Annotated[str, typer.Option(help="Of the Mamba block and the linears.")] = "mambaquant-w8a8",
     batches: Annotated[int, typer.Option(min=1, help="Batches of 64 sounds to evaluate on.")] = 30,
 ) -> None:
