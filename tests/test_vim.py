@@ -17,6 +17,7 @@ from mq_ao.graph import Role, match
 from mq_ao.graph.residual import streams
 from mq_ao.lowering import inductor
 from mq_ao.models import VIM_SMALL, VIM_TINY, Vim, VimConfig
+from mq_ao.models.mamba import scan
 from mq_ao.ops import library
 from mq_ao.passes import Status
 from mq_ao.recipes import RECIPES
@@ -235,3 +236,57 @@ def test_impossible_shapes_are_refused() -> None:
         VimConfig(stride=0)
     with pytest.raises(MqAoError, match='VimConfig.dt_rank is 0: give a whole number of at least 1, or "auto"'):
         VimConfig(dt_rank=0)
+
+
+class GatedTwice(nn.Module):
+    """The block as the paper writes it, each direction with a gate of its own."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, tokens, d_model) -> the same shape."""
+        m = self.mixer
+        total = None
+        for suffix, a_log, backward in (("", m.A_log, False), ("_b", m.A_b_log, True)):
+            u, z = m.in_proj(x.flip(1) if backward else x).chunk(2, dim=-1)
+            y, _, _ = scan(u, *(getattr(m, part + suffix) for part in ("conv1d", "x_proj", "dt_proj")), a_log, m.D)
+            y = y * nn.functional.silu(z)
+            total = y if total is None else total + y.flip(1)
+        return m.out_proj(total)
+
+
+class OneProjection(GatedTwice):
+    """... and one in_proj for both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, tokens, d_model) -> the same shape."""
+        m = self.mixer
+        u, z = m.in_proj(x).chunk(2, dim=-1)
+        y, _, _ = scan(u, m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D)
+        back, _, _ = scan(u.flip(1), m.conv1d_b, m.x_proj_b, m.dt_proj_b, m.A_b_log, m.D_b)
+        silu = nn.functional.silu
+        return m.out_proj(y * silu(z) + (back * silu(z.flip(1))).flip(1))
+
+
+@pytest.mark.parametrize("names", [("smooth_gate", "rotate_out_proj"), RECIPES["mambaquant-w8a8"].passes], ids=len)
+def test_two_gates_of_one_block_are_smoothed_together(names: tuple[str, ...], vim: Vim) -> None:
+    block = OneProjection(vim.layers[0].mixer).double().eval()
+    x = torch.randn(4, 9, 16, dtype=torch.float64)
+    graph = mq_ao.export(block, (x[:2],)).module(check_guards=False)
+    (found,) = match(graph).blocks
+    assert (len(found.gates), len(found.directions)) == (2, 2)
+    rewrite = passes.apply(graph, names, [(torch.randn(8, 9, 16, dtype=torch.float64),)])
+    applied = {item.name for item in rewrite.transforms if item.status is Status.APPLIED}
+    assert {"smooth_gate", "rotate_out_proj"} <= applied
+    with torch.no_grad():
+        got, expected = graph(x), block(x)
+    assert float((got - expected).norm() / expected.norm()) < EXACT
+
+
+def test_directions_with_projections_of_their_own_are_left_out_with_a_reason(vim: Vim) -> None:
+    block = GatedTwice(vim.layers[0].mixer).eval()
+    found = match(mq_ao.export(block, (torch.randn(2, 9, 16),)).module(check_guards=False))
+    assert found.blocks == ()
+    assert any("both lead to" in item.reason for item in found.rejected)
