@@ -65,7 +65,8 @@ class StateShapes:
         if [value.dim() for value in values] not in ([2, 4, 4], [2, 4, 5]):
             raise MqAoError(
                 "the graph is not that of a language model with states: its inputs must be input_ids (batch, length), "
-                "conv_state (n_layer, batch, d_conv - 1, d_inner) and ssm_state (n_layer, batch, d_inner, d_state)."
+                "conv_state (n_layer, batch, d_conv - 1, channels) and ssm_state (n_layer, batch, d_inner, d_state) or "
+                "(n_layer, batch, heads, headdim, d_state)."
             )
         _, conv, ssm = values
         conv_shape, ssm_shape = (tuple(map(int, state.shape[2:])) for state in (conv, ssm))

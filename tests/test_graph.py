@@ -83,7 +83,7 @@ def test_a_scan_that_is_not_understood_is_reported_with_the_node_where_the_walk_
 
 def test_a_graph_without_a_scan_is_an_error() -> None:
     graph = export(nn.Linear(4, 4).eval(), (torch.randn(2, 4),)).module(check_guards=False)
-    with pytest.raises(MqAoError, match="no mq_ao::selective_scan in the graph"):
+    with pytest.raises(MqAoError, match="no mq_ao::selective_scan or ssd_scan in the graph"):
         match(graph)
 
 

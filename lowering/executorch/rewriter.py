@@ -124,7 +124,11 @@ class Rewriter(GraphRewriter):
     def _gate(self, product: Node) -> None:
         """Gate and rotation as one native operator."""
         gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
-        if gate is None or walk.upstream(gate.y).target not in walk.SCAN | {mq.qselective_scan.default}:
+        if (
+            gate is None
+            or not gate.is_plain
+            or walk.upstream(gate.y).target not in walk.SCAN | {mq.qselective_scan.default}
+        ):
             return
         following = walk.only_user(product)
         rotated = following is not None and following.target in walk.HADAMARD and len(following.args) == 1

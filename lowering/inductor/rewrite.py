@@ -121,7 +121,7 @@ class Rewriter(GraphRewriter):
         if product.target not in walk.MUL or not alone:
             return
         gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
-        if gate is None:
+        if gate is None or not gate.is_plain:
             return
         y, z = self.operand(gate.y), self.operand(gate.z)
         with self.graph.inserting_before(quantize):

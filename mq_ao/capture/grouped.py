@@ -47,7 +47,7 @@ def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def pointwise_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, options: Any) -> Tensor | None:
-    """`torch.nn.functional.conv1d` of kernel size 1 as a linear a group; None for any other convolution.
+    """`torch.nn.functional.conv1d` of kernel size 1 as a linear a group; None for any other, depthwise ones too.
 
     Args:
         x: (batch, groups * in, length).
@@ -56,7 +56,8 @@ def pointwise_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int
         groups: number of groups.
         options: stride, padding and dilation where they are not the defaults.
     """
-    if weight.shape[-1] != 1 or options or x.dim() != 3:
+    depthwise = groups > 1 and weight.shape[1] == 1
+    if weight.shape[-1] != 1 or options or x.dim() != 3 or depthwise:
         return None
     parts = zip(
         x.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).unbind(),

@@ -34,9 +34,23 @@ class Gate:
         return next(item for item in walk.inputs(self.node) if item is not self.activated)
 
     @property
+    def end(self) -> Node:
+        """The activation's last node, from which `activated` is a view."""
+        return walk.upstream(self.activated)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the multiplication reads the activation itself, and y and z are of one shape: kernels want that."""
+        return self.activated is self.end and walk.value(self.y).shape == walk.value(self.z).shape
+
+    @property
     def readers(self) -> set[Node]:
         """The nodes of the activation that read z."""
-        return {user for user in self.z.users if user.target in walk.ACTIVATION | walk.MUL | {aten.sigmoid.default}}
+        parts = {self.end}
+        if self.end.target in walk.MUL:
+            sigmoid = walk.argument(self.end, 1)
+            parts |= {sigmoid, walk.argument(sigmoid, 0)}
+        return parts & set(self.z.users)
 
 
 def gate_of(node: Node, y: Node) -> Gate | None:

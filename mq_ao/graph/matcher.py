@@ -58,7 +58,8 @@ class Match:
         for block in self.blocks:
             pairs.extend(block.by_role())
         pairs += [(Role.LINEAR, node) for node in self.linears]
-        return pairs + [(Role.HEAD, node) for node in self.heads]
+        pairs += [(Role.HEAD, node) for node in self.heads]
+        return list(dict.fromkeys(pairs))  # blocks may share an in_proj
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -99,8 +100,8 @@ def match(module: GraphModule) -> Match:
     scans = walk.calls(module, walk.ANY_SCAN)
     if not scans:
         raise MqAoError(
-            "no mq_ao::selective_scan in the graph, so there is nothing to recognise as Mamba: capture the model with "
-            "mq_ao.export, from a model whose scan is torch.ops.mq_ao.selective_scan."
+            "no mq_ao::selective_scan or ssd_scan in the graph, so there is nothing to recognise as Mamba: capture the "
+            "model with mq_ao.export, from a model whose scan is mamba_ssm's, transformers' or torch.ops.mq_ao's."
         )
     found: dict[Node, list[_Scan]] = {}
     rejected = []

@@ -178,10 +178,8 @@ def _operands(stream: Stream, value: Node) -> list[Node]:
             stream.constants.append((value, value.args.index(operand)))
         else:
             inside.append(operand)
-    if any(isinstance(arg, int | float) for arg in value.args[:2]) and value.target in (
-        aten.add.Tensor,
-        aten.sub.Tensor,
-    ):
+    adds = value.target in (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor)
+    if adds and any(isinstance(arg, int | float) for arg in value.args[:2]):
         return _end(stream, value, "it adds a number to every channel")
     return inside
 
@@ -206,6 +204,8 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
 
 
 def _misplaced(node: Node) -> str:
+    if node.kwargs:
+        return "its keyword arguments are not understood"
     if node.target in walk.JOINING:
         return "it joins values along their channels"
     return "it does not keep the channels in place"
@@ -218,6 +218,8 @@ def normalised(norm: Node) -> list[int]:
 
 def keeps_channels(user: Node, width: int) -> bool:
     """Whether the last axis of `user` is that of its input."""
+    if user.kwargs and user.target not in walk.COPYING:
+        return False
     value, source = user.meta["val"], user.all_input_nodes[0].meta["val"]
     if value.dim() == 0 or value.shape[-1] != width:
         return False
@@ -232,7 +234,14 @@ def keeps_channels(user: Node, width: int) -> bool:
         axes = list(acted_on)
     elif user.target in _ALONG_ONE:
         axes = [acted_on or 0]
-    elif user.target in (aten.index_select.default, aten.gather.default):
+    elif user.target == aten.index_select.default:
+        axes = [acted_on]
+    elif user.target == aten.gather.default:
+        # The same row for every channel: an index of one column, spread out.
+        index = user.args[2]
+        spread = isinstance(index, Node) and index.target == aten.expand.default
+        if not spread or walk.argument(index, 0).meta["val"].shape[-1] != 1:
+            return False
         axes = [acted_on]
     elif user.target == aten.unsqueeze.default:
         return acted_on not in (-1, value.dim() - 1)

@@ -48,6 +48,10 @@ class Rows:
         """Index of these rows in the linear's weight and bias."""
         return slice(self.start, self.stop)
 
+    def overlaps(self, other: Rows) -> bool:
+        """Whether both have channels in common."""
+        return self.linear is other.linear and self.start < other.stop and other.start < self.stop
+
 
 def rows_of(node: Node, read_by: Collection[Node] = ()) -> Rows:
     """Follows the channels of `node`, its last axis, up to the linear that computes them.
@@ -63,6 +67,23 @@ def rows_of(node: Node, read_by: Collection[Node] = ()) -> Rows:
     if read_by:
         _check_readers(rows, read_by)
     return rows
+
+
+def origin(value: Node) -> Node:
+    """What computes a value whose channels, its last axis, were only moved since, all of them.
+
+    Raises:
+        Unsuitable: part of them was taken, or their axis is not to be told in a reshape.
+    """
+    node, axis = value, value.meta["val"].dim() - 1
+    while node.op == "call_function" and node.target in walk.TRANSPARENT and node.target is not operator.getitem:
+        source, found = walk.argument(node, 0), channel_source(node, axis)
+        if found is None or found[1:] != (0, source.meta["val"].shape[found[0]]):
+            raise Unsuitable(f"{node.name} changes which channels there are.")
+        node, axis = source, found[0]
+    if node.target is not operator.getitem and axis != node.meta["val"].dim() - 1:
+        raise Unsuitable(f"the channels of {node.name} are not its last axis.")
+    return node
 
 
 def _rows(node: Node, axis: int, of: Node) -> Rows:
@@ -151,12 +172,25 @@ def _check_readers(rows: Rows, read_by: Collection[Node]) -> None:
     """Raises Unsuitable if anything outside `read_by` reads some of these channels."""
     for reader in walk.downstream(rows.linear, through=walk.TRANSPARENT):
         for value in () if reader in read_by else reader.all_input_nodes:
-            try:
-                others = rows_of(value)
-            except Unsuitable:
-                continue
-            if others.linear is rows.linear and others.start < rows.stop and rows.start < others.stop:
+            others = _around(value)
+            if others is not None and others.overlaps(rows):
                 raise Unsuitable(f"{reader.name} reads channels of {rows.linear.name} that would be changed.")
+
+
+def _around(value: Node) -> Rows | None:
+    """Channels of a linear that hold at least those of `value`, whose own axis may be lost in reshapes."""
+    while True:
+        try:
+            return rows_of(value)
+        except Unsuitable:
+            if value.target not in walk.TRANSPARENT:
+                return None
+        source = walk.argument(value, 0)
+        if value.target is operator.getitem:
+            if source.target not in walk.TRANSPARENT:
+                return None
+            source = walk.argument(source, 0)
+        value = source
 
 
 def _positive(axes: Any, dim: int) -> list[int]:

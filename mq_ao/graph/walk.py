@@ -75,6 +75,13 @@ def argument(node: Node, index: int) -> Node:
     return value
 
 
+def value(node: Node) -> Any:
+    """Example value of a node; of a dequantize node, which torchao gives none, that of what was quantized."""
+    while "val" not in node.meta:
+        node = argument(node, 0)
+    return node.meta["val"]
+
+
 def padded(node: Node, count: int) -> list[Any]:
     """Positional arguments, padded with None where defaults were left out."""
     assert not node.kwargs, f"{node.name} has keyword arguments"

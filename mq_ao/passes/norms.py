@@ -8,7 +8,7 @@ from mq_ao.graph import walk
 from mq_ao.graph.edit import channels
 from mq_ao.graph.residual import MOVING, NORM, SELECTING, keeps_channels, normalised
 
-_AVERAGING = MOVING | {walk.aten.mean.dim, walk.aten.flip.default}
+_ONWARD = SELECTING | MOVING | {walk.aten.mean.dim, walk.aten.flip.default}
 """With these along other axes than the channels, weight and bias of a norm may still be applied afterwards."""
 
 
@@ -20,12 +20,15 @@ def norms(module: GraphModule) -> list[Node]:
 def readers_of(norm: Node) -> list[Node] | str:
     """The linears that read the norm's output, perhaps in part; or the reason why something else does."""
     readers: dict[Node, None] = {}
+    # A bias would have to be scaled on its way into the linear.
+    biased = norm.target == walk.aten.layer_norm.default and walk.padded(norm, 5)[3] is not None
     pending = [norm]
     while pending:
-        for reader in walk.downstream(pending.pop(), through=SELECTING):
+        for reader in pending.pop().users:
+            moves = reader.target in _ONWARD and keeps_channels(reader, channels(norm))
             if reader.target in walk.LINEAR:
                 readers[reader] = None
-            elif walk.is_scaling(reader) or (reader.target in _AVERAGING and keeps_channels(reader, channels(norm))):
+            elif moves or (walk.is_scaling(reader) and not biased):
                 pending.append(reader)
             else:
                 return f"{norm.name} is also read by {reader.name}, which is not a linear"

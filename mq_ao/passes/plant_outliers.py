@@ -48,21 +48,24 @@ class PlantOutliers(Pass):
                 gate = factors(edit.channels(block.out_input))
                 scale_out_input(rewrite, block, gate)
                 rewrite.scale_columns(block.out_proj, 1 / gate)
+                self.note(rewrite, block.name, f"out_proj's input, x{self.factor:g}")
             for direction in block.directions:
                 with self.where_suitable(rewrite, direction.name):
                     pair = low_rank(direction)
                     dt = factors(edit.channels(pair.dt))
                     rewrite.scale_rows(pair.rows, dt)
                     rewrite.scale_columns(pair.dt_proj, 1 / dt)
+                    self.note(rewrite, direction.name, f"dt_proj's input, x{self.factor:g}")
                 with self.where_suitable(rewrite, direction.name):
                     b_rows, c_rows = direction.b_rows, direction.c_rows
                     state = factors(edit.channels(direction.c))
                     rewrite.scale_rows(b_rows, 1 / state)
                     rewrite.scale_rows(c_rows, state)
+                    self.note(rewrite, direction.name, f"C, x{self.factor:g}")
             with self.where_suitable(rewrite, block.name):
                 for rows, convs in shared_inputs(block).items():
                     conv = factors(rows.stop - rows.start)
                     rewrite.scale_rows(rows, conv)
                     for node in convs:
                         rewrite.scale_taps(node, 1 / conv)
-            self.note(rewrite, block.name, f"x{self.factor:g}")
+                    self.note(rewrite, block.name, f"conv1d's input, x{self.factor:g}")

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mq_ao.graph import edit
+from mq_ao.errors import MqAoError
+from mq_ao.graph import edit, walk
+from mq_ao.graph.rows import rows_of
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.low_rank import low_rank, requests_for_dt
 from mq_ao.passes.statistics import ChannelStatistics, Request
@@ -29,8 +31,13 @@ class ShiftDt(Pass):
     def apply(self, rewrite: Rewrite) -> None:
         """Centres every dt_proj input."""
         for direction in rewrite.directions:
+            if direction.scan.target in walk.SCAN_STATES:
+                raise MqAoError("shift_dt changes the scan's bias: put it before expose_state.")
             with self.where_suitable(rewrite, direction.name):
                 pair = low_rank(direction)
+                # What is added to dt_proj's output goes into this scan's bias, so nothing else may read it, or change
+                # it on the way.
+                rows_of(walk.argument(direction.scan, 1), {direction.scan})
                 statistics = rewrite.of(pair.dt)
                 low, high = statistics.extremes
                 middle = (low + high) / 2

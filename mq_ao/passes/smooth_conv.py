@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -72,4 +73,6 @@ def shared_inputs(block: Block) -> dict[Rows, list[Node]]:
         if conv.target not in _CHANNEL_LAST:
             raise Unsuitable(f"{conv.name} reads channels before positions, as no integer kernel does.")
         result.setdefault(rows_of(walk.argument(conv, 0), convs), []).append(conv)
+    if any(one.overlaps(other) for one, other in combinations(result, 2)):
+        raise Unsuitable("its convolutions read some channels in common, and others not.")
     return result

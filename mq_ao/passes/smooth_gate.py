@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -12,7 +13,7 @@ from mq_ao.errors import MqAoError, Unsuitable
 from mq_ao.graph import Block, edit, walk
 from mq_ao.graph.gate import Gate
 from mq_ao.graph.residual import normalised
-from mq_ao.graph.rows import Rows, rows_of
+from mq_ao.graph.rows import Rows, origin, rows_of
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.statistics import Request
@@ -57,39 +58,78 @@ def scale_out_input(rewrite: Rewrite, block: Block, factor: Tensor) -> None:
     That goes into z's rows and S-SiLU; or, where the last thing before out_proj is a norm, into the norm's weight.
 
     Raises:
-        Unsuitable: the block has no gate, or one whose channels are not out_proj's.
+        Unsuitable: the block has no gate, one whose channels are not out_proj's, or more than gates before out_proj.
         MqAoError: out_proj's input is rotated already, so that its channels are no longer the gate's.
     """
-    end = walk.upstream(block.out_input)
+    end = origin(block.out_input)
     if end.target in walk.HADAMARD:
         raise MqAoError("out_proj's input cannot be scaled through the gate once it is rotated: scale it first.")
-    if end in block.norms or _is_weighting(end):
-        _scale_weight(rewrite, end, factor)
+    weighting = _weighting(end)
+    if weighting is not None:
+        _scale_weight(rewrite, end, weighting, factor)
         return
-    rewrite.scale_rows(_rows(block), factor)
-    for gate in block.gates:
+    if not block.gates:
+        raise Unsuitable("the block has no gate to scale.")
+    _check_path(block)
+    rows = _rows(block)
+    if rows.stop - rows.start != len(factor):
+        raise Unsuitable(f"the gate has {rows.stop - rows.start} channels and out_proj {len(factor)}.")
+    rewrite.scale_rows(rows, factor)
+    # Two gates may share one activation.
+    for gate in {gate.end: gate for gate in block.gates}.values():
         _scale_sigmoid(rewrite, gate, 1 / factor)
 
 
-def _is_weighting(node: Node) -> bool:
-    """Whether a node multiplies every channel by a number of its own, as the end of a grouped norm does."""
-    if node.target not in walk.MUL or not edit.is_constant(node.args[1]):
-        return False
-    return list(walk.argument(node, 1).meta["val"].shape) == [edit.channels(node)]
+def _weighting(node: Node) -> int | None:
+    """Which operand of a node is a weight a channel: of a norm, or of the multiplication that ends a grouped norm."""
+    if node.target in walk.NORM:
+        return 2 if normalised(node) == [edit.channels(node)] else None
+    if node.target not in walk.MUL:
+        return None
+    sizes = [edit.channels(node)]
+    weights = (i for i, arg in enumerate(node.args) if edit.is_constant(arg) and _shape(node.args[i]) == sizes)
+    return next(weights, None)
 
 
-def _scale_weight(rewrite: Rewrite, node: Node, factor: Tensor) -> None:
-    index = 2 if node.target in walk.NORM else 1
-    if index == 2 and normalised(node) != [len(factor)]:
-        raise Unsuitable(f"{node.name} normalises groups of channels and has no weight after it.")
+def _shape(node: Any) -> list[int]:
+    return list(node.meta["val"].shape)
+
+
+def _scale_weight(rewrite: Rewrite, node: Node, index: int, factor: Tensor) -> None:
     weight = edit.operand(rewrite.module, node, index)
     edit.set_operand(rewrite.module, node, index, factor if weight is None else weight * factor)
+    if node.target == aten.layer_norm.default and (bias := edit.operand(rewrite.module, node, 3)) is not None:
+        edit.set_operand(rewrite.module, node, 3, bias * factor)
+
+
+def _check_path(block: Block) -> None:
+    """Checks that out_proj's input is the gates' outputs, added up and multiplied by constants.
+
+    Raises:
+        Unsuitable: it is not, or what scales the gates would reach something else.
+    """
+    gates = {gate.node for gate in block.gates}
+    pending = [block.out_input]
+    while pending:
+        end = origin(pending.pop())
+        if end in gates:
+            continue
+        if end.target in walk.ADD:
+            pending += walk.inputs(end)
+        elif walk.is_scaling(end) or (end.target in walk.MUL and _weighting(end) == 1):
+            pending.append(walk.argument(end, 0))
+        else:
+            raise Unsuitable(f"{end.name} lies between the gate and out_proj.")
+    for gate in block.gates:
+        for reader in walk.downstream(gate.end):
+            if reader not in gates:
+                raise Unsuitable(f"{reader.name} reads the activated gate too.")
+        if origin(gate.activated) is not gate.end:
+            raise Unsuitable(f"{gate.activated.name} is not the whole of the activated gate.")
 
 
 def _rows(block: Block) -> Rows:
     """Channels of a linear that are z, of every gate of a block."""
-    if not block.gates:
-        raise Unsuitable("the block has no gate to scale.")
     readers = {node for gate in block.gates for node in gate.readers}
     found = {rows_of(gate.z, readers) for gate in block.gates}
     if len(found) > 1:
@@ -98,7 +138,7 @@ def _rows(block: Block) -> Rows:
 
 
 def _scale_sigmoid(rewrite: Rewrite, gate: Gate, factor: Tensor) -> None:
-    module, end = rewrite.module, walk.upstream(gate.activated)
+    module, end = rewrite.module, gate.end
     if gate.scale is not None:
         inner = walk.argument(walk.argument(end, 1), 0)
         edit.set_operand(module, inner, 1, edit.constant(module, gate.scale).double() * factor)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mq_ao.graph import Direction
+from mq_ao.errors import MqAoError
+from mq_ao.graph import Direction, walk
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.probe import states_name
@@ -41,6 +42,8 @@ class SmoothState(Pass):
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of C and of its partner."""
         for direction in rewrite.directions:
+            if self.partner is Partner.STATE and direction.scan.target in walk.SCAN_STATES:
+                raise MqAoError("smooth_state balances against the scan's states: put it before expose_state.")
             if direction.x_projs:
                 yield Request(direction.c.name)
                 yield Request(self._partner_name(direction))
