@@ -154,6 +154,8 @@ def _unsuited(linear: Node) -> str | None:
     """Why a linear outside the blocks has no role."""
     if not is_constant(linear.args[1]):
         return "its weight is computed at run time"
+    if walk.argument(linear, 1).meta["val"].shape[1] == 1:
+        return "it has one input, so there is no product to speed up"
     if any(user.target in _ROUTING for user in walk.downstream(linear)):
         return "a router: its few scores choose experts, and a rounded one chooses others"
     return None

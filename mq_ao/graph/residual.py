@@ -238,9 +238,8 @@ def keeps_channels(user: Node, width: int) -> bool:
         axes = [acted_on]
     elif user.target == aten.gather.default:
         # The same row for every channel: an index of one column, spread out.
-        index = user.args[2]
-        spread = isinstance(index, Node) and index.target == aten.expand.default
-        if not spread or walk.argument(index, 0).meta["val"].shape[-1] != 1:
+        index = walk.argument(user, 2)
+        if index.target != aten.expand.default or walk.argument(index, 0).meta["val"].shape[-1] != 1:
             return False
         axes = [acted_on]
     elif user.target == aten.unsqueeze.default:
