@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._inductor.decomposition import decompositions
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,7 +24,7 @@ from mq_ao.graph import Role, walk
 from mq_ao.lowering import cuda
 from mq_ao.lowering.patterns import Q_STATIC
 from mq_ao.models import MambaLM, Vim, VimConfig
-from mq_ao.ops.int8_mm import int8_mm
+from mq_ao.ops.int8_mm import int8_mm, padded_mm
 from mq_ao.ops.qlinear import quantize_per_token
 from mq_ao.quantizer import Activation, MambaQuantizer, RoleSpec, w8a8
 from mq_ao.recipes import RECIPES, Recipe
@@ -175,6 +176,30 @@ def test_what_is_read_by_several_linears_is_quantized_once(vim: Vim) -> None:
     assert len(sources) == len(set(sources)) > 0
 
 
+@pytest.mark.parametrize("name", ["rtn-w8a8", "mambaquant-w8a8"])
+def test_the_compiler_traces_it_whole_and_into_plain_operators(
+    name: str, tiny: MambaLM, calibration: list[Tensor]
+) -> None:
+    module = cuda.lower(mq_ao.quantize(tiny, calibration, name, backend="cuda").converted).module
+    graphs: list[GraphModule] = []
+
+    def keep(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    inputs = (tokens(2, 19), *tiny.initial_states(2))
+    with torch.no_grad():
+        for got, expected in zip(compiled(*inputs), module(*inputs), strict=True):
+            assert relative(got, expected) < 2e-2
+    (graph,) = graphs
+    names = {str(node.target).split(".")[0] for node in graph.graph.nodes if node.op == "call_function"}
+    assert names <= {"aten", "mq_ao", "quantized_decomposed", "<built-in function getitem>"}
+    assert len(walk.calls(graph, cuda.INTEGER_KERNELS)) == 9
+    assert bool(walk.calls(graph, {aten.amax.default})) == (name == "mambaquant-w8a8")
+
+
 def test_tied_embedding_and_head_share_their_integers(tiny: MambaLM, calibration: list[Tensor]) -> None:
     module = cuda.lower(mq_ao.quantize(tiny, calibration, "rtn-w8a8", backend="cuda").converted).module
     rows, _ = module.graph.find_nodes(op="call_function", target=aten.embedding.default)  # integers, and scales
@@ -185,17 +210,14 @@ def test_tied_embedding_and_head_share_their_integers(tiny: MambaLM, calibration
 
 
 class Devices(TorchDispatchMode):
-    """Collects the devices of what operators give, and the shapes that reach `aten._int_mm`."""
+    """Collects the devices of what operators give."""
 
     def __init__(self) -> None:
         super().__init__()
         self.devices: set[str] = set()
-        self.products: list[tuple[torch.Size, torch.Size]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is aten._int_mm.default:
-            self.products.append((args[0].shape, args[1].shape))
         for value in _flat(result):
             if isinstance(value, Tensor):
                 self.devices.add(value.device.type)
@@ -227,7 +249,7 @@ def test_cuda_gets_shapes_that_it_takes_and_inductor_sees_them(m: int, k: int, n
     with FakeTensorMode():
         a = torch.empty(m, k, dtype=torch.int8, device="cuda")
         b = torch.empty(n, k, dtype=torch.int8, device="cuda").t()
-        graph = make_fx(int8_mm, decomposition_table=decompositions)(a, b)
+        graph = make_fx(int8_mm, decomposition_table=select_decomp_table())(a, b)
     (product,) = graph.graph.find_nodes(op="call_function", target=aten._int_mm.default)
     left, right = (arg.meta["val"] for arg in product.args)
     assert left.shape[0] == max(m, 17)
@@ -242,13 +264,21 @@ def test_cuda_gets_shapes_that_it_takes_and_inductor_sees_them(m: int, k: int, n
 @pytest.mark.parametrize("m", [1, 16, 17])
 @pytest.mark.parametrize(("k", "n"), [(7, 5), (8, 16), (31, 1), (1, 9)])
 def test_padding_for_cuda_changes_no_product(m: int, k: int, n: int) -> None:
-    from mq_ao.ops.int8_mm import padded_mm
-
     gen = torch.Generator().manual_seed(m * k * n)
     a, b = (torch.randint(-128, 128, shape, dtype=torch.int8, generator=gen) for shape in ((m, k), (n, k)))
     got = padded_mm(a, b.t())
     assert got.dtype == torch.int32
     assert torch.equal(got, a.int() @ b.int().t())
+
+
+def test_one_trace_serves_all_counts_of_rows_on_one_side_of_the_limit() -> None:
+    gen = torch.Generator().manual_seed(0)
+    b = torch.randint(-128, 128, (5, 8), dtype=torch.int8, generator=gen).t()
+    for rows, others in ((40, (17, 100)), (3, (2, 16))):
+        graph = make_fx(padded_mm, tracing_mode="symbolic")(torch.zeros(rows, 8, dtype=torch.int8), b)
+        for m in others:
+            a = torch.randint(-128, 128, (m, 8), dtype=torch.int8, generator=gen)
+            assert torch.equal(graph(a, b), a.int() @ b.int())
 
 
 @settings(max_examples=40, deadline=None)

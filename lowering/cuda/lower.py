@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.decomposition import register_decomposition
+from torch._inductor.decomposition import fast_random_decomps, register_decomposition
 from torch.fx import GraphModule
 
 from mq_ao.lowering.cuda.device import require_cuda
@@ -19,9 +19,9 @@ from mq_ao.ops.int8_mm import padded_mm
 def lower(converted: GraphModule, device: torch.device | str = "cpu") -> IntegerGraph:
     """Replaces q/dq patterns around linears and the embedding by integer operators.
 
-    `torch.compile` of the result's module sees `aten._int_mm` with what follows it, which Inductor can fuse: with
-    `max_autotune` into the templates of products, and where scales follow at once (per-token activations) with
-    `torch._inductor.config.force_fuse_int_mm_with_mul`. This was not run on a GPU.
+    In the hands of `torch.compile` the result's module is `aten._int_mm` with zero points, scales and bias right behind
+    it: Inductor fuses those into its Triton template of the product, where it takes that one. This was not run on a
+    GPU.
 
     Args:
         converted: result of `convert_pt2e` on a graph quantized for backend "cuda"; it is not changed.
@@ -44,3 +44,7 @@ def lower(converted: GraphModule, device: torch.device | str = "cpu") -> Integer
 def _inlined(a: Tensor, b: Tensor) -> Any:
     """In Inductor's hands the operator is the product that it can fuse with; elsewhere it stays whole."""
     return padded_mm(a, b) if a.device.type == "cuda" else NotImplemented
+
+
+# Inductor copies its table when it first compiles, which may have been before this file was imported.
+fast_random_decomps.cache_clear()
