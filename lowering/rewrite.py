@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class GraphRewriter:
         self.graph = module.graph
         self.limits = limits
         self._names: Counter[str] = Counter()
+        self._tokens: dict[Node, tuple[Node, Node]] = {}
 
     def operand(self, node: Any) -> Operand:
         """What a kernel of the backend reads at `node`."""
@@ -98,6 +100,13 @@ class GraphRewriter:
             rows = self.graph.call_function(aten.embedding.default, (values, node.args[1]))
             scales = self.graph.call_function(aten.embedding.default, (scale, node.args[1]))
             self.replace(node, self.graph.call_function(aten.mul.Tensor, (rows, scales)))
+
+    def per_token(self, source: Node, before: Node, quantize: Callable[..., Any]) -> tuple[Node, Node]:
+        """(integers, scales) of a value that is quantized token by token, once for all who read it."""
+        if source not in self._tokens:
+            with self.graph.inserting_before(before):
+                self._tokens[source] = self.outputs(self.graph.call_function(quantize, (source,)))
+        return self._tokens[source]
 
     def replace(self, old: Node, new: Node) -> None:
         """Puts `new` in the place of `old`."""

@@ -17,7 +17,7 @@ from mq_ao import passes
 from mq_ao.calibrate import calibrate, check_weights
 from mq_ao.capture import export
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES, check_output
+from mq_ao.files import PROGRAM_SUFFIXES, check_output, program_suffix
 from mq_ao.graph import match, walk
 from mq_ao.lowering import executorch, inductor
 from mq_ao.memory import release
@@ -25,7 +25,7 @@ from mq_ao.models import MambaLM
 from mq_ao.models.program import Program
 from mq_ao.quantizer import MambaQuantizer, QuantizationReport
 from mq_ao.quantizer.backends import check_backend
-from mq_ao.recipes import Recipe, get_recipe
+from mq_ao.recipes import RECIPES, Recipe, get_recipe
 from mq_ao.report import build, sizes
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,8 @@ class QuantizedProgram:
             options: batch, longest prefill and more, for `executorch`.
 
         Raises:
-            MqAoError: unknown or other backend, nothing quantized, or not a language model (for those use
-                `mq_ao.lowering.inductor.lower` on `.converted`).
+            MqAoError: unknown or other backend, one without saved programs, nothing quantized, or not a language model
+                (for those use `mq_ao.lowering.inductor.lower` on `.converted`).
         """
         wanted = self._report.backend
         if backend is not None and check_backend(backend).name != wanted:
@@ -113,6 +113,7 @@ class QuantizedProgram:
                 f"this graph was quantized for {wanted}, whose integers are not those of {backend}: "
                 f"call mq_ao.quantize(..., backend={backend!r})."
             )
+        program_suffix(wanted)
         if self._vocab_size is None:
             raise MqAoError(
                 "only language models become saved programs: call mq_ao.lowering.inductor.lower(q.converted, inputs)."
@@ -151,8 +152,9 @@ def quantize(
         calibration: inputs of the model, one element a batch: a tensor (batch, length) of token ids, or a tuple of
             positional inputs. Not data that the result is evaluated on. A generator is read once.
         recipe: name of a recipe (`mq_ao.recipes.RECIPES`), a recipe file, or a recipe.
-        backend: what runs the result: "inductor" (this machine's CPU) or "executorch" (a `.pte` for edge devices).
-            Activations become the integers that its kernels take.
+        backend: what runs the result: "inductor" (this machine's CPU), "executorch" (a `.pte` for edge devices) or
+            "cuda" (`mq_ao.lowering.cuda`, not run on a GPU yet). Activations become the integers that its kernels
+            take. Roles whose kernels "cuda" does not have yet stay in float where a named recipe has them.
         progress: show progress bars on stderr.
 
     Returns:
@@ -164,7 +166,7 @@ def quantize(
     """
     chosen = get_recipe(recipe)
     # Before anything takes long: it says what the backend has no kernel for.
-    quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
+    quantizer = MambaQuantizer(backend).set_global(chosen.scheme, partial=chosen in RECIPES.values())
     check_weights(model)
     lengths: list[int] = []
     batches = _batches(model, calibration, lengths)
@@ -198,7 +200,8 @@ def quantize(
 def compile_float(model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None) -> Program:
     """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
     info = {"recipe": "float32", "vocab_size": model.config.vocab_size}
-    if check_backend(backend).name == "executorch":
+    program_suffix(backend)
+    if backend == "executorch":
         return executorch.lower_float(capture(model, ()), info, options)
     return inductor.compile_float_language_model(capture(model, ()), info)
 

@@ -14,6 +14,23 @@ PROGRAM_SUFFIXES = {"inductor": ".pt2", "executorch": ".pte"}
 """How the saved programs of a backend end."""
 
 
+def program_suffix(backend: str) -> str:
+    """How the saved programs of a backend end; to be called before long work.
+
+    Raises:
+        MqAoError: unknown backend, or one without saved programs.
+    """
+    if backend == "cuda":
+        raise MqAoError(
+            "programs for cuda are not saved, they are compiled on the machine with the GPU: call "
+            "mq_ao.quantize(..., backend='cuda') there, then mq_ao.lowering.cuda.lower(q.converted, 'cuda'), and "
+            "torch.compile on the module that it gives."
+        )
+    if backend not in PROGRAM_SUFFIXES:
+        raise MqAoError(f"unknown backend {backend!r}: the backends are {', '.join(PROGRAM_SUFFIXES)}.")
+    return PROGRAM_SUFFIXES[backend]
+
+
 def check_output(path: str | Path, suffix: str | None = None) -> Path:
     """Returns `path` if a file can be written there; to be called before long work.
 

@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import copy
-import logging
 import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.constant_folding import constant_fold
 from torch.fx import GraphModule
 
 import mq_ao.ops
-from mq_ao.graph import edit, walk
 from mq_ao.lowering.graphs import StateShapes, flat, with_positions
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.methods import export_decode, export_prefill
 from mq_ao.lowering.inductor.program import InductorProgram
 from mq_ao.lowering.inductor.rewrite import Rewriter
-from mq_ao.lowering.patterns import simulated_nodes
+from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.ops.native.build import compiler
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class IntegerGraph:
-    """A converted graph after its q/dq patterns became integer operators.
-
-    Attributes:
-        module: the graph.
-        kernels: number of calls of each integer kernel.
-        simulated: nodes whose quantization no integer kernel takes: they compute in float on dequantized values.
-    """
-
-    module: GraphModule
-    kernels: dict[str, int]
-    simulated: list[str]
 
 
 def rewrite(converted: GraphModule) -> IntegerGraph:
@@ -58,15 +37,7 @@ def rewrite(converted: GraphModule) -> IntegerGraph:
         MqAoError: there is nothing quantized in the graph.
     """
     module = copy.deepcopy(converted)
-    kernels = dict(Rewriter(module).run())
-    simulated = simulated_nodes(module)
-    if simulated:
-        logger.warning(
-            "mq_ao has no integer kernel for the quantization of %s: simulated in float, unless Inductor has one",
-            ", ".join(simulated),
-        )
-    _fold_constants(module)
-    return IntegerGraph(module, kernels, simulated)
+    return IntegerGraph.of(module, Rewriter(module).run())
 
 
 def lower(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
@@ -124,17 +95,8 @@ def compile_float_language_model(module: GraphModule, info: Mapping[str, Any]) -
     """Compiles the float graph of a language model in the same way, for comparison; it has no integer kernels."""
     shapes = StateShapes.of(module)
     module = copy.deepcopy(module)
-    _fold_constants(module)
+    fold_constants(module)
     return _compile(module, shapes, {**info, "integer_kernels": {}, "simulated": []})
-
-
-def _fold_constants(module: GraphModule) -> None:
-    """Computes what depends on weights alone, such as A = -exp(A_log), once and for all."""
-    for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
-        module.graph.erase_node(node)
-    # Folding a transposed view would make it contiguous in the saved program, and every call would copy it.
-    constant_fold(module, lambda node: node.target != torch.ops.aten.t.default)
-    edit.drop_unused_tensors(module)
 
 
 def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) -> InductorProgram:

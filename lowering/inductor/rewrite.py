@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
+from mq_ao.lowering.integer_graph import count_kernels
 from mq_ao.lowering.patterns import Q_STATIC, UINT8, Weight, is_dequantized, merge_dequantize, per_token_source
 from mq_ao.lowering.rewrite import GraphRewriter
 
@@ -43,7 +43,6 @@ class Rewriter(GraphRewriter):
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module, UINT8)
-        self._tokens: dict[Node, tuple[Node, Node]] = {}
 
     def run(self) -> Counter[str]:
         """Rewrites everything; returns how many integer kernels of each kind the graph calls.
@@ -86,7 +85,7 @@ class Rewriter(GraphRewriter):
         """Integer product before `at`; quantizes its own output where `at` only feeds one static quantize."""
         graph, operand = self.graph, self.operand(x)
         source = per_token_source(x)
-        tokens = None if source is None else self._per_token(source, x)
+        tokens = None if source is None else self.per_token(source, x, mq.quantize_per_token.default)
         with graph.inserting_before(at):
             packed = self.store("packed", mq.qlinear_prepack(weight.values, weight.bits, weight.group_size))
             scale = self._scale(weight)
@@ -103,14 +102,6 @@ class Rewriter(GraphRewriter):
         if following is not None:
             self.take_over(following, product)
         return product
-
-    def _per_token(self, source: Node, before: Node) -> tuple[Node, Node]:
-        """(integers, scales) of a value that is quantized token by token, once for all who read it."""
-        if source not in self._tokens:
-            with self.graph.inserting_before(before):
-                quantize = self.graph.call_function(mq.quantize_per_token.default, (source,))
-                self._tokens[source] = self.outputs(quantize)
-        return self._tokens[source]
 
     def _gate(self, quantize: Node) -> None:
         """Gate, rotation and quantize step of out_proj's input as one operator."""
@@ -148,13 +139,7 @@ def count_integer_kernels(module: GraphModule) -> Counter[str]:
     Raises:
         MqAoError: there are none, so nothing would run in integers.
     """
-    counts = Counter(str(node.target) for node in walk.calls(module, INTEGER_KERNELS))
-    if not counts:
-        raise MqAoError(
-            "no integer kernel in the lowered graph: nothing in it was quantized. Check the quantizer's report, and "
-            "that convert_pt2e was called on the prepared graph."
-        )
-    return counts
+    return count_kernels(module, INTEGER_KERNELS)
 
 
 def _panels(node: Node) -> list[tuple[Node, int, int]] | None:

@@ -14,10 +14,9 @@ from mq_ao import api
 from mq_ao.bench.gguf_writer import write_f32
 from mq_ao.bench.worker import Kind, Spec
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES
+from mq_ao.files import program_suffix
 from mq_ao.models import MAMBA2_130M, MAMBA_130M, Mamba2Config, MambaConfig, MambaLM, demo, language_model
 from mq_ao.models.saving import save_pretrained
-from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe
 from mq_ao.text import BYTE_VOCABULARY, ByteCodec, calibration_batches, read_tokens
 
@@ -145,7 +144,7 @@ def prepare(
     with step("writing the float model"):
         save_pretrained(model, folder / "model")
     add(FP32_EAGER, Kind.EAGER, folder / "model")
-    suffix = PROGRAM_SUFFIXES[check_backend(backend).name]
+    suffix = program_suffix(backend)
     with step("compiling in fp32"):
         api.compile_float(model, backend).save(folder / f"fp32{suffix}")
     add(FP32, Kind.PROGRAM, folder / f"fp32{suffix}")

@@ -13,6 +13,7 @@ import typer
 from mq_ao.cli.console import bar, check_json, out, ready_kernels, step, write_json
 from mq_ao.cli.opened import MODEL_HELP
 from mq_ao.errors import MqAoError
+from mq_ao.files import program_suffix
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,9 +85,8 @@ def bench(
         from mq_ao.bench.prepare import installed_peers, int8_names, parse_peers
         from mq_ao.bench.runner import Plan
         from mq_ao.bench.table import render
-        from mq_ao.quantizer.backends import check_backend
         from mq_ao.recipes import get_recipe
-    check_backend(backend)
+    program_suffix(backend)
     torch.set_num_threads(threads)
     content: dict[str, Any] = {"machine": _machine(threads)}
     if kernels:

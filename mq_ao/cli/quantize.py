@@ -10,7 +10,7 @@ import typer
 from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
 from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_float
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES, check_output
+from mq_ao.files import check_output, program_suffix
 
 if TYPE_CHECKING:
     from mq_ao.lowering.executorch import Options
@@ -55,7 +55,7 @@ def quantize(
 
     mq-ao quantize demo --backend executorch -o demo.pte
     """
-    check_output(output, _suffix(backend))
+    check_output(output, program_suffix(backend))
     if report is not None:
         check_output(report, ".html")
     with step("starting"):
@@ -90,12 +90,6 @@ def quantize(
     )
     share = program.weight_bytes / opened.weight_bytes
     console.print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")
-
-
-def _suffix(backend: str) -> str:
-    if backend not in PROGRAM_SUFFIXES:
-        raise MqAoError(f"unknown backend {backend!r}: the backends are {', '.join(PROGRAM_SUFFIXES)}.")
-    return PROGRAM_SUFFIXES[backend]
 
 
 def _options(backend: str, max_length: int, scan: str) -> Options | None:
