@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported: kernels then run on CPU tensors, one operation after the other.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import mq_ao as package
 from mq_ao import MqAoError

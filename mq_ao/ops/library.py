@@ -1,10 +1,10 @@
 """The `mq_ao` operator library: schemas, and the choice between native and reference kernels.
 
 Schemas are defined in Python, so that graphs can be captured on a machine without a compiler. CPU kernels come from
-the C++ library in `mq_ao/ops/native`, which registers itself with the dispatcher when it is loaded. Below them lies a
-kernel for every device, written in Python: on its first CPU call it builds (or finds) the library and calls the
-operator again, which then reaches the native kernel. Where no library can be built, and on other devices, it runs
-the reference.
+the C++ library in `mq_ao/ops/native`, which registers itself with the dispatcher when it is loaded, and CUDA kernels
+from `mq_ao/ops/triton`. Below them lies a kernel for every device, written in Python: on its first CPU or CUDA call it
+builds (or finds) the library, or registers the Triton kernels, and calls the operator again, which then reaches the
+device's kernel. Where there is none, it runs the reference.
 
 `mq_ao::<name>_reference` is the reference as an operator of its own. A native kernel calls it for inputs that it does
 not take itself (float64, or bad input, for which the reference raises the error).
@@ -41,6 +41,13 @@ class NativeState:
     failure: str | None = None
 
 
+class TritonState:
+    """What is known of the Triton kernels in this process."""
+
+    registered = False
+    failure: str | None = None
+
+
 def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> None:
     """Defines `mq_ao::name` with its shape function and its plain PyTorch reference.
 
@@ -57,7 +64,7 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
     _references[name] = reference
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if args[0].device.type == "cpu" and not NativeState.loaded and load_native():
+        if _load_kernels(args[0].device.type):
             return getattr(torch.ops.mq_ao, name).default(*args, **kwargs)
         return reference(*args, **kwargs)
 
@@ -121,6 +128,31 @@ def load_native() -> bool:
                 stacklevel=2,
             )
     return NativeState.loaded
+
+
+def load_triton() -> bool:
+    """Registers the Triton kernels for CUDA tensors; without Triton warns once and returns False."""
+    if not TritonState.registered and TritonState.failure is None:
+        try:
+            from mq_ao.ops import triton
+        except ImportError as error:
+            TritonState.failure = str(error)
+            warnings.warn(
+                f"mq_ao runs its slow reference operators on the GPU, because Triton cannot be imported ({error}): "
+                "install a CUDA build of PyTorch, which brings it.",
+                stacklevel=2,
+            )
+        else:
+            triton.register()
+            TritonState.registered = True
+    return TritonState.registered
+
+
+def _load_kernels(device: str) -> bool:
+    """Whether there are kernels for a device now that were not there before."""
+    if device == "cpu":
+        return not NativeState.loaded and load_native()
+    return device == "cuda" and not TritonState.registered and load_triton()
 
 
 def load_cached() -> None:

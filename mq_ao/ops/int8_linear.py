@@ -1,0 +1,158 @@
+"""`mq_ao::int8_linear`: a linear layer on int8 activations and row-major weights, as GPUs read them.
+
+Sums are exact in 32 bits; zero point, scales, bias and the optional requantization are a float32 epilogue whose order
+of operations the reference defines. x86 has `qlinear`, on packed weights and unsigned activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mq_ao.ops import library
+from mq_ao.ops.grids import check_grid, requantize
+from mq_ao.ops.library import require
+from mq_ao.ops.nibbles import unpack
+
+# Sums of 2^16 products, and corrections of zero points on top of them, stay within 32 bits.
+MAX_INPUTS = 65536
+
+
+def check_weight(k: int, weight: Tensor, scale: Tensor, bias: Tensor | None, group_size: int) -> None:
+    """Raises MqAoError unless a row-major weight of int8, or of packed int4, fits its scales and `k` inputs."""
+    four = weight.dtype == torch.uint8
+    require(
+        weight.dim() == 2 and (four or weight.dtype == torch.int8) and weight.is_contiguous(),
+        f"a weight is contiguous int8 (N, K), or uint8 (N, K / 2) of packed int4, not {weight.dtype} "
+        f"{tuple(weight.shape)}.",
+    )
+    inputs = weight.shape[1] * (2 if four else 1)
+    require(inputs == k, f"the weight has {inputs} inputs and x has {k}: they must be equal.")
+    require(k <= MAX_INPUTS, f"int8_linear sums up to {MAX_INPUTS} products, not {k}.")
+    require(group_size > 0 or not four, "int4 weights come in groups: give group_size.")
+    require(
+        group_size == 0 or k % group_size == 0,
+        f"groups of {group_size} weights do not divide the {k} inputs: choose a size that does.",
+    )
+    shape = (weight.shape[0], k // group_size) if group_size else (weight.shape[0],)
+    require(
+        scale.dtype == torch.float32 and tuple(scale.shape) == shape and scale.is_contiguous(),
+        f"the weight's scale must be contiguous float32 {shape}, it is {scale.dtype} {tuple(scale.shape)}.",
+    )
+    if bias is not None:
+        require(
+            bias.dtype == torch.float32 and tuple(bias.shape) == (weight.shape[0],),
+            f"bias must be float32 ({weight.shape[0]},), it is {bias.dtype} {tuple(bias.shape)}.",
+        )
+
+
+def integers(weight: Tensor, group_size: int) -> Tensor:
+    """The integers of a weight: int8 (N, K), from int8 or packed int4."""
+    return unpack(weight, group_size) if weight.dtype == torch.uint8 else weight
+
+
+def _check(
+    q: Tensor,
+    token_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    out_scale: float | None,
+    out_zero_point: int,
+    group_size: int,
+) -> None:
+    require(q.dtype == torch.int8 and q.dim() >= 1, f"int8_linear takes int8 (..., K), not {q.dtype} {tuple(q.shape)}.")
+    check_weight(q.shape[-1], weight, scale, bias, group_size)
+    if token_scale is not None:
+        message = (
+            f"token_scale must be float32 with one value for each token, {(*q.shape[:-1], 1)}, it is "
+            f"{token_scale.dtype} {tuple(token_scale.shape)}."
+        )
+        require(token_scale.dtype == torch.float32 and token_scale.dim() == q.dim(), message)
+        for size, wanted in zip(token_scale.shape, (*q.shape[:-1], 1), strict=True):
+            require(size == wanted, message)
+    if correction is not None:
+        require(
+            correction.dtype == torch.int32 and correction.shape == scale.shape and correction.is_contiguous(),
+            f"correction must be contiguous int32 {tuple(scale.shape)}, it is {correction.dtype} "
+            f"{tuple(correction.shape)}.",
+        )
+    if out_scale is not None:
+        check_grid("int8_linear: out", torch.int8, out_scale, out_zero_point)
+
+
+def int8_linear(
+    q: Tensor,
+    token_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    group_size: int = 0,
+) -> Tensor:
+    """Reference: `y = sum over groups of (q @ weight.T - correction) * (scale * token_scale), + bias`, then rounding.
+
+    Args:
+        q: int8 (..., K), K up to 65536.
+        token_scale: float32 (..., 1), the step of each token of q; None: it is in `scale`.
+        weight: int8 (N, K), or uint8 (N, K / 2) from `nibbles.pack`; contiguous.
+        scale: float32 (N,), or (N, K / group_size) with groups.
+        correction: int32 of the shape of `scale`: q's zero point times the sums of the weight's rows, in each group;
+            None: the zero point is 0.
+        bias: float32 (N,), or None.
+        out_scale: None for float32 output; else y is rounded to int8 as by `quantized_decomposed.quantize_per_tensor`.
+        out_zero_point: within -128..127.
+        group_size: inputs that share a scale; it divides K. 0: all of them.
+
+    Returns:
+        float32 (..., N), or int8 with `out_scale`.
+
+    Raises:
+        MqAoError: a dtype, a shape or a parameter is not as above.
+    """
+    _check(q, token_scale, weight, scale, correction, bias, out_scale, out_zero_point, group_size)
+    # Whole numbers below 2^53: a float64 product is exact whatever its order.
+    values = integers(weight, group_size).to(torch.float64)
+    size = group_size or q.shape[-1]
+    scales = scale if group_size else scale[:, None]
+    y = None
+    for group, (part, columns) in enumerate(zip(q.split(size, -1), values.split(size, 1), strict=True)):
+        sums = (part.to(torch.float64) @ columns.t()).to(torch.int32)
+        if correction is not None:
+            sums = sums - (correction[:, group] if group_size else correction)
+        column = scales[:, group] if token_scale is None else scales[:, group] * token_scale
+        term = sums.to(torch.float32) * column
+        y = term if y is None else y + term
+    assert y is not None
+    if bias is not None:
+        y = y + bias
+    return requantize(y, torch.int8, out_scale, out_zero_point)
+
+
+def fake(
+    q: Tensor,
+    token_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    group_size: int = 0,
+) -> Tensor:
+    """Checks the operands of `int8_linear`, and gives an empty result."""
+    _check(q, token_scale, weight, scale, correction, bias, out_scale, out_zero_point, group_size)
+    dtype = torch.float32 if out_scale is None else torch.int8
+    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+library.define(
+    "int8_linear",
+    "(Tensor q, Tensor? token_scale, Tensor weight, Tensor scale, Tensor? correction=None, Tensor? bias=None, "
+    "float? out_scale=None, int out_zero_point=0, int group_size=0) -> Tensor",
+    fake=fake,
+    reference=int8_linear,
+)

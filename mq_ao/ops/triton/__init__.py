@@ -1,0 +1,53 @@
+"""Triton kernels: what the operators run on CUDA tensors.
+
+One file an operator or a pair of them. Each has a function with the operator's arguments that checks them, makes the
+outputs and launches a kernel; and `examples()`, arguments on the device "meta" for which the kernel is compiled when
+there is no GPU. This package is imported at the first call of an operator on a GPU, since Triton is not everywhere.
+
+None of this was run on a GPU: it was interpreted, and compiled offline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.library import Library
+
+from mq_ao.ops.triton import int8_linear
+from mq_ao.ops.triton.launch import Launch, written_down
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What an operator runs on CUDA tensors.
+
+    Attributes:
+        run: takes the operator's arguments.
+        examples: arguments, on the device "meta", that stand for all ways in which kernels are compiled.
+    """
+
+    run: Callable[..., Any]
+    examples: Callable[[], Iterable[tuple[Any, ...]]]
+
+    def launches(self) -> list[Launch]:
+        """The launches that the examples lead to."""
+        with written_down() as launches:
+            for args in self.examples():
+                self.run(*args)
+        return launches
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "int8_linear": Implementation(int8_linear.run, int8_linear.examples),
+}
+"""By operator, without the namespace."""
+
+_kernels = Library("mq_ao", "IMPL", "CUDA")
+
+
+def register() -> None:
+    """Makes these the operators' kernels on CUDA; to be called once."""
+    for name, implementation in IMPLEMENTATIONS.items():
+        _kernels.impl(name, implementation.run)

@@ -1,0 +1,103 @@
+"""`mq_ao::int8_linear`: the reference, and the Triton kernel, interpreted, against it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mq_ao import MqAoError
+from mq_ao.ops import nibbles
+from mq_ao.ops.int8_linear import int8_linear
+
+mq = torch.ops.mq_ao
+
+
+def _integers(gen: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, dtype=torch.int8, generator=gen)
+
+
+@st.composite
+def operands(draw: st.DrawFn) -> dict[str, object]:
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    group = draw(st.sampled_from([0, 64, 128]))
+    four = group > 0 and draw(st.booleans())
+    n = draw(st.sampled_from([1, 5, 48, 80]))
+    k = group * draw(st.integers(1, 3)) if group else draw(st.sampled_from([1, 7, 48, 130, 264]))
+    leading = draw(st.sampled_from([(1,), (3, 1), (16,), (17,), (2, 33)]))
+    weight = _integers(gen, *((-8, 8) if four else (-127, 128)), n, k)
+    q = _integers(gen, -128, 128, *leading, 2 * k)[..., ::2]
+    shape = (n, k // group) if group else (n,)
+    sums = weight.view(*shape, -1).sum(-1, dtype=torch.int32) if group else weight.sum(1, dtype=torch.int32)
+    return {
+        "q": q,
+        "token_scale": torch.rand(*leading, 1, generator=gen) if draw(st.booleans()) else None,
+        "weight": nibbles.pack(weight, group) if four else weight,
+        "scale": torch.rand(shape, generator=gen) * 1e-3,
+        "correction": sums * 5 if draw(st.booleans()) else None,
+        "bias": torch.randn(n, generator=gen) if draw(st.booleans()) else None,
+        "out_scale": 0.05 if draw(st.booleans()) else None,
+        "out_zero_point": 3,
+        "group_size": group,
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(operands())
+def test_the_reference_is_the_product_of_dequantized_values(case: dict[str, object]) -> None:
+    q, weight, scale, group = case["q"], case["weight"], case["scale"], case["group_size"]
+    values = nibbles.unpack(weight, group) if weight.dtype == torch.uint8 else weight
+    values = values.double() * (scale.repeat_interleave(group, 1) if group else scale[:, None])
+    x = q.double() - (0 if case["correction"] is None else 5)
+    expected = x @ values.t() * (1 if case["token_scale"] is None else case["token_scale"].double())
+    expected = expected if case["bias"] is None else expected + case["bias"]
+    got = int8_linear(**{**case, "out_scale": None})
+    # A few roundings of float32 for each of at most 6 groups.
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=2e-6 * float(expected.abs().max()))
+    if case["out_scale"] is not None:
+        rounded = torch.ops.quantized_decomposed.quantize_per_tensor(got, 0.05, 3, -128, 127, torch.int8)
+        assert torch.equal(int8_linear(**case), rounded)
+
+
+@settings(max_examples=60, deadline=None)
+@given(operands(), st.integers(0, 2))
+def test_the_kernel_has_the_bits_of_the_reference(case: dict[str, object], config: int) -> None:
+    from mq_ao.ops.triton import int8_linear as kernel
+    from mq_ao.ops.triton.launch import using
+
+    with using(config):
+        got = kernel.run(**case)
+    expected = int8_linear(**case)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    # Sums are exact, and the epilogue rounds in the same order.
+    assert torch.equal(got, expected)
+
+
+def test_int4_weights_come_back() -> None:
+    weight = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 16)
+    packed = nibbles.pack(weight, 64)
+    assert packed.shape == (3, 128) and packed.dtype == torch.uint8
+    assert torch.equal(nibbles.unpack(packed, 64), weight)
+
+
+def test_the_operator_has_a_right_shape_function() -> None:
+    q, weight = torch.ones(3, 8, dtype=torch.int8), torch.ones(5, 8, dtype=torch.int8)
+    torch.library.opcheck(mq.int8_linear.default, (q, torch.ones(3, 1), weight, torch.ones(5)))
+
+
+def test_bad_operands_are_refused() -> None:
+    q, weight, scale = torch.ones(3, 96, dtype=torch.int8), torch.ones(5, 96, dtype=torch.int8), torch.ones(5)
+    with pytest.raises(MqAoError, match=r"takes int8 \(..., K\), not torch.float32"):
+        mq.int8_linear(q.float(), None, weight, scale)
+    with pytest.raises(MqAoError, match="groups of 64 weights do not divide the 96 inputs"):
+        mq.int8_linear(q, None, weight, torch.ones(5, 1), group_size=64)
+    with pytest.raises(MqAoError, match="the weight has 96 inputs and x has 95"):
+        mq.int8_linear(q[:, :95], None, weight, scale)
+    with pytest.raises(MqAoError, match="groups of 64 weights do not divide the 96 inputs into even parts"):
+        nibbles.pack(weight, 64)
+    with pytest.raises(MqAoError, match="int4 weights lie in"):
+        nibbles.pack(weight * 9, 32)
+    with pytest.raises(MqAoError, match=r"token_scale must be float32 with one value for each token, \(3, 1\)"):
+        mq.int8_linear(q, torch.ones(3), weight, scale)
