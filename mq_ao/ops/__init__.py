@@ -22,6 +22,7 @@ from mq_ao.ops import (
     selective_scan,
     ssd_scan,
     state,
+    weight_linear,
     wlinear,
 )
 from mq_ao.ops.library import load_cached, load_native, native_available, reference
@@ -51,5 +52,6 @@ __all__ = [
     "selective_scan",
     "ssd_scan",
     "state",
+    "weight_linear",
     "wlinear",
 ]
