@@ -28,9 +28,11 @@ INTEGER_KERNELS: frozenset[object] = INTEGER_LINEARS | {
     mq.int8_gate.default,
     mq.int8_rms_norm.default,
 }
-# What int4 weights with one scale a channel are packed in: their groups then have equal scales. Where it does not divide
-# a linear's inputs they take a byte each.
+# What int4 weights with one scale a channel are packed in: their groups then have equal scales. Where it does not
+# divide a linear's inputs, they take a byte each.
 _GROUP = 64
+# A piece of less than a kernel's tile costs as much as the whole of a small linear.
+_TILE = 64
 
 
 class Rewriter(GraphRewriter):
@@ -56,7 +58,7 @@ class Rewriter(GraphRewriter):
         for node in walk.calls(self.module, walk.SCAN | walk.SSD):
             self.scan(node)
         for node in walk.calls(self.module, walk.LINEAR):
-            self.linear(node)
+            self.linear(node, _TILE)
         for node in walk.calls(self.module, {aten.embedding.default}):
             self.embedding(node)
         self.graph.eliminate_dead_code()  # what else read the gates' outputs
