@@ -47,13 +47,14 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fake(
+def fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Checks the operands of `causal_conv1d`, and gives empty results."""
     _check(x, weight, bias, initial_state, activation)
     state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=_state_dtype(x))
     return x.new_empty(x.shape), state
@@ -178,7 +179,7 @@ def _autograd(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor | None,
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinit, None
 
 
-library.define("causal_conv1d", f"({_INPUTS}) -> (Tensor y, Tensor last_state)", fake=_fake, reference=causal_conv1d)
+library.define("causal_conv1d", f"({_INPUTS}) -> (Tensor y, Tensor last_state)", fake=fake, reference=causal_conv1d)
 library.define(
     "causal_conv1d_backward",
     f"(Tensor dy, Tensor dlast_state, {_INPUTS}) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
