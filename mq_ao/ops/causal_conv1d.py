@@ -19,12 +19,19 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=Non
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
 ) -> None:
-    """Raises MqAoError on operands that do not fit together."""
+    """Raises MqAoError on operands that do not fit together, or that are not floating point."""
+    check_shapes(x, weight, bias, initial_state, activation)
+    require(x.is_floating_point(), f"causal_conv1d: x must be floating point, it is {x.dtype}.")
+
+
+def check_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
+) -> None:
+    """Raises MqAoError on operands, of any dtype, that do not fit together."""
     require(x.dim() == 3, f"causal_conv1d: x must be (batch, length, channels), it has {x.dim()} dimensions.")
     batch, length, channels = x.shape
     if isinstance(length, int):
         require(length > 0, "causal_conv1d: the sequence is empty (length 0); give at least one step.")
-    require(x.is_floating_point(), f"causal_conv1d: x must be floating point, it is {x.dtype}.")
     require(
         activation in (None, "silu"), f"causal_conv1d: unknown activation {activation!r}; it must be None or 'silu'."
     )
