@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from enum import StrEnum
@@ -63,8 +64,11 @@ class CudaProgram(StatefulProgram):
         super().__init__(info, wanted)
         self._exported = exported
         self.mode = parse_mode(mode, wanted)
-        module = exported.module(check_guards=False).to(wanted)
+        module = exported.module(check_guards=False)
         assert isinstance(module, GraphModule)
+        if wanted.type != "cpu":
+            # Moving a module moves its parameters, which are the exported program's too.
+            module = copy.deepcopy(module).to(wanted)
         self._module = module
         self._last = torch.zeros(1, dtype=torch.int64, device=wanted)
         self._methods: dict[str, Any] = {"prefill": module, "decode": module}
@@ -87,6 +91,10 @@ class CudaProgram(StatefulProgram):
         info = archive.read_info(path, _versions())
         with path.open("rb") as file:
             return cls(torch.export.load(file), info, device, mode)
+
+    def on(self, device: torch.device | str, mode: Mode | str | None = None) -> CudaProgram:
+        """The same program on another device, with weights of its own there."""
+        return CudaProgram(self._exported, self._info, device, mode)
 
     @property
     def weight_bytes(self) -> int:

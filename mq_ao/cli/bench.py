@@ -46,6 +46,9 @@ def bench(
         typer.Option(help="How ours is quantized: a name or a file. May be repeated. Default: rtn-w8a8."),
     ] = None,
     backend: Annotated[str, typer.Option(help="What runs ours: inductor, or executorch (.pte programs).")] = "inductor",
+    device: Annotated[
+        str, typer.Option(help="cpu; or cuda: a bench of its own on a GPU, where --backend and --peers have no part.")
+    ] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contender. Default: all cores.")] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the scan kernels against an int8 matmul.")] = False,
     quantize: Annotated[
@@ -72,6 +75,8 @@ def bench(
 
     mq-ao bench --model mamba-130m --backend executorch --recipe mambaquant-w8a8 --tokens 128,512
 
+    mq-ao bench --device cuda --model mamba-130m --recipe mambaquant-w8a8 --json gpu.json
+
     mq-ao bench --kernels
 
     mq-ao bench --quantize --model mamba-130m --recipe mambaquant-w8a8
@@ -97,6 +102,13 @@ def bench(
     recipes = [get_recipe(item) for item in named]
     int8_names(recipes)
     models = model or ["demo", "mamba-130m"]
+    if device != "cpu":
+        from mq_ao.bench import gpu
+        from mq_ao.cli.bench_gpu import bench_gpu
+
+        gpu_plan = gpu.Plan(tuple(lengths), decode_tokens, repeats)
+        bench_gpu(models, recipes, gpu_plan, _gpu(device), content["machine"], json)
+        return
     if quantize:
         ready_kernels()
         _quantizing(content, [(source, item) for source in models for item in named], calibration_tokens, threads, json)
@@ -125,6 +137,12 @@ def _lengths(text: str) -> list[int]:
     if min(lengths) < 1:
         raise MqAoError(f"--tokens is {text!r}: a prefill has at least one token.")
     return sorted(set(lengths))
+
+
+def _gpu(device: str) -> str:
+    if device.split(":", maxsplit=1)[0] != "cuda":
+        raise MqAoError(f"unknown device {device!r}: it is cpu or cuda, or a GPU of several, such as cuda:1.")
+    return device
 
 
 def _cores() -> int:

@@ -1,0 +1,202 @@
+"""A bench of one model on a GPU: fp16 in eager mode, compiled, by mamba_ssm's kernels, and our quantized programs.
+
+Everything runs in this process, in turns. The device is a parameter, so that all of it but the GPU's own kernels can be
+rehearsed on the CPU. It was not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mq_ao import api
+from mq_ao.bench import peer_mamba_ssm
+from mq_ao.bench.contender import Contender, Eager, Program
+from mq_ao.bench.prepare import Step, calibration_of, int8_names, random_ids
+from mq_ao.lowering.cuda import CudaProgram, Mode, require_cuda
+from mq_ao.models import MambaLM
+from mq_ao.recipes import Recipe
+
+_CHECKED_TOKENS = 32
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        tokens: prefill lengths.
+        decode_tokens: tokens of a decode measurement.
+        repeats: rounds; medians over them are reported.
+        dtype: of the float contenders.
+        mode: how our programs are compiled.
+    """
+
+    tokens: tuple[int, ...] = (128, 1024)
+    decode_tokens: int = 64
+    repeats: int = 20
+    dtype: torch.dtype = torch.float16
+    mode: Mode = Mode.CUDA_GRAPHS
+
+
+@dataclass
+class Row:
+    """What was measured of one contender.
+
+    Attributes:
+        name: of the contender.
+        prefill_ms: median by length.
+        decode_ms: median of a token.
+        weight_bytes: of its weights.
+        memory_bytes: most that was allocated on the GPU beyond what others hold; None without one.
+        error: relative distance of its logits from those of the same program on the CPU; None for float contenders.
+    """
+
+    name: str
+    weight_bytes: int
+    prefill_ms: dict[int, float] = field(default_factory=dict)
+    decode_ms: float = 0.0
+    memory_bytes: int | None = None
+    error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def run(
+    model: MambaLM, recipes: Sequence[Recipe], plan: Plan, device: torch.device, step: Step
+) -> tuple[list[Row], list[str]]:
+    """Opens all contenders, checks ours against the CPU, and times them in turns.
+
+    Args:
+        model: float model, on the CPU; it is not changed.
+        recipes: how ours is quantized; each makes a contender.
+        plan: what is measured.
+        device: where.
+        step: shows what is being done.
+
+    Returns:
+        A row for each contender, the first of which the others are set against; and what was left out, and why.
+
+    Raises:
+        MqAoError: there is no such device, or the model cannot be quantized.
+    """
+    if device.type == "cuda":
+        require_cuda(device)
+    opened: dict[str, Contender] = {}
+    rows: dict[str, Row] = {}
+    left_out: list[str] = []
+    vocab_size = model.config.vocab_size
+
+    def add(name: str, make: Callable[[], Contender]) -> None:
+        with step(f"opening {name}"), _memory(device) as memory:
+            opened[name] = make()
+            opened[name].prefill(_ids(vocab_size, _CHECKED_TOKENS, device))
+        rows[name] = Row(name, opened[name].weight_bytes, memory_bytes=memory.get("peak"))
+
+    label = str(plan.dtype).removeprefix("torch.")
+    add(f"{label} eager", lambda: Eager(_floats(model, plan.dtype, device)))
+    add(f"{label} compiled", lambda: _compiled(_floats(model, plan.dtype, device)))
+    if (missing := peer_mamba_ssm.missing(model.config)) is None:
+        add(f"{label} mamba_ssm", lambda: peer_mamba_ssm.MambaSsm(model.config, plan.dtype, device))
+    else:
+        left_out.append(f"mamba_ssm's kernels: {missing}")
+    for name, recipe in zip(int8_names(recipes), recipes, strict=True):
+        with step(f"quantizing ({recipe.name})"):
+            program = api.quantize(model, calibration_of(model), recipe, backend="cuda").lower()
+        assert isinstance(program, CudaProgram)
+        add(name, partial(_program, program, device, plan.mode))
+        rows[name].error = _distance(opened[name], Program(program), _ids(vocab_size, _CHECKED_TOKENS, device))
+    _time(opened, rows, plan, device, vocab_size, step)
+    return list(rows.values()), left_out
+
+
+def _time(
+    opened: Mapping[str, Contender],
+    rows: Mapping[str, Row],
+    plan: Plan,
+    device: torch.device,
+    vocab_size: int,
+    step: Step,
+) -> None:
+    """Fills in the times: every contender once a round."""
+    for tokens in plan.tokens:
+        ids = _ids(vocab_size, tokens, device)
+        with step(f"prefill, {tokens} tokens"):
+            times = _turns(opened, "prefill", ids, plan.repeats, device)
+        for name, seconds in times.items():
+            rows[name].prefill_ms[tokens] = 1e3 * seconds
+    ids = _ids(vocab_size, plan.decode_tokens, device)
+    with step(f"decode, {plan.decode_tokens} tokens"):
+        times = _turns(opened, "decode", ids, plan.repeats, device)
+    for name, seconds in times.items():
+        rows[name].decode_ms = 1e3 * seconds / plan.decode_tokens
+
+
+def _turns(
+    opened: Mapping[str, Contender], method: str, ids: Tensor, repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of a call of a method, by contender."""
+    taken: dict[str, list[float]] = {name: [] for name in opened}
+    with torch.no_grad():
+        for index in range(-_WARM_UP, repeats):
+            for name, contender in opened.items():
+                _wait(device)
+                started = time.perf_counter()
+                getattr(contender, method)(ids)
+                _wait(device)
+                if index >= 0:
+                    taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Within it: the most that is allocated on a GPU, beyond what was before, as "peak"."""
+    found: dict[str, int] = {}
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield found
+    found["peak"] = torch.cuda.max_memory_allocated(device) - before
+
+
+def _ids(vocab_size: int, count: int, device: torch.device) -> Tensor:
+    return torch.tensor([random_ids(vocab_size, count)], device=device)
+
+
+def _floats(model: MambaLM, dtype: torch.dtype, device: torch.device) -> MambaLM:
+    return copy.deepcopy(model).to(device, dtype)
+
+
+def _program(program: CudaProgram, device: torch.device, mode: Mode) -> Program:
+    return Program(program.on(device, mode))
+
+
+def _compiled(model: MambaLM) -> Eager:
+    model.backbone.compile(dynamic=True)
+    return Eager(model)
+
+
+@torch.no_grad()
+def _distance(one: Contender, other: Contender, ids: Tensor) -> float:
+    got, expected = one.prefill(ids).cpu().float(), other.prefill(ids.cpu()).float()
+    return float((got - expected).norm() / expected.norm())

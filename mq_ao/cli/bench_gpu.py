@@ -1,0 +1,69 @@
+"""`mq-ao bench --device cuda`: one command on a machine with a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mq_ao.cli.console import megabytes, out, step, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mq_ao.bench.gpu import Plan, Row
+    from mq_ao.recipes import Recipe
+
+
+def bench_gpu(
+    models: Sequence[str], recipes: Sequence[Recipe], plan: Plan, device: str, machine: dict[str, Any], json: str | None
+) -> None:
+    """Benches every model and prints a table of each.
+
+    Raises:
+        MqAoError: there is no GPU that can run it.
+    """
+    import torch
+
+    from mq_ao.bench.gpu import run
+    from mq_ao.bench.prepare import open_model
+    from mq_ao.lowering.cuda import require_cuda
+
+    wanted = torch.device(device)
+    if wanted.type == "cuda":
+        require_cuda(wanted)
+        machine = {**machine, "gpu": torch.cuda.get_device_name(wanted)}
+    results = []
+    for source in models:
+        with step(f"loading {source}"):
+            model = open_model(source)
+        rows, left_out = run(model, recipes, plan, wanted, step)
+        results.append({"model": source, "rows": [row.to_dict() for row in rows], "left out": left_out})
+        if json != "-":
+            out().print(_table(source, rows, plan))
+            for reason in left_out:
+                out().print(f"left out: {reason}", markup=False, soft_wrap=True)
+    if json is not None:
+        write_json(json, {"machine": machine, "device": device, "mode": str(plan.mode), "models": results})
+
+
+def _table(source: str, rows: list[Row], plan: Plan) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{source}: medians of {plan.repeats} rounds in turns; x: against the first", title_justify="left"
+    )
+    lengths = [f"prefill {tokens}, ms" for tokens in plan.tokens]
+    for column in ("contender", *lengths, "decode, ms", "weights", "memory", "logits off"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    first = rows[0]
+    for row in rows:
+        prefills = [_against(row.prefill_ms[tokens], first.prefill_ms[tokens]) for tokens in plan.tokens]
+        memory = "" if row.memory_bytes is None else megabytes(row.memory_bytes)
+        error = "" if row.error is None else f"{row.error:.1e}"
+        decode = _against(row.decode_ms, first.decode_ms)
+        table.add_row(row.name, *prefills, decode, megabytes(row.weight_bytes), memory, error)
+    return table
+
+
+def _against(value: float, first: float) -> str:
+    return f"{value:.2f} ({first / value:.2f}x)"
