@@ -7,9 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# mamba_ssm without its CUDA kernels, for the tests that capture its models; those skip where this fails.
+# mamba_ssm without its CUDA kernels, for the tests that capture its models, and Triton, which interprets and compiles
+# the GPU's kernels without one; tests skip where this fails.
 WITHOUT_CUDA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE
-MAMBA_SSM := mamba-ssm einops triton
+MAMBA_SSM := mamba-ssm einops triton==3.9.0
 
 .PHONY: setup demo test lint format bench clean
 

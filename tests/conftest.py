@@ -127,3 +127,34 @@ def error(run: Run) -> str:
     assert lines[-1].startswith("error: "), run.err
     assert "Traceback" not in run.err
     return lines[-1]
+
+
+def _on_the_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on CUDA copies of its tensors; what it gives comes back to the CPU."""
+
+    def moved(value: Any, device: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            # With the same strides: some operands are slices.
+            copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+            return copy.copy_(value)
+        return tuple(moved(item, device) for item in value) if isinstance(value, tuple) else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        named = {name: moved(value, "cuda") for name, value in kwargs.items()}
+        return moved(function(*moved(args, "cuda"), **named), "cpu")
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels_run_where_they_can(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests marked `gpu` call Triton kernels with CPU tensors: on a GPU, if there is one, and else interpreted."""
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        from mq_ao.ops import triton
+
+        for module in {sys.modules[item.run.__module__] for item in triton.IMPLEMENTATIONS.values()}:
+            for name in [name for name in vars(module) if name.startswith("run")]:
+                monkeypatch.setattr(module, name, _on_the_gpu(getattr(module, name)))

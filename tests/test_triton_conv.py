@@ -17,6 +17,8 @@ from mq_ao.ops import library
 from mq_ao.ops.triton import causal_conv1d as kernel
 from mq_ao.ops.triton.launch import using
 
+pytestmark = pytest.mark.gpu
+
 float_reference, quantized_reference = library.reference("causal_conv1d"), library.reference("qcausal_conv1d")
 X_SCALE, OUT_SCALE = 0.037, 0.05
 

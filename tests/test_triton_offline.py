@@ -44,3 +44,36 @@ def test_bad_requests_are_refused(mq_ao: CommandLine) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     assert "unknown architecture 'sm_75'" in error(mq_ao("build-kernels", "--gpu", "sm_75"))
     assert "--json is for the rows of --gpu" in error(mq_ao("build-kernels", "--json", "-"))
+
+
+def test_registered_they_are_the_operators_cuda_kernels() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    # In a process of its own, since it cannot be undone.
+    code = """
+import torch
+from mq_ao.ops import library, triton
+assert library.load_triton()
+for name in triton.IMPLEMENTATIONS:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mq_ao::{name}", "CUDA"), name
+q = torch.ones(2, 32, dtype=torch.int8)
+assert torch.ops.mq_ao.int8_linear(q, None, q, torch.ones(2)).tolist() == [[32.0, 32.0]] * 2
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_without_interpreter_or_gpu_a_kernel_says_what_it_needs() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = """
+import torch
+from mq_ao import MqAoError
+from mq_ao.ops.triton import int8_linear
+q = torch.ones(2, 32, dtype=torch.int8)
+try:
+    int8_linear.run(q, None, q, torch.ones(2))
+except MqAoError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "runs on CUDA tensors, or with TRITON_INTERPRET=1" in run.stdout, run.stderr

@@ -17,6 +17,8 @@ from mq_ao.ops.triton import int8_gate, int8_rms_norm
 from mq_ao.ops.triton.rotation import rotation
 from tests.test_int8_rows import gates, norms
 
+pytestmark = pytest.mark.gpu
+
 # Ten to twenty roundings of 2^-24, and those of the rotation's split products, 2^-21, against the row's largest value.
 TOLERANCE = 1e-5
 
