@@ -139,7 +139,7 @@ def _causal_conv1d(
     if tl.program_id(0) == tl.num_programs(0) - 1:
         for entry in tl.static_range(TAPS - 1):
             ending = tl.full((1,), entry - (TAPS - 1), tl.int64) + length
-            values = _inputs(
+            kept = _inputs(
                 x,
                 state,
                 ending,
@@ -156,8 +156,8 @@ def _causal_conv1d(
                 QUANTIZED,
             )
             if QUANTIZED:
-                values = values * x_scale
-            tl.store(last + entry * channels + channel[None, :], values, mask=there[None, :])
+                kept = kept * x_scale
+            tl.store(last + entry * channels + channel[None, :], kept, mask=there[None, :])
 
 
 one_step = Kernel(_causal_conv1d, (Config(2, 1, BLOCK_T=1, BLOCK_C=256), Config(4, 1, BLOCK_T=1, BLOCK_C=128)))

@@ -17,6 +17,7 @@ from mq_ao.ops.triton.rows import matrix
 
 # Values of a program: short rows share one.
 _TILE = 1024
+_LONG = 4096
 _LARGEST_ROW = 16384
 
 
@@ -51,10 +52,12 @@ def _rms_norm(
     if ADDED:
         values += tl.load(residual + first * residual_stride + column[None, :], mask=inside, other=0.0)
         tl.store(total + at, values, mask=inside)
+    if WEIGHTED:
+        factor = tl.load(weight + column, mask=column < n, other=0.0)[None, :]
     mean = tl.sum(values * values, axis=1) / n
     values = values * tl.rsqrt(mean + eps)[:, None]
     if WEIGHTED:
-        values = values * tl.load(weight + column, mask=column < n, other=0.0)[None, :]
+        values = values * factor
     if PER_TOKEN:
         integers, scale = rows_to_int8(values)
         tl.store(q + at, integers, mask=inside)
@@ -63,7 +66,8 @@ def _rms_norm(
         tl.store(q + at, to_bytes(values * out_inverse, out_zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
 
 
-rms_norm = Kernel(_rms_norm, (Config(4, 1), Config(8, 1), Config(16, 1)), key=("n",))
+short_rows = Kernel(_rms_norm, (Config(4, 1), Config(8, 1)), key=("n",))
+long_rows = Kernel(_rms_norm, (Config(16, 1),), key=("n",))
 
 
 def run(
@@ -91,7 +95,7 @@ def run(
         "ROWS": rows,
         "SIZE": size,
     }
-    rms_norm.launch(
+    (long_rows if size > _LONG else short_rows).launch(
         lambda _: (triton.cdiv(count, rows),),
         left,
         right,

@@ -23,7 +23,8 @@ from mq_ao.ops.hadamard_matrix import base, factor, sylvester
 # Tiles of dot products have at least this many rows and columns.
 _SMALLEST = 16
 _LARGEST_BASE = 64
-_LARGEST_ROW = 16384
+# Twice as large, both parts of a row would take more than the 99 KB of shared memory that all chips from Ampere on have.
+_LARGEST_ROW = 8192
 # The powers of two by their logarithm; 1 to 3 and 7 are in none of these, and go to the base.
 _POWERS = {0: (1, 1), 4: (16, 1), 5: (32, 1), 6: (64, 1), 8: (16, 16), 9: (32, 16), 10: (32, 32)}
 
@@ -97,7 +98,8 @@ def _along_last(x, matrix, ROWS: tl.constexpr, SIZE: tl.constexpr, K: tl.constex
     """Multiplies the last axis of (ROWS, SIZE / K, K), and makes it the second one; x is (ROWS, SIZE)."""
     x = tl.reshape(x, (ROWS * SIZE // K, K))
     upper = _upper(x)
-    x = tl.dot(upper, matrix) + tl.dot(_upper(x - upper), matrix)
+    lower = tl.dot(_upper(x - upper), matrix, input_precision="tf32")
+    x = tl.dot(upper, matrix, lower, input_precision="tf32")
     x = tl.permute(tl.reshape(x, (ROWS, SIZE // K, K)), (0, 2, 1))
     return tl.reshape(x, (ROWS, SIZE))
 
