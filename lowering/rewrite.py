@@ -11,7 +11,20 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
-from mq_ao.lowering.patterns import DQ_STATE, UINT8, Limits, Operand, Weight, carried, requantize
+from mq_ao.graph.gate import gate_of
+from mq_ao.graph.rows import pieces
+from mq_ao.lowering.patterns import (
+    DQ_STATE,
+    Q_STATIC,
+    UINT8,
+    Limits,
+    Operand,
+    Weight,
+    carried,
+    is_dequantized,
+    per_token_source,
+    requantize,
+)
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -32,6 +45,10 @@ class GraphRewriter:
         self._names: Counter[str] = Counter()
         self._tokens: dict[Node, tuple[Node, Node]] = {}
 
+    def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
+        """The backend's product before `at`, which it stands for."""
+        raise NotImplementedError
+
     def operand(self, node: Any) -> Operand:
         """What a kernel of the backend reads at `node`."""
         return Operand.of(node, self.limits)
@@ -39,6 +56,43 @@ class GraphRewriter:
     def following(self, value: Node | None) -> Node | None:
         """The one static quantize that is all that reads `value`, or None."""
         return None if value is None else requantize(value, self.limits)
+
+    def linear(self, node: Node, alignment: int = 1) -> None:
+        """A linear with an integer weight; in pieces, each of which then quantizes its own output or does not.
+
+        Args:
+            node: the linear.
+            alignment: pieces must begin at a multiple of it, else the linear stays whole.
+        """
+        x, weight_node, bias = walk.padded(node, 3)
+        weight = Weight.of(self.module, weight_node)
+        known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
+        if weight is None or not known:
+            return
+        bounds = pieces(node)
+        if bounds is None or bias is not None or any(start % alignment for _, start, _ in bounds):
+            self.replace(node, self.product(node, x, weight, bias))
+            return
+        for getitem, start, stop in bounds:
+            self.replace(getitem, self.product(getitem, x, weight.rows(start, stop), None))
+
+    def gate(self, quantize: Node) -> tuple[Any, ...] | None:
+        """What an operator for gate, rotation and this quantize step takes: y, z, smoothing, whether it rotates."""
+        x: Any = quantize.args[0]
+        rotated = x.target in walk.HADAMARD
+        product = x.args[0] if rotated else x
+        alone = walk.only_user(x) is quantize and (not rotated or walk.only_user(product) is x)
+        if product.target not in walk.MUL or not alone:
+            return None
+        gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
+        if gate is None or not gate.is_plain or not self.readable(quantize):
+            return None
+        y, z = self.operand(gate.y), self.operand(gate.z)
+        return *y.arguments, *z.arguments, gate.scale, rotated
+
+    def readable(self, quantize: Node) -> bool:
+        """Whether a quantize node gives integers that the backend's kernels give."""
+        return quantize.target != Q_STATIC or quantize.args[3:] == self.limits
 
     def conv(self, node: Node) -> None:
         """A convolution of static integers, which quantizes its own output where only that is read."""

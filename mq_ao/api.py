@@ -25,7 +25,7 @@ from mq_ao.models import MambaLM
 from mq_ao.models.program import Program
 from mq_ao.quantizer import MambaQuantizer, QuantizationReport
 from mq_ao.quantizer.backends import check_backend
-from mq_ao.recipes import RECIPES, Recipe, get_recipe
+from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.report import build, sizes
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,7 @@ def quantize(
             positional inputs. Not data that the result is evaluated on. A generator is read once.
         recipe: name of a recipe (`mq_ao.recipes.RECIPES`), a recipe file, or a recipe.
         backend: what runs the result: "inductor" (this machine's CPU), "executorch" (a `.pte` for edge devices) or
-            "cuda" (`mq_ao.lowering.cuda`, not run on a GPU yet). Activations become the integers that its kernels
-            take. Roles whose kernels "cuda" does not have yet stay in float where a named recipe has them.
+            "cuda" (a GPU). Activations become the integers that its kernels take.
         progress: show progress bars on stderr.
 
     Returns:
@@ -166,7 +165,7 @@ def quantize(
     """
     chosen = get_recipe(recipe)
     # Before anything takes long: it says what the backend has no kernel for.
-    quantizer = MambaQuantizer(backend).set_global(chosen.scheme, partial=chosen in RECIPES.values())
+    quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
     check_weights(model)
     lengths: list[int] = []
     batches = _batches(model, calibration, lengths)

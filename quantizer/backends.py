@@ -51,11 +51,10 @@ class Backend:
         per_token: integers of a per-token activation.
         integer_outputs: whether linears with static inputs can only write static integers, so that their outputs
             are quantized even where nothing that reads them asks for it.
-        bits: of the weights that its linears take.
-        group_multiple: what the size of a group of weights must be a multiple of; None: it takes no groups.
+        group_multiple: what the size of a group of weights must be a multiple of.
+        groups: the sizes of groups that it takes; None: all.
         group_scale: dtype in which it keeps the scales of groups.
         scans: the scans that it has an operator for.
-        pending: roles that it has no kernel for yet: a named recipe leaves them in float.
     """
 
     name: str
@@ -63,11 +62,10 @@ class Backend:
     static: Integers = UINT8
     per_token: Integers = SYMMETRIC_INT8
     integer_outputs: bool = False
-    bits: frozenset[int] = frozenset({8, 4})
-    group_multiple: int | None = 4
+    group_multiple: int = 4
+    groups: frozenset[int] | None = None
     group_scale: torch.dtype = torch.float32
     scans: frozenset[object] = walk.ANY_SCAN
-    pending: frozenset[Role] = frozenset()
 
 
 _WEIGHTLESS = {role: frozenset({Activation.STATIC}) for role in (Role.SCAN, Role.GATE)}
@@ -87,11 +85,6 @@ _EXECUTORCH = {
     Role.EMBEDDING: frozenset({Activation.NONE}),
     Role.SCAN: frozenset({Activation.STATIC}),
 }
-# The product is of int8 with int8; convolution and scan run in float.
-_CUDA = {
-    **dict.fromkeys(LINEAR_ROLES, frozenset({Activation.STATIC, Activation.PER_TOKEN})),
-    Role.EMBEDDING: frozenset({Activation.NONE}),
-}
 
 BACKENDS: Mapping[str, Backend] = {
     "inductor": Backend("inductor", _INDUCTOR),
@@ -105,14 +98,7 @@ BACKENDS: Mapping[str, Backend] = {
         group_scale=torch.bfloat16,
         scans=walk.ANY_SCAN - walk.SSD,
     ),
-    "cuda": Backend(
-        "cuda",
-        _CUDA,
-        static=INT8,
-        bits=frozenset({8}),
-        group_multiple=None,
-        pending=frozenset({Role.CONV1D, Role.SCAN}),
-    ),
+    "cuda": Backend("cuda", _INDUCTOR, static=INT8, groups=frozenset({64, 128, 256})),
 }
 """The backends by name."""
 
@@ -147,14 +133,13 @@ def check_executable(backend: Backend, role: Role, spec: RoleSpec) -> None:
         )
     if role not in LINEAR_ROLES and spec.rounding is Rounding.GPTQ:
         raise MqAoError(f"GPTQ is for linears; {role} is none: choose nearest or search.")
-    if spec.bits not in backend.bits or (spec.group_size is not None and backend.group_multiple is None):
-        bits = " or ".join(f"int{count}" for count in sorted(backend.bits, reverse=True))
-        groups = ", per channel" if backend.group_multiple is None else ""
-        raise MqAoError(
-            f"backend {backend.name!r} has no integer kernel for {role} with {spec.weight}: it takes {bits}{groups}."
-        )
-    if spec.group_size is not None and backend.group_multiple and spec.group_size % backend.group_multiple:
+    if spec.group_size is not None and spec.group_size % backend.group_multiple:
         raise MqAoError(
             f"backend {backend.name!r} takes groups of a multiple of {backend.group_multiple} weights, not "
+            f"{spec.group_size}: choose one, or None for one scale a channel."
+        )
+    if spec.group_size is not None and backend.groups is not None and spec.group_size not in backend.groups:
+        raise MqAoError(
+            f"backend {backend.name!r} takes groups of {', '.join(map(str, sorted(backend.groups)))} weights, not "
             f"{spec.group_size}: choose one, or None for one scale a channel."
         )

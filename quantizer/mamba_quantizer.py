@@ -45,7 +45,6 @@ class MambaQuantizer(Quantizer):
         super().__init__()
         self.backend = check_backend(backend)
         self._global: QuantizationConfig | None = None
-        self._pending: frozenset[Role] = frozenset()
         self._roles: dict[Role, RoleSpec | None] = {}
         self._modules: dict[str, QuantizationConfig | None] = {}
         self._match: Match | None = None
@@ -54,19 +53,8 @@ class MambaQuantizer(Quantizer):
         self._planned: dict[Node, QuantizedWeight] = {}
         self._scales: dict[Node, Tensor] = {}
 
-    def set_global(self, config: QuantizationConfig, *, partial: bool = False) -> MambaQuantizer:
-        """Sets the spec of every role that nothing more specific is said of.
-
-        Args:
-            config: spec by role.
-            partial: leave roles in float, and say so in the report, whose kernels the backend does not have yet:
-                for configurations that are not made for one backend.
-
-        Raises:
-            MqAoError: the backend has no kernel for a spec.
-        """
-        self._pending = self.backend.pending & config.roles.keys() if partial else frozenset()
-        config = config.replaced(**{str(role): None for role in self._pending})
+    def set_global(self, config: QuantizationConfig) -> MambaQuantizer:
+        """Sets the spec of every role that nothing more specific is said of."""
         for role, spec in config.roles.items():
             check_executable(self.backend, role, spec)
         self._global = config
@@ -207,7 +195,7 @@ class MambaQuantizer(Quantizer):
     ) -> Decision:
         path, spec = module_path(node), self._spec(role, node)
         if spec is None:
-            return Decision(node.name, path, role, False, self._reason(role, node))
+            return Decision(node.name, path, role, False, _WITHOUT_KERNEL.get(node.target, _OFF))
         if is_annotated(node):
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
         if operands is not None:
@@ -215,13 +203,6 @@ class MambaQuantizer(Quantizer):
             return Decision(node.name, path, role, True, f"{spec.input}: {', '.join(operands)}")
         annotator.layer(role, node, spec)
         return Decision(node.name, path, role, True, annotator.describe(node, spec))
-
-    def _reason(self, role: Role, node: Node) -> str:
-        """Why a node without a spec has none."""
-        if node.target in _WITHOUT_KERNEL:
-            return _WITHOUT_KERNEL[node.target]
-        pending = role in self._pending and role not in self._roles
-        return f"no integer kernel on {self.backend.name} yet" if pending else _OFF
 
     def _carried_states(self, found: Match) -> dict[Node, CarriedState | Rejection]:
         """The carried states that are to be quantized, by scan."""

@@ -1,4 +1,4 @@
-"""`mq_ao::int8_linear`: the reference, and the Triton kernel, interpreted, against it."""
+"""`mq_ao::int8_linear` and `weight_linear`: the references, and the Triton kernels, interpreted, against them."""
 
 from __future__ import annotations
 
@@ -75,6 +75,28 @@ def test_the_kernel_has_the_bits_of_the_reference(case: dict[str, object], confi
     assert torch.equal(got, expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(operands(), st.integers(0, 2), st.booleans())
+def test_float_activations_meet_integer_weights(case: dict[str, object], config: int, narrow: bool) -> None:
+    from mq_ao.ops.triton import weight_linear as kernel
+    from mq_ao.ops.triton.launch import using
+
+    q, weight, scale, group = case["q"], case["weight"], case["scale"], case["group_size"]
+    x = q.to(torch.bfloat16 if narrow else torch.float32) / 32
+    values = nibbles.unpack(weight, group) if weight.dtype == torch.uint8 else weight
+    values = values.double() * (scale.double().repeat_interleave(group, 1) if group else scale[:, None].double())
+    expected = torch.nn.functional.linear(x.double(), values, None if case["bias"] is None else case["bias"].double())
+    with using(config):
+        for got in (mq.weight_linear(x, weight, scale, case["bias"], group), kernel.run(x, *_rest(case))):
+            assert got.dtype == torch.float32 and got.shape == expected.shape
+            largest = float((x.double().abs() @ values.abs().t()).max())
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6 * largest)
+
+
+def _rest(case: dict[str, object]) -> tuple[object, ...]:
+    return case["weight"], case["scale"], case["bias"], case["group_size"]
+
+
 def test_int4_weights_come_back() -> None:
     weight = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 16)
     packed = nibbles.pack(weight, 64)
@@ -85,6 +107,7 @@ def test_int4_weights_come_back() -> None:
 def test_the_operator_has_a_right_shape_function() -> None:
     q, weight = torch.ones(3, 8, dtype=torch.int8), torch.ones(5, 8, dtype=torch.int8)
     torch.library.opcheck(mq.int8_linear.default, (q, torch.ones(3, 1), weight, torch.ones(5)))
+    torch.library.opcheck(mq.weight_linear.default, (torch.ones(3, 8), weight, torch.ones(5)))
 
 
 def test_bad_operands_are_refused() -> None:

@@ -1,23 +1,38 @@
-"""Rewrites a converted graph: every dequantize -> linear becomes an int8 product with its scales."""
+"""Rewrites a converted graph: every dequantize -> operator pair becomes one int8 operator of `mq_ao`."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.lowering.integer_graph import count_kernels
-from mq_ao.lowering.patterns import INT8, Weight, merge_dequantize, per_token_source
+from mq_ao.lowering.patterns import INT8, Q_STATIC, Weight, merge_dequantize, per_token_source
 from mq_ao.lowering.rewrite import GraphRewriter
+from mq_ao.ops import nibbles
 from mq_ao.ops.qlinear import quantize_per_token
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
 
-INTEGER_KERNELS: frozenset[object] = frozenset({mq.int8_mm.default})
+INTEGER_LINEARS: frozenset[object] = frozenset({mq.int8_linear.default, mq.weight_linear.default})
+INTEGER_KERNELS: frozenset[object] = INTEGER_LINEARS | {
+    mq.qcausal_conv1d.default,
+    mq.qselective_scan.default,
+    mq.qssd_scan.default,
+    mq.int8_gate.default,
+    mq.int8_rms_norm.default,
+}
+# What int4 weights with one scale a channel are packed in: their groups then have equal scales. Where it does not
+# divide a linear's inputs, they take a byte each.
+_GROUP = 64
+# A piece of less than a kernel's tile costs as much as the whole of a small linear.
+_TILE = 64
 
 
 class Rewriter(GraphRewriter):
@@ -35,52 +50,101 @@ class Rewriter(GraphRewriter):
         """Rewrites everything; returns how many integer kernels of each kind the graph calls.
 
         Raises:
-            MqAoError: the graph calls none.
+            MqAoError: the graph calls none, or a group of weights does not divide the inputs of a linear.
         """
         merge_dequantize(self.module)
+        for node in walk.calls(self.module, {mq.causal_conv1d.default}):
+            self.conv(node)
+        for node in walk.calls(self.module, walk.SCAN | walk.SSD):
+            self.scan(node)
         for node in walk.calls(self.module, walk.LINEAR):
-            self._linear(node)
+            self.linear(node, _TILE)
         for node in walk.calls(self.module, {aten.embedding.default}):
             self.embedding(node)
+        self.graph.eliminate_dead_code()  # what else read the gates' outputs
+        for node in walk.calls(self.module, {Q_STATIC, quantize_per_token}):
+            if self.readable(node):
+                self._gate(node)
+        for node in walk.calls(self.module, {Q_STATIC, quantize_per_token}):
+            if self.readable(node):
+                self._norm(node)
         self.graph.eliminate_dead_code()
         self.module.recompile()
         self.module.delete_all_unused_submodules()
         return count_kernels(self.module, INTEGER_KERNELS)
 
-    def _linear(self, node: Node) -> None:
-        """Product of integers, less the zero point times the weight's row sums, times the scales, plus the bias."""
-        x, weight_node, bias = walk.padded(node, 3)
-        weight, operand, source = Weight.of(self.module, weight_node), self.operand(x), per_token_source(x)
-        if weight is None or weight.bits != 8 or weight.group_size or not (operand.static or source is not None):
-            return
-        call, scale = self.graph.call_function, weight.scale
-        values, tokens = operand.node, None
-        if source is not None:
-            # Traced, these are plain operators, which Inductor fuses with the norm or the gate before them.
-            values, tokens = self.per_token(source, x, quantize_per_token)
-        with self.graph.inserting_before(node):
-            matrix = call(aten.t.default, (self.store("weight", weight.values),))
-            y = call(mq.int8_mm.default, (self._rows(values, node, weight.values.shape[1]), matrix))
-            if tokens is not None:
-                y = call(aten.mul.Tensor, (y, self._rows(tokens, node, 1)))
-            else:
-                if operand.zero_point:
-                    sums = weight.values.sum(1, dtype=torch.int32)
-                    y = call(aten.sub.Tensor, (y, self.store("correction", sums * operand.zero_point)))
+    def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
+        """Product with integer weights before `at`; quantizes its output where `at` only feeds one static quantize."""
+        operand, source = self.operand(x), per_token_source(x)
+        scale, group_size, inputs = weight.scale, weight.group_size, weight.values.shape[1]
+        packed = weight.bits == 4 and inputs % _GROUP == 0
+        if packed and not group_size:
+            group_size = _GROUP
+            scale = scale[:, None].expand(-1, inputs // _GROUP)
+        if group_size and inputs % group_size:
+            raise MqAoError(
+                f"{at.name}: groups of {group_size} weights do not divide its {inputs} inputs, which the GPU kernels "
+                "need: choose another group_size, or None for one scale a channel."
+            )
+        # Traced, the rounding of tokens is plain operators, which Inductor fuses with what is before them.
+        tokens = None if source is None else self.per_token(source, x, quantize_per_token)
+        call = self.graph.call_function
+        with self.graph.inserting_before(at):
+            values = nibbles.pack(weight.values, group_size) if packed else weight.values
+            stored = self.store("weight", values)
+            if tokens is None and not operand.static:
+                args = (x, stored, self.store("scale", scale), bias, group_size)
+                return call(mq.weight_linear.default, args)
+            correction = None
+            if operand.static:
                 scale = scale * operand.scale
-            y = call(aten.mul.Tensor, (y, self.store("scale", scale)))
-            if bias is not None:
-                y = call(aten.add.Tensor, (y, bias))
-            if (axes := _leading_axes(node)) != 1:
-                sizes = [call(aten.sym_size.int, (values, axis)) for axis in range(axes)]
-                y = call(aten.reshape.default, (y, [*sizes, weight.values.shape[0]]))
-            self.replace(node, y)
+                if operand.zero_point:
+                    groups = weight.values.unflatten(1, (-1, group_size or inputs))
+                    sums = groups.sum(-1, dtype=torch.int32).view(scale.shape) * operand.zero_point
+                    correction = self.store("correction", sums)
+            q, token_scale = (operand.node, None) if tokens is None else tokens
+            following = self.following(at)
+            out = (None, 0) if following is None else (following.args[1], following.args[2])
+            args = (q, token_scale, stored, self.store("scale", scale), correction, bias, *out, group_size)
+            new = call(mq.int8_linear.default, args)
+        if following is not None:
+            self.take_over(following, new)
+        return new
 
-    def _rows(self, value: Node, linear: Node, channels: int) -> Node:
-        """`value`, which has the leading axes of `linear`, as a matrix."""
-        if _leading_axes(linear) == 1:
-            return value
-        return self.graph.call_function(aten.reshape.default, (value, [-1, channels]))
+    def _gate(self, quantize: Node) -> None:
+        """Gate, rotation and quantize step of out_proj's input as one operator."""
+        args = self.gate(quantize)
+        if args is not None:
+            self._fused(quantize, mq.int8_gate.default, args)
+
+    def _norm(self, quantize: Node) -> None:
+        """The sum before an RMSNorm, the norm, and the one quantize step that reads it as one operator."""
+        norm: Any = quantize.args[0]
+        if norm.target != aten.rms_norm.default or walk.only_user(norm) is not quantize:
+            return
+        x, shape, weight, eps = walk.padded(norm, 4)
+        if len(shape) != 1 or eps is None:
+            return
+        fuses = x.target in walk.ADD and not x.kwargs and _alike(*x.args)
+        args = (*x.args, weight, eps) if fuses else (x, None, weight, eps)
+        new = self._fused(quantize, mq.int8_rms_norm.default, args)
+        if fuses:
+            with self.graph.inserting_after(new):
+                total = self.graph.call_function(walk.getitem, (new, 2))
+            total.meta = dict(x.meta)
+            x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not norm)
+
+    def _fused(self, quantize: Node, operator: Any, args: tuple[Any, ...]) -> Node:
+        """`operator`, which ends with the quantize step, in its place."""
+        with self.graph.inserting_before(quantize):
+            if quantize.target != Q_STATIC:
+                new = self.graph.call_function(operator, args)
+                self.replace(quantize, new)
+            else:
+                new = self.graph.call_function(operator, (*args, *quantize.args[1:3]))
+                integers, _ = self.outputs(new)
+                self.replace(quantize, integers)
+        return new
 
     def store(self, kind: str, value: Tensor) -> Node:
         """A get_attr node for a buffer, one for each tensor: embedding and head may share their integers."""
@@ -93,5 +157,9 @@ class Rewriter(GraphRewriter):
         return node
 
 
-def _leading_axes(linear: Node) -> int:
-    return int(linear.meta["val"].dim()) - 1
+def _alike(a: object, b: object) -> bool:
+    """Whether two operands of a sum are values of one shape, on floats."""
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return False
+    first, second = walk.value(a), walk.value(b)
+    return first.shape == second.shape and first.dtype == second.dtype == torch.float32

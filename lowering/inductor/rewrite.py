@@ -9,10 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
-from mq_ao.graph.gate import gate_of
-from mq_ao.graph.rows import pieces
 from mq_ao.lowering.integer_graph import count_kernels
-from mq_ao.lowering.patterns import Q_STATIC, UINT8, Weight, is_dequantized, merge_dequantize, per_token_source
+from mq_ao.lowering.patterns import Q_STATIC, UINT8, Weight, merge_dequantize, per_token_source
 from mq_ao.lowering.rewrite import GraphRewriter
 
 aten = torch.ops.aten
@@ -56,7 +54,7 @@ class Rewriter(GraphRewriter):
         for node in walk.calls(self.module, walk.SCAN | walk.SSD):
             self.scan(node)
         for node in walk.calls(self.module, walk.LINEAR):
-            self._linear(node)
+            self.linear(node, _PANEL)
         for node in walk.calls(self.module, {aten.embedding.default}):
             self.embedding(node)
         self.graph.eliminate_dead_code()  # what else read the gates' outputs
@@ -67,21 +65,7 @@ class Rewriter(GraphRewriter):
         self.module.delete_all_unused_submodules()
         return count_integer_kernels(self.module)
 
-    def _linear(self, node: Node) -> None:
-        x, weight_node, bias = walk.padded(node, 3)
-        weight = Weight.of(self.module, weight_node)
-        known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
-        if weight is None or not known:
-            return
-        bounds = _panels(node)
-        if bounds is None or bias is not None:
-            self.replace(node, self._product(node, x, weight, bias))
-            return
-        # Two products where the pieces are used apart: each then quantizes its own output, or not.
-        for getitem, start, stop in bounds:
-            self.replace(getitem, self._product(getitem, x, weight.rows(start, stop), None))
-
-    def _product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
+    def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Integer product before `at`; quantizes its own output where `at` only feeds one static quantize."""
         graph, operand = self.graph, self.operand(x)
         source = per_token_source(x)
@@ -105,21 +89,11 @@ class Rewriter(GraphRewriter):
 
     def _gate(self, quantize: Node) -> None:
         """Gate, rotation and quantize step of out_proj's input as one operator."""
-        x: Any = quantize.args[0]
-        rotated = x.target in walk.HADAMARD
-        product = x.args[0] if rotated else x
-        alone = walk.only_user(x) is quantize and (not rotated or walk.only_user(product) is x)
-        if product.target not in walk.MUL or not alone:
+        args = self.gate(quantize)
+        if args is None:
             return
-        gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
-        if gate is None or not gate.is_plain:
-            return
-        y, z = self.operand(gate.y), self.operand(gate.z)
         with self.graph.inserting_before(quantize):
-            args = (*y.arguments, *z.arguments, gate.scale, rotated)
             if quantize.target == Q_STATIC:
-                if quantize.args[3:] != UINT8:
-                    return
                 new = self.graph.call_function(mq.qgate.default, (*args, *quantize.args[1:3]))
             else:
                 new = self.graph.call_function(mq.qgate_per_token.default, args)
@@ -140,9 +114,3 @@ def count_integer_kernels(module: GraphModule) -> Counter[str]:
         MqAoError: there are none, so nothing would run in integers.
     """
     return count_kernels(module, INTEGER_KERNELS)
-
-
-def _panels(node: Node) -> list[tuple[Node, int, int]] | None:
-    """(getitem, start, stop) of a linear that is only read in pieces of whole panels of channels, else None."""
-    found = pieces(node)
-    return found if found is not None and not any(start % _PANEL for _, start, _ in found) else None

@@ -9,8 +9,10 @@ from mq_ao.ops import (
     grids,
     hadamard,
     hadamard_matrix,
+    int8_gate,
     int8_linear,
-    int8_mm,
+    int8_rms_norm,
+    int8_rows,
     nibbles,
     packing,
     qcausal_conv1d,
@@ -22,6 +24,7 @@ from mq_ao.ops import (
     selective_scan,
     ssd_scan,
     state,
+    weight_linear,
     wlinear,
 )
 from mq_ao.ops.library import load_cached, load_native, native_available, reference
@@ -34,8 +37,10 @@ __all__ = [
     "grids",
     "hadamard",
     "hadamard_matrix",
+    "int8_gate",
     "int8_linear",
-    "int8_mm",
+    "int8_rms_norm",
+    "int8_rows",
     "load_cached",
     "load_native",
     "native_available",
@@ -51,5 +56,6 @@ __all__ = [
     "selective_scan",
     "ssd_scan",
     "state",
+    "weight_linear",
     "wlinear",
 ]

@@ -117,19 +117,28 @@ def int8_linear(
     # Whole numbers below 2^53: a float64 product is exact whatever its order.
     values = integers(weight, group_size).to(torch.float64)
     size = group_size or q.shape[-1]
-    scales = scale if group_size else scale[:, None]
+    # One column for each group.
+    scales, corrections = scale.view(len(scale), -1), None if correction is None else correction.view(len(scale), -1)
     y = None
     for group, (part, columns) in enumerate(zip(q.split(size, -1), values.split(size, 1), strict=True)):
         sums = (part.to(torch.float64) @ columns.t()).to(torch.int32)
-        if correction is not None:
-            sums = sums - (correction[:, group] if group_size else correction)
-        column = scales[:, group] if token_scale is None else scales[:, group] * token_scale
-        term = sums.to(torch.float32) * column
+        less = None if corrections is None else corrections[:, group]
+        term = scaled(sums, token_scale, scales[:, group], less)
         y = term if y is None else y + term
     assert y is not None
-    if bias is not None:
-        y = y + bias
-    return requantize(y, torch.int8, out_scale, out_zero_point)
+    return finished(y, bias, out_scale, out_zero_point)
+
+
+def scaled(sums: Tensor, token_scale: Tensor | None, scale: Tensor, correction: Tensor | None) -> Tensor:
+    """int32 sums (..., N) in float32: less the correction, times the scales."""
+    if correction is not None:
+        sums = sums - correction
+    return sums.to(torch.float32) * (scale if token_scale is None else scale * token_scale)
+
+
+def finished(y: Tensor, bias: Tensor | None, out_scale: float | None, out_zero_point: int) -> Tensor:
+    """y (..., N) plus the bias, rounded if asked."""
+    return requantize(y if bias is None else y + bias, torch.int8, out_scale, out_zero_point)
 
 
 def fake(

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.library import Library
 
-from mq_ao.ops.triton import int8_linear
+from mq_ao.ops.triton import int8_linear, weight_linear
 from mq_ao.ops.triton.launch import Launch, written_down
 
 
@@ -41,6 +41,7 @@ class Implementation:
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "int8_linear": Implementation(int8_linear.run, int8_linear.examples),
+    "weight_linear": Implementation(weight_linear.run, weight_linear.examples),
 }
 """By operator, without the namespace."""
 

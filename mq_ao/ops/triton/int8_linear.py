@@ -22,6 +22,17 @@ FEW_ROWS = 16
 
 
 @triton.jit
+def halves(weight, group, inside, GROUP: tl.constexpr, INT4: tl.constexpr):
+    """Both halves of a group of weights in int8; `weight` points at the first half of the first group."""
+    if INT4:
+        packed = tl.load(weight + group * (GROUP // 2), mask=inside, other=0)
+        # Four bits with a sign: flipping the sign's bit and taking it away again.
+        return (((packed & 15) ^ 8).to(tl.int8) - 8).to(tl.int8), (((packed >> 4) ^ 8).to(tl.int8) - 8).to(tl.int8)
+    first = tl.load(weight + group * GROUP, mask=inside, other=0)
+    return first, tl.load(weight + group * GROUP + GROUP // 2, mask=inside, other=0)
+
+
+@triton.jit
 def _epilogue(
     total, bias, out, rows, columns, m, n, out_scale, out_zero_point, HAS_BIAS: tl.constexpr, INT8: tl.constexpr
 ):
@@ -107,7 +118,6 @@ def _grouped_linear(
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     HALF: tl.constexpr = GROUP // 2
     inner = tl.arange(0, HALF)
-    bytes_of_half: tl.constexpr = 0 if INT4 else HALF
     left = q + rows[:, None].to(tl.int64) * k + inner[None, :]
     right = weight + columns[None, :].to(tl.int64) * (k // 2 if INT4 else k) + inner[:, None]
     groups = k // GROUP
@@ -119,13 +129,7 @@ def _grouped_linear(
     for group in range(groups):
         first = tl.load(left + group * GROUP, mask=rows[:, None] < m, other=0)
         second = tl.load(left + group * GROUP + HALF, mask=rows[:, None] < m, other=0)
-        if INT4:
-            packed = tl.load(right + group * HALF, mask=columns[None, :] < n, other=0)
-            low = (((packed & 15) ^ 8).to(tl.int8) - 8).to(tl.int8)
-            high = (((packed >> 4) ^ 8).to(tl.int8) - 8).to(tl.int8)
-        else:
-            low = tl.load(right + group * GROUP, mask=columns[None, :] < n, other=0)
-            high = tl.load(right + group * GROUP + bytes_of_half, mask=columns[None, :] < n, other=0)
+        low, high = halves(right, group, columns[None, :] < n, GROUP, INT4)
         sums = tl.dot(first, low, out_dtype=tl.int32)
         sums = tl.dot(second, high, sums, out_dtype=tl.int32)
         if CORRECTED:

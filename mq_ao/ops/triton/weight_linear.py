@@ -1,0 +1,123 @@
+"""`mq_ao::weight_linear` on CUDA: for few rows each weight is read once and becomes a float in registers.
+
+Many rows are bound by arithmetic, not by weights: there the weight becomes a float matrix first, and the library's
+product takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mq_ao.ops.triton.int8_linear import FEW_ROWS, halves
+from mq_ao.ops.triton.launch import Config, Kernel
+from mq_ao.ops.weight_linear import fake
+
+
+@triton.jit
+def _weight_linear(
+    x, weight, scale, bias, out, n, k, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """A row of x (m, k) times weight (n, k), with one scale a channel."""
+    row = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    left = x + row.to(tl.int64) * k
+    right = weight + columns[:, None].to(tl.int64) * k + inner[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        more = inner < k - start
+        a = tl.load(left + start + inner, mask=more, other=0.0).to(tl.float32)
+        b = tl.load(right + start, mask=(columns[:, None] < n) & more[None, :], other=0)
+        sums += b.to(tl.float32) * a[None, :]
+    total = tl.sum(sums, axis=1) * tl.load(scale + columns, mask=columns < n, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < n, other=0.0)
+    tl.store(out + row.to(tl.int64) * n + columns, total, mask=columns < n)
+
+
+@triton.jit
+def _grouped_weight_linear(
+    x,
+    weight,
+    scale,
+    bias,
+    out,
+    n,
+    k,
+    HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    INT4: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A row of x (m, k) times weight (n, k) or packed (n, k / 2), with a scale for each group of a channel."""
+    row = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    HALF: tl.constexpr = GROUP // 2
+    inner = tl.arange(0, HALF)
+    left = x + row.to(tl.int64) * k + inner
+    right = weight + columns[:, None].to(tl.int64) * (k // 2 if INT4 else k) + inner[None, :]
+    groups = k // GROUP
+    sums = tl.zeros((BLOCK_N, HALF), dtype=tl.float32)
+    for group in range(groups):
+        first = tl.load(left + group * GROUP).to(tl.float32)
+        second = tl.load(left + group * GROUP + HALF).to(tl.float32)
+        low, high = halves(right, group, columns[:, None] < n, GROUP, INT4)
+        step = tl.load(scale + columns.to(tl.int64) * groups + group, mask=columns < n, other=0.0)
+        sums += (low.to(tl.float32) * first[None, :] + high.to(tl.float32) * second[None, :]) * step[:, None]
+    total = tl.sum(sums, axis=1)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < n, other=0.0)
+    tl.store(out + row.to(tl.int64) * n + columns, total, mask=columns < n)
+
+
+few_rows = Kernel(
+    _weight_linear,
+    (
+        Config(4, 3, BLOCK_N=16, BLOCK_K=256),
+        Config(4, 3, BLOCK_N=8, BLOCK_K=512),
+        Config(4, 3, BLOCK_N=32, BLOCK_K=128),
+    ),
+    key=("n", "k"),
+)
+few_rows_grouped = Kernel(
+    _grouped_weight_linear,
+    (Config(4, 3, BLOCK_N=32), Config(4, 3, BLOCK_N=16), Config(2, 4, BLOCK_N=16)),
+    key=("n", "k"),
+)
+
+
+def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0) -> Tensor:
+    """See `mq_ao.ops.weight_linear.weight_linear`."""
+    k, n = x.shape[-1], weight.shape[0]
+    m = x.numel() // max(k, 1)
+    if m > FEW_ROWS or m == 0:
+        return torch.ops.mq_ao.weight_linear_reference(x, weight, scale, bias, group_size)
+    out = fake(x, weight, scale, bias, group_size)
+    operands = (x.contiguous(), weight, scale, bias, out, n, k)
+    constants: dict[str, Any] = {"HAS_BIAS": bias is not None}
+    if group_size:
+        constants |= {"GROUP": group_size, "INT4": weight.dtype == torch.uint8}
+    kernel = few_rows_grouped if group_size else few_rows
+    kernel.launch(lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), m), *operands, **constants)
+    return out
+
+
+def examples() -> Iterator[tuple[Any, ...]]:
+    """One token; plain, and with a bias."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, k = 10240, 2560
+    x = make(1, k)
+    yield x, make(n, k, dtype=torch.int8), make(n)
+    yield make(1, 1532), make(81, 1532, dtype=torch.int8), make(81), make(81)
+    for group in (64, 128):
+        yield x, make(n, k // 2, dtype=torch.uint8), make(n, k // group), None, group
+    yield x, make(n, k, dtype=torch.int8), make(n, k // group), make(n), group
