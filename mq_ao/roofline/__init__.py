@@ -8,6 +8,7 @@ from __future__ import annotations
 from mq_ao.roofline.cost import Cost
 from mq_ao.roofline.devices import DEVICES, Device, get_device
 from mq_ao.roofline.extrapolate import Counts, count_model
+from mq_ao.roofline.lowered import at_run_time
 from mq_ao.roofline.predict import Line, Prediction, predict
 from mq_ao.roofline.shapes import SHAPES, get_shape
 
@@ -19,6 +20,7 @@ __all__ = [
     "Device",
     "Line",
     "Prediction",
+    "at_run_time",
     "count_model",
     "get_device",
     "get_shape",

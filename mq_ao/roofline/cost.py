@@ -17,15 +17,18 @@ from torch import Tensor
 from mq_ao.errors import MqAoError
 from mq_ao.ops import hadamard_matrix
 
-SPECIAL = 16
-"""fp32 operations in whose time a unit gives an exponential, logarithm, root or reciprocal: of 128 fp32 lanes 16 do."""
-SIGMOID = 2 * SPECIAL
-"""An exponential and a reciprocal."""
+SIGMOID = 2
+"""Special functions of a sigmoid: an exponential and a reciprocal."""
 ROUNDING = 4
 """Scale, round, clamp, convert."""
 
 _ROWS = 128
-"""Rows of a product that share one unpacking of the weights."""
+"""Rows of a product that share one unpacking of int4 weights."""
+_FEW_ROWS = 16
+"""Rows up to which `weight_linear` has a kernel of its own (mq_ao/ops/triton/weight_linear.py)."""
+_SHORTEST, _THREADS = 32, 2**17
+"""Steps of a chunk of the selective scan, and the threads up to which it is cut into chunks
+(mq_ao/ops/triton/selective_scan.py)."""
 _CHUNK = 64
 """Tokens of a chunk of the SSD scan; below two chunks, it is a plain recurrence."""
 
@@ -39,7 +42,8 @@ class Cost:
         moved: bytes read and written.
         fp16: operations of tensor cores on fp16.
         int8: operations of tensor cores on int8.
-        fp32: operations of fp32 units.
+        fp32: operations of fp32 units, with those on integers.
+        special: exponentials, logarithms, roots and reciprocals, which have units of their own.
     """
 
     kernels: int = 0
@@ -47,6 +51,7 @@ class Cost:
     fp16: int = 0
     int8: int = 0
     fp32: int = 0
+    special: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return self.plus(other, 1)
@@ -58,7 +63,7 @@ class Cost:
     @property
     def operations(self) -> int:
         """Of all units."""
-        return self.fp16 + self.int8 + self.fp32
+        return self.fp16 + self.int8 + self.fp32 + self.special
 
 
 @dataclass(frozen=True)
@@ -131,35 +136,56 @@ def _linear(call: Call) -> Cost:
     products = 2 * outputs * inputs
     rows = outputs // call.y.shape[-1] if outputs else 0
     fp32 = ROUNDING * outputs * (inputs // groups if groups else 1)
-    packed = weight.dtype == torch.uint8 or call.arguments.get("bits") == 4
-    integers = x.dtype in (torch.int8, torch.uint8)
-    if packed or (not integers and not weight.is_floating_point()):
+    if weight.dtype == torch.uint8:
         fp32 += ROUNDING * inputs * call.y.shape[-1] * math.ceil(rows / _ROWS)
-    if integers:
+    if x.dtype == torch.int8:
         return call.cost(int8=products, fp32=fp32)
-    if weight.is_floating_point() and x.dtype == torch.float32:
-        return call.cost(fp32=products)
-    # Weights of integers are multiplied on tensor cores whatever x is.
-    return call.cost(fp16=products, fp32=0 if weight.is_floating_point() else fp32)
+    # PyTorch does not round float32 for tensor cores unless it is asked to.
+    return call.cost(fp32=products) if x.dtype == torch.float32 else call.cost(fp16=products)
+
+
+def _weight_linear(call: Call) -> Cost:
+    """For few rows a multiply-add on fp32 units for each weight and row; for more, first a matrix of floats."""
+    x = call.arguments["x"]
+    outputs, inputs = call.y.shape[-1], x.shape[-1]
+    rows = x.numel() // inputs
+    products, size = 2 * rows * outputs * inputs, outputs * inputs
+    if rows <= _FEW_ROWS:
+        return call.cost(fp32=products + ROUNDING * size * rows)
+    return call.cost(kernels=2, fp32=products + ROUNDING * size) + Cost(moved=2 * 4 * size)
 
 
 def _operands(call: Call) -> tuple[Tensor, Tensor]:
     """x and the weight: the two matrices of a product, by their names in its schema."""
     given = call.arguments
-    x = next(given[name] for name in ("mat1", "x", "q", "a", "input", "self") if given.get(name) is not None)
-    weight = next(given[name] for name in ("weight", "packed", "b", "mat2") if given.get(name) is not None)
+    x = next(given[name] for name in ("mat1", "x", "q", "input", "self") if given.get(name) is not None)
+    weight = next(given[name] for name in ("weight", "mat2") if given.get(name) is not None)
     return x, weight
 
 
 def _convolution(call: Call) -> Cost:
     taps = call.arguments["weight"].shape[-1]
-    return call.cost(fp32=call.y.numel() * (2 * taps + SIGMOID + 2 * ROUNDING))
+    return call.cost(fp32=call.y.numel() * (2 * taps + 2 * ROUNDING), special=call.y.numel() * SIGMOID)
 
 
 def _selective_scan(call: Call) -> Cost:
-    """Of each state: step times A, exponential, step times u times B, two multiply-adds; of each channel: softplus."""
-    states = call.arguments["A"].shape[-1]
-    return call.cost(fp32=call.arguments["u"].numel() * (states * (6 + SPECIAL) + 2 * SPECIAL + 3 * ROUNDING))
+    """The recurrence; where sequences are too few to fill a GPU, all but the outputs twice, in chunks side by side.
+
+    Of each state: step times A, exponential, step times u times B, a multiply-add, and another one for y; of each
+    channel: softplus.
+    """
+    u, b, states = call.arguments["u"], call.arguments["B"], call.arguments["A"].shape[-1]
+    batch, length, channels = u.shape
+    once = u.numel() * (4 * states + 3 * ROUNDING)
+    special = u.numel() * (states + 2)
+    outputs = u.numel() * 2 * states
+    chunk = max(_SHORTEST, length * batch * channels // _THREADS)
+    if 2 * chunk >= length:
+        return call.cost(fp32=once + outputs, special=special)
+    again = moved(u) + moved(call.arguments["delta"]) + moved(b)
+    # Written, carried over by reading and writing again, and read.
+    carried = 4 * 4 * batch * math.ceil(length / chunk) * channels * states
+    return call.cost(kernels=3, fp32=2 * once + outputs, special=2 * special) + Cost(moved=again + carried)
 
 
 def _ssd_scan(call: Call) -> Cost:
@@ -168,26 +194,27 @@ def _ssd_scan(call: Call) -> Cost:
     batch, length, heads, headdim = x.shape
     groups, states = b.shape[2:]
     if length < 2 * _CHUNK:
-        return call.cost(fp32=x.numel() * (5 * states + 3 * ROUNDING) + batch * length * heads * 3 * SPECIAL)
+        return call.cost(fp32=x.numel() * (5 * states + 3 * ROUNDING), special=batch * length * heads * 3)
     scores = 2 * batch * length * _CHUNK * groups * states
     within = 2 * batch * length * _CHUNK * heads * headdim
     across = 2 * 2 * x.numel() * states
-    masks = batch * length * _CHUNK * heads * (SPECIAL + 3)
+    decays = batch * length * _CHUNK * heads
     # States of the chunks: written, then each read and replaced by the one before it, then read again.
     carried = 4 * 4 * batch * math.ceil(length / _CHUNK) * heads * headdim * states
-    cost = call.cost(kernels=4, fp16=scores + within + across, fp32=masks + x.numel() * 3 * ROUNDING)
+    cost = call.cost(kernels=4, fp16=scores + within + across, fp32=3 * decays + x.numel() * 3 * ROUNDING)
+    cost += Cost(special=decays)
     return cost + Cost(moved=carried)
 
 
 def _scan_states(call: Call) -> Cost:
-    return call.cost(fp32=call.y.numel() * (4 + SPECIAL))
+    return call.cost(fp32=call.y.numel() * 4, special=call.y.numel())
 
 
 def _gate(call: Call) -> Cost:
     """y times S-SiLU of z, rotated or not, rounded."""
-    rotated = any(call.arguments.get(name) for name in ("rotate", "rotated", "hadamard"))
-    each = SIGMOID + 4 + 2 * ROUNDING + (rotation(call.y.shape[-1]) if rotated else 0)
-    return call.cost(fp32=call.y.numel() * each)
+    rotated = rotation(call.y.shape[-1]) if call.arguments["hadamard"] else 0
+    each = 4 + 2 * ROUNDING + rotated
+    return call.cost(fp32=call.y.numel() * each, special=call.y.numel() * SIGMOID)
 
 
 def _rotation(call: Call) -> Cost:
@@ -205,16 +232,13 @@ LINEARS = frozenset(
         "aten.mm",
         "aten.addmm",
         "aten._int_mm",
-        "mq_ao.int8_mm",
         "mq_ao.int8_linear",
         "mq_ao.weight_linear",
-        "mq_ao.qlinear",
-        "mq_ao.qlinear_per_token",
-        "mq_ao.wlinear",
     }
 )
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LINEARS, _linear),
+    "mq_ao.weight_linear": _weight_linear,
     "mq_ao.causal_conv1d": _convolution,
     "mq_ao.qcausal_conv1d": _convolution,
     "mq_ao.selective_scan": _selective_scan,
@@ -223,8 +247,6 @@ RULES: Mapping[str, Rule] = {
     "mq_ao.qssd_scan": _ssd_scan,
     "mq_ao.scan_states": _scan_states,
     "mq_ao.int8_gate": _gate,
-    "mq_ao.qgate": _gate,
-    "mq_ao.qgate_per_token": _gate,
     "mq_ao.hadamard": _rotation,
     "mq_ao.int8_rms_norm": _norm,
 }

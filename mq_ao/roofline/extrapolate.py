@@ -33,8 +33,6 @@ _ROLES = {
     "mq_ao.qssd_scan": "scan",
     "mq_ao.scan_states": "scan",
     "mq_ao.int8_gate": "gate",
-    "mq_ao.qgate": "gate",
-    "mq_ao.qgate_per_token": "gate",
     "mq_ao.hadamard": "rotation",
     "mq_ao.int8_rms_norm": "norm",
 }
@@ -75,7 +73,7 @@ def count_model(config: Config, recipe: Recipe | None, batch: int, tokens: int) 
 
     Args:
         config: the model's shape.
-        recipe: how it is quantized for CUDA; None: fp16.
+        recipe: how it is quantized for CUDA, from `at_run_time`; None: fp16.
         batch: sequences.
         tokens: of the prompt.
 

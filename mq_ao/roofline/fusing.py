@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
-from mq_ao.roofline.cost import ROUNDING, RULES, SIGMOID, SPECIAL, Call, Cost, cost_of, moved, tensors
+from mq_ao.roofline.cost import ROUNDING, RULES, SIGMOID, Call, Cost, cost_of, moved, tensors
 
 GATHERS = frozenset({"aten.embedding", "aten.index_select"})
 """Operators that read only those rows of their first input that they give."""
@@ -45,12 +45,15 @@ _FUSED = GATHERS | JOINS | NORMS | ACTIVATIONS | _ROUNDS | _REDUCTIONS | _COPIES
 _OPERATIONS = {
     **dict.fromkeys(NORMS, 4),
     **dict.fromkeys(_ROUNDS, 2 * ROUNDING),
-    **dict.fromkeys(ACTIVATIONS, SIGMOID),
-    **dict.fromkeys(("aten.exp", "aten.log", "aten.rsqrt", "aten.sqrt", "aten.div", "aten.tanh"), SPECIAL),
     **dict.fromkeys(_COPIES | GATHERS | JOINS, 0),
-    "aten.softplus": 2 * SPECIAL,
 }
 """fp32 operations for each value; 1 where nothing is said."""
+_SPECIAL = {
+    **dict.fromkeys(ACTIVATIONS, SIGMOID),
+    **dict.fromkeys(("aten.exp", "aten.log", "aten.rsqrt", "aten.sqrt", "aten.div", "aten.tanh"), 1),
+    "aten.softplus": 2,
+}
+"""Special functions for each value."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class _Chains:
         """One kernel: it reads what comes from outside, and writes what is read outside."""
         members = set(chain)
         read: dict[Any, int] = {}
-        written = fp32 = 0
+        written = fp32 = special = 0
         for node in chain:
             name, results = self.fused[node], tensors(self.seen[node])
             for index, item in enumerate(walk.inputs(node)):
@@ -186,8 +189,10 @@ class _Chains:
                         read[key] = min(size, results[0].numel() * tensor.element_size()) if gathered else size
             written += self._written(node, members)
             counted = tensors(self.seen[next(walk.inputs(node))]) if name in _REDUCTIONS else results[:1]
-            fp32 += _OPERATIONS.get(name, 1) * sum(value.numel() for value in counted)
-        cost = Cost(kernels=1, moved=sum(read.values()) + written, fp32=fp32)
+            elements = sum(value.numel() for value in counted)
+            fp32 += _OPERATIONS.get(name, 1) * elements
+            special += _SPECIAL.get(name, 0) * elements
+        cost = Cost(kernels=1, moved=sum(read.values()) + written, fp32=fp32, special=special)
         return Kernel(tuple(chain), tuple(self.fused[node] for node in chain), cost)
 
     def _written(self, node: Node, members: set[Node]) -> int:
@@ -195,9 +200,7 @@ class _Chains:
         if isinstance(value, Tensor):
             return moved(value) if any(user not in members for user in self._readers(node)) else 0
         return sum(
-            moved(self.seen[item])
-            for item in node.users
-            if any(user not in members for user in self._readers(item))
+            moved(self.seen[item]) for item in node.users if any(user not in members for user in self._readers(item))
         )
 
 

@@ -36,6 +36,7 @@ class Line:
             "fp16": cost.fp16 / (device.fp16 * device.fp16_fraction),
             "int8": cost.int8 / (device.int8 * device.int8_fraction),
             "fp32": cost.fp32 / (device.fp32 * device.fp32_fraction),
+            "special": cost.special / (device.special * device.fp32_fraction),
         }
         bound = max(times, key=lambda name: times[name])
         return cls(role, operator, cost, bound, times[bound] + cost.kernels * device.launch)

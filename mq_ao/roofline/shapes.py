@@ -28,7 +28,9 @@ SHAPES: Mapping[str, MambaConfig | Mamba2Config] = MappingProxyType(
 
 
 def get_shape(model: str) -> MambaConfig | Mamba2Config:
-    """The shape of that name, of the bundled model "demo", or of the model in a folder, of which only config.json is read.
+    """The shape of that name, of the bundled model "demo", or of the model in a folder.
+
+    Of a folder only config.json is read.
 
     Raises:
         MqAoError: there is none, or its config.json is not one of a Mamba language model.
