@@ -130,7 +130,8 @@ def rotation(n: int) -> int:
 
 def _linear(call: Call) -> Cost:
     """A product of x with a weight of any kind, its epilogue included."""
-    x, weight = _operands(call)
+    x = call.arguments["q" if "q" in call.arguments else "input"]
+    weight = call.arguments["weight"]
     groups = call.arguments.get("group_size") or 0
     outputs, inputs = call.y.numel(), x.shape[-1]
     products = 2 * outputs * inputs
@@ -139,7 +140,10 @@ def _linear(call: Call) -> Cost:
     if weight.dtype == torch.uint8:
         fp32 += ROUNDING * inputs * call.y.shape[-1] * math.ceil(rows / _ROWS)
     if x.dtype == torch.int8:
-        return call.cost(int8=products, fp32=fp32)
+        cost = call.cost(int8=products, fp32=fp32)
+        # Of one scale for all, the zero point is 0 by chance alone: what corrects for others is counted in any case.
+        fortunate = call.arguments["token_scale"] is None and call.arguments["correction"] is None
+        return cost + Cost(moved=moved(call.arguments["scale"])) if fortunate else cost
     # PyTorch does not round float32 for tensor cores unless it is asked to.
     return call.cost(fp32=products) if x.dtype == torch.float32 else call.cost(fp16=products)
 
@@ -153,14 +157,6 @@ def _weight_linear(call: Call) -> Cost:
     if rows <= _FEW_ROWS:
         return call.cost(fp32=products + ROUNDING * size * rows)
     return call.cost(kernels=2, fp32=products + ROUNDING * size) + Cost(moved=2 * 4 * size)
-
-
-def _operands(call: Call) -> tuple[Tensor, Tensor]:
-    """x and the weight: the two matrices of a product, by their names in its schema."""
-    given = call.arguments
-    x = next(given[name] for name in ("mat1", "x", "q", "input", "self") if given.get(name) is not None)
-    weight = next(given[name] for name in ("weight", "mat2") if given.get(name) is not None)
-    return x, weight
 
 
 def _convolution(call: Call) -> Cost:
@@ -229,9 +225,6 @@ Rule = Callable[[Call], Cost]
 LINEARS = frozenset(
     {
         "aten.linear",
-        "aten.mm",
-        "aten.addmm",
-        "aten._int_mm",
         "mq_ao.int8_linear",
         "mq_ao.weight_linear",
     }

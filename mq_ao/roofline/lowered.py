@@ -16,6 +16,7 @@ from mq_ao.graph import match, walk
 from mq_ao.lowering import cuda
 from mq_ao.lowering.graphs import with_positions
 from mq_ao.lowering.integer_graph import fold_constants
+from mq_ao.models import MambaLM
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.models.mamba2 import language_model
 from mq_ao.passes import Pass
@@ -93,7 +94,7 @@ def integer_graph(config: MambaConfig | Mamba2Config, recipe: Recipe) -> GraphMo
     return cuda.lower(with_positions(converted)).module
 
 
-def _random(config: MambaConfig | Mamba2Config) -> torch.nn.Module:
+def _random(config: MambaConfig | Mamba2Config) -> MambaLM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return language_model(config).eval()

@@ -22,10 +22,15 @@ def values(module: GraphModule, batch: int, length: int) -> dict[Node, Any]:
         The value of every node; logits are those of the last token.
     """
     _, conv, ssm, *_ = module.graph.find_nodes(op="placeholder")
+    ids, positions = torch.empty(batch, length, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    return record(module, ids, _state(conv, batch), _state(ssm, batch), positions)
+
+
+def record(module: GraphModule, *inputs: Tensor) -> dict[Node, Any]:
+    """The fake value of every node of a graph on such inputs, whose values are not looked at."""
     with FakeTensorMode() as mode, torch.no_grad():
         recorder = _Recorder(module, mode)
-        ids, positions = torch.empty(batch, length, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-        recorder.run(ids, _state(conv, batch), _state(ssm, batch), positions)
+        recorder.run(*map(mode.from_tensor, inputs))
     return recorder.seen
 
 
