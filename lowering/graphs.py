@@ -29,6 +29,7 @@ _QUANTIZE = frozenset(
         torch.ops.mq_ao.quantize_per_token.default,
     }
 )
+_ROW_BY_ROW = _QUANTIZE | walk.NORM
 _HEADS = walk.LINEAR | {
     torch.ops.mq_ao.qlinear.default,
     torch.ops.mq_ao.qlinear_per_token.default,
@@ -61,7 +62,15 @@ class StateShapes:
         Raises:
             MqAoError: the graph has other inputs.
         """
-        values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+        return cls.of_values(*(node.meta["val"] for node in module.graph.find_nodes(op="placeholder")))
+
+    @classmethod
+    def of_values(cls, *values: Tensor) -> StateShapes:
+        """From example values of these inputs.
+
+        Raises:
+            MqAoError: they are others.
+        """
         if [value.dim() for value in values] not in ([2, 4, 4], [2, 4, 5]):
             raise MqAoError(
                 "the graph is not that of a language model with states: its inputs must be input_ids (batch, length), "
@@ -71,6 +80,18 @@ class StateShapes:
         _, conv, ssm = values
         conv_shape, ssm_shape = (tuple(map(int, state.shape[2:])) for state in (conv, ssm))
         return cls(int(conv.shape[0]), conv_shape, ssm_shape, conv.dtype, ssm.dtype)
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> StateShapes:
+        """From what `described` gave."""
+        dtypes = (getattr(torch, described[name]) for name in ("conv_dtype", "ssm_dtype"))
+        return cls(described["n_layer"], tuple(described["conv"]), tuple(described["ssm"]), *dtypes)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        dtypes = {"conv_dtype": str(self.conv_dtype)[6:], "ssm_dtype": str(self.ssm_dtype)[6:]}
+        return {"n_layer": self.n_layer, "conv": self.conv, "ssm": self.ssm, **dtypes}
 
     def zeros(self, batch: int) -> tuple[Tensor, Tensor]:
         """Initial conv and ssm states."""
@@ -82,7 +103,7 @@ def with_positions(module: GraphModule) -> GraphModule:
     """Adds an input `positions` (count,) int64 and computes logits for those tokens only.
 
     The head costs as much as many layers, and prefill needs it for the last token alone. Everything from the final
-    norm's output on works row by row, so selecting rows before the head gives the same logits as selecting after it.
+    norm on works row by row, so selecting rows before that gives the same logits as selecting after the head.
 
     Args:
         module: graph `(input_ids, conv_state, ssm_state) -> (logits, conv_state, ssm_state)`.
@@ -97,12 +118,14 @@ def with_positions(module: GraphModule) -> GraphModule:
     head = walk.upstream(results[0], through=walk.TRANSPARENT | _QUANTIZE)
     if head.target not in _HEADS:
         raise MqAoError(f"the logits come from {head.name}, not from a linear head: this is not a language model.")
-    hidden = walk.upstream(next(walk.inputs(head)), through=_QUANTIZE | {walk.getitem})
+    hidden = walk.upstream(next(walk.inputs(head)), through=_ROW_BY_ROW | {walk.getitem})
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         positions = graph.placeholder("positions")
+    positions.meta["val"] = results[0].meta["val"].new_empty(1, dtype=torch.int64)
     readers = _up_to(hidden, head)
     with graph.inserting_before(readers[0]):
         selected = graph.call_function(aten.index_select.default, (hidden, 1, positions))
+    selected.meta["val"] = walk.value(hidden)  # of its dtype, and its axes but for the selected one
     for reader in readers:
         reader.replace_input_with(hidden, selected)
     module.recompile()
@@ -110,10 +133,10 @@ def with_positions(module: GraphModule) -> GraphModule:
 
 
 def _up_to(hidden: Node, head: Node) -> list[Node]:
-    """The users of `hidden` that lead to `head` through quantize nodes alone."""
+    """The users of `hidden` that lead to `head` row by row."""
 
     def leads(node: Node) -> bool:
-        return node is head or ((node.target in walk.TRANSPARENT | _QUANTIZE) and any(map(leads, node.users)))
+        return node is head or ((node.target in walk.TRANSPARENT | _ROW_BY_ROW) and any(map(leads, node.users)))
 
     return [user for user in hidden.users if leads(user)]
 

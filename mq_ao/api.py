@@ -17,9 +17,9 @@ from mq_ao import passes
 from mq_ao.calibrate import calibrate, check_weights
 from mq_ao.capture import export
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES, check_output, program_suffix
+from mq_ao.files import PROGRAM_SUFFIXES, check_output
 from mq_ao.graph import match, walk
-from mq_ao.lowering import executorch, inductor
+from mq_ao.lowering import cuda, executorch, inductor
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
 from mq_ao.models.program import Program
@@ -104,8 +104,8 @@ class QuantizedProgram:
             options: batch, longest prefill and more, for `executorch`.
 
         Raises:
-            MqAoError: unknown or other backend, one without saved programs, nothing quantized, or not a language model
-                (for those use `mq_ao.lowering.inductor.lower` on `.converted`).
+            MqAoError: unknown or other backend, nothing quantized, or not a language model (for those use
+                `mq_ao.lowering.inductor.lower` on `.converted`).
         """
         wanted = self._report.backend
         if backend is not None and check_backend(backend).name != wanted:
@@ -113,17 +113,18 @@ class QuantizedProgram:
                 f"this graph was quantized for {wanted}, whose integers are not those of {backend}: "
                 f"call mq_ao.quantize(..., backend={backend!r})."
             )
-        program_suffix(wanted)
         if self._vocab_size is None:
             raise MqAoError(
-                "only language models become saved programs: call mq_ao.lowering.inductor.lower(q.converted, inputs)."
+                "only language models become saved programs: call mq_ao.lowering.inductor.lower(q.converted, inputs) "
+                "or mq_ao.lowering.cuda.lower(q.converted, device)."
             )
         info = {"recipe": self._report.recipe.name, "vocab_size": self._vocab_size}
         if wanted == "executorch":
             return executorch.lower(self.converted, info, options)
         if options is not None:
             raise MqAoError("options are for programs of executorch.")
-        return inductor.lower_language_model(self.converted, info)
+        lowering = cuda if wanted == "cuda" else inductor
+        return lowering.lower_language_model(self.converted, info)
 
 
 def capture(model: nn.Module, example: tuple[Any, ...]) -> GraphModule:
@@ -199,20 +200,26 @@ def quantize(
 def compile_float(model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None) -> Program:
     """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
     info = {"recipe": "float32", "vocab_size": model.config.vocab_size}
-    program_suffix(backend)
+    check_backend(backend)
     if backend == "executorch":
         return executorch.lower_float(capture(model, ()), info, options)
+    if backend == "cuda":
+        return cuda.float_language_model(capture(model, ()), info)
     return inductor.compile_float_language_model(capture(model, ()), info)
 
 
 def load(path: str | Path) -> Program:
-    """Loads a program that `save` wrote: `.pt2` (inductor) or `.pte` (executorch).
+    """Loads a program that `save` wrote: `.pt2` (inductor), `.pte` (executorch) or `.ptc` (cuda).
+
+    A program for cuda runs on the GPU if there is one, else on the CPU, slowly; `cuda.CudaProgram.load` can choose.
 
     Raises:
         MqAoError: the file is missing, damaged, not ours, or of another version.
     """
     if Path(path).suffix == PROGRAM_SUFFIXES["executorch"]:
         return executorch.ExecutorchProgram.load(path)
+    if Path(path).suffix == PROGRAM_SUFFIXES["cuda"]:
+        return cuda.CudaProgram.load(path)
     return inductor.InductorProgram.load(path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mq_ao.errors import MqAoError
 
-PROGRAM_SUFFIXES = {"inductor": ".pt2", "executorch": ".pte"}
+PROGRAM_SUFFIXES = {"inductor": ".pt2", "executorch": ".pte", "cuda": ".ptc"}
 """How the saved programs of a backend end."""
 
 
@@ -18,14 +18,8 @@ def program_suffix(backend: str) -> str:
     """How the saved programs of a backend end; to be called before long work.
 
     Raises:
-        MqAoError: unknown backend, or one without saved programs.
+        MqAoError: unknown backend.
     """
-    if backend == "cuda":
-        raise MqAoError(
-            "programs for cuda are not saved, they are compiled on the machine with the GPU: call "
-            "mq_ao.quantize(..., backend='cuda') there, then mq_ao.lowering.cuda.lower(q.converted, 'cuda'), and "
-            "torch.compile on the module that it gives."
-        )
     if backend not in PROGRAM_SUFFIXES:
         raise MqAoError(f"unknown backend {backend!r}: the backends are {', '.join(PROGRAM_SUFFIXES)}.")
     return PROGRAM_SUFFIXES[backend]

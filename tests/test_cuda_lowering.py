@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,7 +18,7 @@ from mq_ao import MqAoError
 from mq_ao.api import QuantizedProgram, capture
 from mq_ao.graph import walk
 from mq_ao.lowering import cuda
-from mq_ao.lowering.cuda import inlined
+from mq_ao.lowering.cuda.compiled import product
 from mq_ao.lowering.cuda.rewrite import INTEGER_LINEARS, Rewriter
 from mq_ao.lowering.patterns import Q_STATIC, Weight
 from mq_ao.models import Mamba2Config, MambaLM, Vim, VimConfig, language_model
@@ -279,17 +278,13 @@ def test_moved_to_cuda_nothing_stays_behind(name: str, tiny: MambaLM, calibratio
 @pytest.mark.parametrize("m", [1, 16, 17, 40])
 @pytest.mark.parametrize(("k", "n"), [(7, 5), (8, 16), (9, 16), (8, 3)])
 @pytest.mark.parametrize("static", [True, False])
-def test_compiled_for_a_gpu_only_what_int_mm_takes_goes_there(m: int, k: int, n: int, static: bool) -> None:
+def test_compiled_only_what_int_mm_takes_goes_there(m: int, k: int, n: int, static: bool) -> None:
     with FakeTensorMode():
         q, weight = (torch.empty(rows, k, dtype=torch.int8, device="cuda") for rows in (m, n))
         scale, tokens = torch.empty(n, device="cuda"), torch.empty(m, 1, device="cuda")
         sums = torch.empty(n, dtype=torch.int32, device="cuda")
         epilogue = (sums, scale, 0.1, 3) if static else ()
-
-        def call(q: Tensor) -> Tensor:
-            return mq.int8_linear(q, None if static else tokens, weight, scale, *epilogue)
-
-        graph = make_fx(call, decomposition_table=select_decomp_table())(q)
+        graph = make_fx(lambda q: product(q, None if static else tokens, weight, scale, *epilogue))(q)
     products = graph.graph.find_nodes(op="call_function", target=aten._int_mm.default)
     own = graph.graph.find_nodes(op="call_function", target=mq.int8_linear.default)
     fits = m > 16 and k % 8 == n % 8 == 0
@@ -308,7 +303,7 @@ def test_what_the_compiler_makes_of_a_linear_has_the_bits_of_the_operator(
     q, weight = (torch.randint(-128, 128, shape, dtype=torch.int8, generator=gen) for shape in ((2, 17, 16), (8, 16)))
     scale, bias, steps = (torch.rand(shape, generator=gen) for shape in ((8,), (8,), (2, 17, 1)))
     args = (q, steps if per_token else None, weight, scale, weight.sum(1, dtype=torch.int32) * 7, bias, out_scale, 2)
-    assert torch.equal(inlined.product(*args), mq.int8_linear(*args))
+    assert torch.equal(product(*args), mq.int8_linear(*args))
 
 
 def test_what_the_kernels_do_not_take_is_refused(tiny: MambaLM) -> None:

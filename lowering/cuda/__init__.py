@@ -1,12 +1,23 @@
-"""Integer graphs for CUDA: int8 products, and float around them that Inductor fuses.
+"""Integer graphs and programs for CUDA: our operators on Triton kernels, `aten._int_mm`, and Inductor around them.
 
 The graphs run on tensors of any device, and are tested on the CPU. Nothing here was run on a GPU.
 """
 
 from __future__ import annotations
 
+from mq_ao.lowering.cuda.compiled import compiled
 from mq_ao.lowering.cuda.device import require_cuda
-from mq_ao.lowering.cuda.lower import lower
+from mq_ao.lowering.cuda.lower import float_language_model, lower, lower_language_model
+from mq_ao.lowering.cuda.program import CudaProgram, Mode
 from mq_ao.lowering.cuda.rewrite import INTEGER_KERNELS
 
-__all__ = ["INTEGER_KERNELS", "lower", "require_cuda"]
+__all__ = [
+    "INTEGER_KERNELS",
+    "CudaProgram",
+    "Mode",
+    "compiled",
+    "float_language_model",
+    "lower",
+    "lower_language_model",
+    "require_cuda",
+]

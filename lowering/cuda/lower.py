@@ -1,24 +1,27 @@
-"""Converted graph in, integer graph out, for PyTorch on a GPU."""
+"""Converted graph in, integer graph or program out, for PyTorch on a GPU."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from mq_ao.lowering.cuda import inlined  # noqa: F401  (tells Inductor of `aten._int_mm`)
 from mq_ao.lowering.cuda.device import require_cuda
+from mq_ao.lowering.cuda.program import CudaProgram
 from mq_ao.lowering.cuda.rewrite import Rewriter
-from mq_ao.lowering.integer_graph import IntegerGraph
+from mq_ao.lowering.graphs import StateShapes, with_positions
+from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
+from mq_ao.lowering.methods import export_prefill
 
 
 def lower(converted: GraphModule, device: torch.device | str = "cpu") -> IntegerGraph:
     """Replaces q/dq patterns by integer operators, whose CUDA kernels are Triton's.
 
-    The graph's module runs as it is, under `torch.compile`, and exported. Compiled, linears of many rows become
-    `aten._int_mm` with zero points, scales and bias behind it, which Inductor fuses into its template of the product
-    where it takes that one. This was not run on a GPU.
+    The graph's module runs as it is, exported, and under `compiled`, which gives linears of many rows to
+    `aten._int_mm`, with zero points, scales and bias behind it for Inductor to fuse. This was not run on a GPU.
 
     Args:
         converted: result of `convert_pt2e` on a graph quantized for backend "cuda"; it is not changed.
@@ -36,3 +39,33 @@ def lower(converted: GraphModule, device: torch.device | str = "cpu") -> Integer
         require_cuda(device)
     module = copy.deepcopy(converted)
     return IntegerGraph.of(module, Rewriter(module).run()).to(device)
+
+
+def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
+    """Makes a program of a converted language model, on the CPU: nothing in it depends on a GPU being there.
+
+    Args:
+        converted: result of `convert_pt2e` on the graph `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
+        info: what the program is to say of itself; needs `vocab_size`.
+
+    Raises:
+        MqAoError: see `lower`; or it is not a language model's graph.
+    """
+    StateShapes.of(converted)
+    graph = lower(with_positions(copy.deepcopy(converted)))
+    return _program(graph.module, {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated})
+
+
+def float_language_model(module: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
+    """Makes a program of the float graph of a language model in the same way, for comparison."""
+    StateShapes.of(module)
+    module = with_positions(copy.deepcopy(module))
+    fold_constants(module)
+    return _program(module, {**info, "integer_kernels": {}, "simulated": []})
+
+
+def _program(module: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
+    """The program of a graph with positions."""
+    ids, conv, ssm, _ = (node.meta["val"] for node in module.graph.find_nodes(op="placeholder"))
+    shapes = StateShapes.of_values(ids, conv, ssm)
+    return CudaProgram(export_prefill(module, shapes), {**info, "states": shapes.described}, "cpu")

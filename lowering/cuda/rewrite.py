@@ -154,6 +154,10 @@ class Rewriter(GraphRewriter):
             return self.graph.get_attr(self._stored[key])
         node = super().store(kind, value)
         self._stored[key] = str(node.target)
+        stored = self.module.get_buffer(str(node.target))
+        if stored.untyped_storage().nbytes() != stored.nbytes:
+            # Rows of a weight: alone they can be saved, moved and freed by themselves.
+            self.module.register_buffer(str(node.target), stored.clone())
         return node
 
 

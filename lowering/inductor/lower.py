@@ -17,10 +17,10 @@ from torch.fx import GraphModule
 import mq_ao.ops
 from mq_ao.lowering.graphs import StateShapes, flat, with_positions
 from mq_ao.lowering.inductor import package
-from mq_ao.lowering.inductor.methods import export_decode, export_prefill
 from mq_ao.lowering.inductor.program import InductorProgram
 from mq_ao.lowering.inductor.rewrite import Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
+from mq_ao.lowering.methods import export_decode, export_prefill
 from mq_ao.ops.native.build import compiler
 
 
@@ -106,17 +106,10 @@ def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) 
         "prefill": export_prefill(with_positions(module), shapes),
         "decode": export_decode(flat(module), shapes),
     }
-    states = {
-        "n_layer": shapes.n_layer,
-        "conv": shapes.conv,
-        "ssm": shapes.ssm,
-        "conv_dtype": str(shapes.conv_dtype)[6:],
-        "ssm_dtype": str(shapes.ssm_dtype)[6:],
-    }
     folder = tempfile.mkdtemp(prefix="mq_ao_")
     path = Path(folder) / "program.pt2"
     try:
-        package.write(path, programs, {**info, "states": states})
+        package.write(path, programs, {**info, "states": shapes.described})
         program = InductorProgram.load(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

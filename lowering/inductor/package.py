@@ -21,10 +21,10 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import AOTICompiledModel, load_pt2, package_pt2
 
 import mq_ao.ops
-from mq_ao.errors import MqAoError
+from mq_ao.lowering import archive
 
 FORMAT = 2
-_INFO, _WEIGHTS = "mq_ao.json", "mq_ao_weights.safetensors"
+_WEIGHTS = "mq_ao_weights.safetensors"
 # Weights stay out of the shared objects: all programs read one copy, and the file holds them once.
 _OPTIONS: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
 
@@ -64,9 +64,9 @@ def write(path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str
                 if isinstance(tensor, Tensor):
                     weights[key] = tensor.detach().contiguous()
         archive_path = Path(folder) / path.name
-        package_pt2(archive_path, aoti_files=files, extra_files={_INFO: described})
-        with zipfile.ZipFile(archive_path, "a") as archive:
-            archive.writestr(f"{_root(archive)}/{_WEIGHTS}", save_tensors(_untied(weights)))
+        package_pt2(archive_path, aoti_files=files, extra_files={archive.INFO: described})
+        with zipfile.ZipFile(archive_path, "a") as file:
+            file.writestr(f"{archive.root(file)}/{_WEIGHTS}", save_tensors(_untied(weights)))
         archive_path.replace(path)
 
 
@@ -91,23 +91,7 @@ def read_info(path: Path) -> dict[str, Any]:
     Raises:
         MqAoError: there is no such file, it is not one of ours, or another version wrote it.
     """
-    if not path.is_file():
-        raise MqAoError(f"there is no file {path}.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            root = _root(archive)
-            info = json.loads(archive.read(f"{root}/extra/{_INFO}"))
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, KeyError, IndexError, json.JSONDecodeError):
-        raise MqAoError(f"{path} is not a program saved by mq_ao: make one with `mq-ao quantize`.") from None
-    if damaged is not None:
-        raise MqAoError(f"{path} is damaged at {damaged}: copy or make it again.")
-    for key, here in _platform().items():
-        if info.get(key) != here:
-            raise MqAoError(
-                f"{path} was saved for {key} {info.get(key)}, but this is {here}: quantize the model again here."
-            )
-    return info
+    return archive.read_info(path, _platform())
 
 
 def _platform() -> dict[str, Any]:
@@ -123,8 +107,8 @@ def read(path: Path) -> Package:
     """
     info = read_info(path)
     mq_ao.ops.load_native()
-    with zipfile.ZipFile(path) as archive:
-        weights = load_tensors(archive.read(f"{_root(archive)}/{_WEIGHTS}"))
+    with zipfile.ZipFile(path) as file:
+        weights = load_tensors(file.read(f"{archive.root(file)}/{_WEIGHTS}"))
     programs = load_pt2(str(path)).aoti_runners
     for program in programs.values():
         wanted = {name: weights[name] for name in program.get_constant_fqns()}
@@ -140,7 +124,3 @@ def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         untied[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     return untied
-
-
-def _root(archive: zipfile.ZipFile) -> str:
-    return archive.namelist()[0].split("/")[0]

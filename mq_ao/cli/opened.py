@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mq_ao.text import Codec
 
 MODEL_HELP = '"demo", a folder (transformers, mamba_ssm or mq-ao layout), or a hub id.'
-ANY_HELP = f"A saved .pt2 or .pte program, {MODEL_HELP}"
+ANY_HELP = f"A saved .pt2, .pte or .ptc program, {MODEL_HELP}"
 TOKENIZER_HELP = "Folder or hub id of the tokenizer, where the model is not byte-level and brings none."
 
 

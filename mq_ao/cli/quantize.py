@@ -20,7 +20,8 @@ def quantize(
     *,
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Program to write: .pt2 for inductor, .pte for executorch.")
+        Path,
+        typer.Option("--output", "-o", help="Program to write: .pt2 for inductor, .pte for executorch, .ptc for cuda."),
     ],
     calibration: Annotated[
         Path | None,
@@ -34,7 +35,7 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file (.yaml, .json).")] = "mambaquant-w8a8",
     tokens: Annotated[int, typer.Option(help="Calibration tokens, spread evenly over the file.")] = 16384,
     backend: Annotated[
-        str, typer.Option(help="inductor: this machine's CPU; executorch: a .pte for edge devices.")
+        str, typer.Option(help="inductor: this machine's CPU; executorch: a .pte for edge devices; cuda: GPUs.")
     ] = "inductor",
     max_length: Annotated[int, typer.Option(help="executorch: tokens that prefill takes at most in one call.")] = 256,
     scan: Annotated[
@@ -54,6 +55,8 @@ def quantize(
     mq-ao quantize ./my-mamba --calibration ids.npy --recipe mine.yaml -o mine.pt2
 
     mq-ao quantize demo --backend executorch -o demo.pte
+
+    mq-ao quantize demo --backend cuda -o demo.ptc
     """
     check_output(output, program_suffix(backend))
     if report is not None:
@@ -78,7 +81,7 @@ def quantize(
     if report is not None:
         with step("writing the report"):
             quantized.report(html=report, title=model)
-    with step(f"compiling ({backend})"):
+    with step(f"lowering ({backend})"):
         program = quantized.lower(options=options)
     program.save(output)
     counts = kernel_counts(program.integer_kernels)
@@ -88,6 +91,11 @@ def quantize(
         markup=False,
         soft_wrap=True,
     )
+    if backend == "cuda":
+        console.print(
+            "lowered on the CPU, and not run on a GPU: the machine that loads it compiles it. Here it runs by the "
+            "operators' references, for checking."
+        )
     share = program.weight_bytes / opened.weight_bytes
     console.print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")
 

@@ -19,12 +19,19 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=Non
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
 ) -> None:
-    """Raises MqAoError on operands that do not fit together."""
+    """Raises MqAoError on operands that do not fit together, or that are not floating point."""
+    check_shapes(x, weight, bias, initial_state, activation)
+    require(x.is_floating_point(), f"causal_conv1d: x must be floating point, it is {x.dtype}.")
+
+
+def check_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
+) -> None:
+    """Raises MqAoError on operands, of any dtype, that do not fit together."""
     require(x.dim() == 3, f"causal_conv1d: x must be (batch, length, channels), it has {x.dim()} dimensions.")
     batch, length, channels = x.shape
     if isinstance(length, int):
         require(length > 0, "causal_conv1d: the sequence is empty (length 0); give at least one step.")
-    require(x.is_floating_point(), f"causal_conv1d: x must be floating point, it is {x.dtype}.")
     require(
         activation in (None, "silu"), f"causal_conv1d: unknown activation {activation!r}; it must be None or 'silu'."
     )
@@ -47,13 +54,14 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fake(
+def fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Checks the operands of `causal_conv1d`, and gives empty results."""
     _check(x, weight, bias, initial_state, activation)
     state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=_state_dtype(x))
     return x.new_empty(x.shape), state
@@ -178,7 +186,7 @@ def _autograd(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor | None,
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinit, None
 
 
-library.define("causal_conv1d", f"({_INPUTS}) -> (Tensor y, Tensor last_state)", fake=_fake, reference=causal_conv1d)
+library.define("causal_conv1d", f"({_INPUTS}) -> (Tensor y, Tensor last_state)", fake=fake, reference=causal_conv1d)
 library.define(
     "causal_conv1d_backward",
     f"(Tensor dy, Tensor dlast_state, {_INPUTS}) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",

@@ -49,7 +49,8 @@ def _reference(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = F
     return gated(y, z, s, hadamard)
 
 
-def _fake(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = False) -> Tensor:
+def fake(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = False) -> Tensor:
+    """Checks the operands of `gate`, and gives an empty result."""
     _check(y, z, s, hadamard)
     return y.new_empty(y.shape)
 
@@ -57,7 +58,7 @@ def _fake(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = False)
 library.define(
     "gate",
     "(Tensor y, Tensor z, Tensor? s=None, bool hadamard=False) -> Tensor",
-    fake=_fake,
+    fake=fake,
     reference=_reference,
 )
 

@@ -31,7 +31,8 @@ def _check(x: Tensor, scale: Tensor | None) -> None:
         )
 
 
-def _fake(x: Tensor, scale: Tensor | None = None) -> Tensor:
+def fake(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Checks the operands of `hadamard`, and gives an empty result."""
     _check(x, scale)
     return x.new_empty(x.shape)
 
@@ -49,7 +50,7 @@ def _reference(x: Tensor, scale: Tensor | None = None) -> Tensor:
     return rotate(x.to(torch.float64) * scale).to(x.dtype)
 
 
-library.define("hadamard", "(Tensor x, Tensor? scale=None) -> Tensor", fake=_fake, reference=_reference)
+library.define("hadamard", "(Tensor x, Tensor? scale=None) -> Tensor", fake=fake, reference=_reference)
 
 
 def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:

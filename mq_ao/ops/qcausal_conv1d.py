@@ -87,7 +87,7 @@ def qcausal_conv1d(
     return requantize(y, x.dtype, out_scale, out_zero_point), last * x_scale
 
 
-def _fake(
+def fake(
     x: Tensor,
     x_scale: float,
     x_zero_point: int,
@@ -99,6 +99,7 @@ def _fake(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    """Checks the operands of `qcausal_conv1d`, and gives empty results."""
     _check(x, x_scale, x_zero_point, weight, weight_scale, activation, out_scale, out_zero_point)
     state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=output_dtype(x, out_scale)), state
@@ -109,6 +110,6 @@ library.define(
     "(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias=None, "
     "Tensor? initial_state=None, str? activation=None, float? out_scale=None, int out_zero_point=0) "
     "-> (Tensor y, Tensor last_state)",
-    fake=_fake,
+    fake=fake,
     reference=qcausal_conv1d,
 )

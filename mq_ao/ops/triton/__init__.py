@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.library import Library
 
-from mq_ao.ops.triton import int8_linear, weight_linear
+from mq_ao.ops.triton import causal_conv1d, int8_gate, int8_linear, int8_rms_norm, weight_linear
 from mq_ao.ops.triton.launch import Launch, written_down
 
 
@@ -40,7 +40,13 @@ class Implementation:
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "causal_conv1d": Implementation(causal_conv1d.run, causal_conv1d.examples),
+    "gate": Implementation(int8_gate.run_gate, int8_gate.gate_examples),
+    "hadamard": Implementation(int8_gate.run_hadamard, int8_gate.hadamard_examples),
+    "int8_gate": Implementation(int8_gate.run, int8_gate.examples),
     "int8_linear": Implementation(int8_linear.run, int8_linear.examples),
+    "int8_rms_norm": Implementation(int8_rms_norm.run, int8_rms_norm.examples),
+    "qcausal_conv1d": Implementation(causal_conv1d.run_quantized, causal_conv1d.quantized_examples),
     "weight_linear": Implementation(weight_linear.run, weight_linear.examples),
 }
 """By operator, without the namespace."""

@@ -19,6 +19,7 @@ from mq_ao.ops.triton.launch import Config, Kernel
 from mq_ao.ops.triton.rounding import to_int8
 
 FEW_ROWS = 16
+_ALIGNMENT = 16
 
 
 @triton.jit
@@ -27,9 +28,12 @@ def halves(weight, group, inside, GROUP: tl.constexpr, INT4: tl.constexpr):
     if INT4:
         packed = tl.load(weight + group * (GROUP // 2), mask=inside, other=0)
         # Four bits with a sign: flipping the sign's bit and taking it away again.
-        return (((packed & 15) ^ 8).to(tl.int8) - 8).to(tl.int8), (((packed >> 4) ^ 8).to(tl.int8) - 8).to(tl.int8)
-    first = tl.load(weight + group * GROUP, mask=inside, other=0)
-    return first, tl.load(weight + group * GROUP + GROUP // 2, mask=inside, other=0)
+        first = (((packed & 15) ^ 8).to(tl.int8) - 8).to(tl.int8)
+        second = (((packed >> 4) ^ 8).to(tl.int8) - 8).to(tl.int8)
+    else:
+        first = tl.load(weight + group * GROUP, mask=inside, other=0)
+        second = tl.load(weight + group * GROUP + GROUP // 2, mask=inside, other=0)
+    return first, second
 
 
 @triton.jit
@@ -164,8 +168,11 @@ _MANY_GROUPED = (
     Config(8, 3, BLOCK_M=128, BLOCK_N=64),
     Config(8, 3, BLOCK_M=64, BLOCK_N=128),
 )
+# Rows that do not begin at multiples of 16 bytes are read byte by byte, which takes registers.
+_ODD = (Config(4, 2, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64), Config(4, 2, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32))
 few_rows = Kernel(_int8_linear, _FEW, key=("n", "k"))
 many_rows = Kernel(_int8_linear, _MANY, key=("m", "n", "k"))
+odd_rows = Kernel(_int8_linear, _ODD, key=("m", "n", "k"))
 few_rows_grouped = Kernel(_grouped_linear, _FEW_GROUPED, key=("n", "k"))
 many_rows_grouped = Kernel(_grouped_linear, _MANY_GROUPED, key=("m", "n", "k"))
 
@@ -188,6 +195,7 @@ def run(
     if m == 0:
         return out
     kernels = (few_rows_grouped, many_rows_grouped) if group_size else (few_rows, many_rows)
+    kernel = odd_rows if not group_size and k % _ALIGNMENT else kernels[m > FEW_ROWS]
     scales = None if token_scale is None else token_scale.contiguous()
     operands = (q.contiguous(), scales, weight, scale, correction, bias, out, m, n, k)
     constants: dict[str, Any] = {
@@ -198,7 +206,7 @@ def run(
     }
     if group_size:
         constants |= {"GROUP": group_size, "INT4": weight.dtype == torch.uint8}
-    kernels[m > FEW_ROWS].launch(
+    kernel.launch(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"])),
         *operands,
         1.0 if out_scale is None else float(out_scale),
@@ -214,16 +222,17 @@ def examples() -> Iterator[tuple[Any, ...]]:
     def make(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    n, k = 10240, 2560
+    bias, sums = make(n, dtype=torch.float32), make(n, dtype=torch.int32)
     for rows in (1, 1024):
-        for n, k in ((10240, 2560), (81, 1532)):  # known to be aligned, and not
-            q, scale, token_scale = make(rows, k), make(n, dtype=torch.float32), make(rows, 1, dtype=torch.float32)
-            bias, sums = make(n, dtype=torch.float32), make(n, dtype=torch.int32)
-            yield q, token_scale, make(n, k), scale
-            yield q, None, make(n, k), scale, sums, bias, 0.1, 3
-        n, k = 10240, 2560
-        q, token_scale, bias = make(rows, k), make(rows, 1, dtype=torch.float32), make(n, dtype=torch.float32)
-        for group in (64, 128):
-            scales, sums = (make(n, k // group, dtype=dtype) for dtype in (torch.float32, torch.int32))
-            yield q, token_scale, make(n, k // 2, dtype=torch.uint8), scales, None, None, None, 0, group
-        yield q, None, make(n, k // 2, dtype=torch.uint8), scales, sums, bias, 0.1, 3, group
-        yield q, token_scale, make(n, k), scales, None, None, None, 0, group
+        q, token_scale = make(rows, k), make(rows, 1, dtype=torch.float32)
+        yield q, token_scale, make(n, k), make(n, dtype=torch.float32)
+        yield q, None, make(n, k), make(n, dtype=torch.float32), sums, bias, 0.1, 3
+        scales = make(n, k // 64, dtype=torch.float32)
+        yield q, token_scale, make(n, k // 2, dtype=torch.uint8), scales, None, None, None, 0, 64
+        scales, corrections = (make(n, k // 128, dtype=dtype) for dtype in (torch.float32, torch.int32))
+        yield q, None, make(n, k // 2, dtype=torch.uint8), scales, corrections, bias, 0.1, 3, 128
+        yield q, token_scale, make(n, k), scales, None, None, None, 0, 128
+    n, k = 81, 1532
+    bias, sums = make(n, dtype=torch.float32), make(n, dtype=torch.int32)
+    yield make(1024, k), None, make(n, k), make(n, dtype=torch.float32), sums, bias, 0.1, 3

@@ -7,6 +7,8 @@ import triton.language as tl
 
 # Between 2^23 and 2^24 float32 holds whole numbers alone: adding this rounds half to even, as the addition does.
 _WHOLE: tl.constexpr = tl.constexpr(12582912.0)
+_LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+_TINIEST: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
@@ -16,10 +18,29 @@ def round_half_even(x):
 
 
 @triton.jit
+def to_bytes(steps, zero_point, low, high):
+    """Whole numbers within low..high, 8 bits, for values in steps of their grid; NaN becomes low."""
+    steps = tl.where((steps >= 0) | (steps < 0), steps, -1e6)
+    # Clamped first: what comes after is exact.
+    steps = tl.clamp(steps, -1000.0, 1000.0)
+    return tl.clamp(round_half_even(steps) + zero_point, low, high)
+
+
+@triton.jit
 def to_int8(x, scale, zero_point):
     """x on an int8 grid as by `quantized_decomposed.quantize_per_tensor`; NaN becomes -128."""
-    # Times the reciprocal, which is rounded to float32. Clamped first: what comes after is exact.
-    steps = x * (1.0 / scale)
-    steps = tl.where((steps >= 0) | (steps < 0), steps, -1e6)
-    steps = tl.clamp(steps, -1000.0, 1000.0)
-    return tl.clamp(round_half_even(steps) + zero_point, -128.0, 127.0).to(tl.int8)
+    # Times the reciprocal, which is rounded to float32.
+    return to_bytes(x * (1.0 / scale), zero_point, -128.0, 127.0).to(tl.int8)
+
+
+@triton.jit
+def rows_to_int8(x):
+    """Rows of x (rows, n) each on a grid of its own, as by `mq_ao.ops.qlinear.quantize_per_token`: (q, scale)."""
+    size = tl.abs(x)
+    # A NaN counts as an infinity: the maximum would pass over it.
+    largest = tl.max(tl.where(size <= _LARGEST, size, float("inf")), axis=1)
+    finite = largest <= _LARGEST
+    scale = tl.maximum(tl.div_rn(tl.where(finite, largest, 0.0), 127.0), _TINIEST)
+    steps = tl.where(finite, tl.div_rn(1.0, scale), 0.0)[:, None] * tl.where(finite[:, None], x, 0.0)
+    q = tl.clamp(round_half_even(steps), -127.0, 127.0).to(tl.int8)
+    return q, tl.where(finite, scale, float("nan"))

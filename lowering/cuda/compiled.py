@@ -1,0 +1,72 @@
+"""What `torch.compile` gets of a lowered graph: `aten._int_mm` where that takes a linear, and all around it to fuse."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from mq_ao.graph import walk
+from mq_ao.ops.int8_linear import finished, scaled
+
+mq = torch.ops.mq_ao
+
+# What the CUDA kernel behind `aten._int_mm` asks for.
+_MORE_ROWS_THAN = 16
+_MULTIPLE = 8
+
+
+def product(
+    q: Tensor,
+    token_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    group_size: int = 0,
+) -> Tensor:
+    """`int8_linear`: in plain operators where `aten._int_mm` takes it, else the operator, which has kernels of its own.
+
+    It is for the tracer of `torch.compile`, which guards the choice by the number of rows.
+    """
+    whole = group_size == 0 and weight.dtype == torch.int8 and (weight.shape[0] | weight.shape[1]) % _MULTIPLE == 0
+    if not whole or q.numel() // q.shape[-1] <= _MORE_ROWS_THAN:
+        epilogue = (correction, bias, out_scale, out_zero_point, group_size)
+        return mq.int8_linear(q, token_scale, weight, scale, *epilogue)
+    rows = q.reshape(-1, q.shape[-1])
+    scales = None if token_scale is None else token_scale.reshape(-1, 1)
+    y = scaled(torch.ops.aten._int_mm(rows, weight.t()), scales, scale, correction)
+    return finished(y, bias, out_scale, out_zero_point).reshape(*q.shape[:-1], weight.shape[0])
+
+
+def compiled(module: GraphModule, mode: str = "default", dynamic: bool | None = None) -> Callable[..., Any]:
+    """Compiles a lowered graph; tensors stay where they are.
+
+    Args:
+        module: of an `IntegerGraph` from `lower`; it is not changed.
+        mode: of `torch.compile`; "reduce-overhead" replays CUDA graphs, "max-autotune" also tries tiles.
+        dynamic: of `torch.compile`.
+
+    Returns:
+        A callable with the graph's signature.
+    """
+    graph = copy.deepcopy(module.graph)
+    # On the same weights, with code of its own: dynamo keeps what it compiled by code.
+    inlined = GraphModule(module, graph)
+    for node in walk.calls(inlined, {mq.int8_linear.default}):
+        node.target = product
+    inlined.recompile()
+    function = torch.compile(inlined, mode=mode, dynamic=dynamic)
+
+    def run(*args: Any) -> Any:
+        # Read where it compiles, at the first call: the int32 products then never reach memory.
+        with torch.no_grad(), torch._inductor.config.patch(force_fuse_int_mm_with_mul=True):
+            return function(*args)
+
+    return run

@@ -1,0 +1,145 @@
+"""A language model lowered for CUDA: saved as an exported graph, compiled on the machine that runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+import mq_ao.ops  # noqa: F401  (the operators of saved graphs)
+from mq_ao.errors import MqAoError
+from mq_ao.files import PROGRAM_SUFFIXES, check_output, replacing
+from mq_ao.lowering import archive
+from mq_ao.lowering.cuda.compiled import compiled
+from mq_ao.lowering.cuda.device import require_cuda
+from mq_ao.lowering.program import StatefulProgram, States
+
+FORMAT = 1
+SUFFIX = PROGRAM_SUFFIXES["cuda"]
+
+
+class Mode(StrEnum):
+    """How a program runs."""
+
+    EAGER = "eager"
+    DEFAULT = "default"
+    CUDA_GRAPHS = "reduce-overhead"
+    MAX_AUTOTUNE = "max-autotune"
+
+
+class CudaProgram(StatefulProgram):
+    """A language model for GPUs. On the CPU it runs the operators' references, for checking and not for speed.
+
+    Compiled, prefill serves any batch and length; decode is compiled for each batch size, and in the modes
+    "reduce-overhead" and "max-autotune" replayed as one CUDA graph. None of this was run on a GPU.
+
+    Args:
+        exported: `(input_ids, conv_state, ssm_state, positions) -> (logits, conv_state, ssm_state)`.
+        info: what the program says of itself.
+        device: where it runs; None: on the GPU if there is one, else on the CPU.
+        mode: how; None: with CUDA graphs on a GPU, eager on the CPU.
+
+    Raises:
+        MqAoError: a GPU was asked for and there is none that can run it, or the mode is unknown.
+    """
+
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        info: Mapping[str, Any],
+        device: torch.device | str | None = None,
+        mode: Mode | str | None = None,
+    ) -> None:
+        wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if wanted.type == "cuda":
+            require_cuda(wanted)
+        super().__init__(info, wanted)
+        self._exported = exported
+        self.mode = parse_mode(mode, wanted)
+        module = exported.module(check_guards=False).to(wanted)
+        assert isinstance(module, GraphModule)
+        self._module = module
+        self._last = torch.zeros(1, dtype=torch.int64, device=wanted)
+        self._methods: dict[str, Any] = {"prefill": module, "decode": module}
+        if self.mode is not Mode.EAGER:
+            self._methods = {
+                "prefill": compiled(module, _without_graphs(self.mode), dynamic=True),
+                "decode": compiled(module, str(self.mode), dynamic=False),
+            }
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: torch.device | str | None = None, mode: Mode | str | None = None
+    ) -> CudaProgram:
+        """Loads a program saved by `save`, on a machine with or without a GPU.
+
+        Raises:
+            MqAoError: the file is missing, damaged, not ours, or of another version; or see the class.
+        """
+        path = Path(path)
+        info = archive.read_info(path, _versions())
+        with path.open("rb") as file:
+            return cls(torch.export.load(file), info, device, mode)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all resident weights and scales."""
+        tensors = [*self._module.parameters(), *self._module.buffers()]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    def run(self, name: str, *inputs: Tensor) -> States:
+        """See `StatefulProgram.run`."""
+        args = (*inputs, self._last) if name == "decode" else inputs
+        with torch.no_grad():
+            logits, conv, ssm = self._methods[name](*args)
+            if name == "decode" and self.mode in (Mode.CUDA_GRAPHS, Mode.MAX_AUTOTUNE):
+                # The next replay writes to the same memory.
+                logits, conv, ssm = logits.clone(), conv.clone(), ssm.clone()
+        return logits, conv, ssm
+
+    def save(self, path: str | Path) -> None:
+        """Writes the program to a `.ptc` file, under a temporary name that is renamed when it is complete.
+
+        Raises:
+            MqAoError: the path cannot be written.
+        """
+        described = json.dumps({**self._info, **_versions()})
+        with replacing(check_output(path, SUFFIX)) as temporary, temporary.open("wb") as file:
+            torch.export.save(self._exported, file, extra_files={archive.INFO: described})
+
+
+def parse_mode(mode: Mode | str | None, device: torch.device) -> Mode:
+    """A mode by name; None: what suits the device.
+
+    Raises:
+        MqAoError: there is none of that name.
+    """
+    if mode is None:
+        return Mode.CUDA_GRAPHS if device.type == "cuda" else Mode.EAGER
+    try:
+        return Mode(mode)
+    except ValueError:
+        known = ", ".join(item.value for item in Mode)
+        raise MqAoError(f"unknown mode {mode!r}: the modes are {known}.") from None
+
+
+def _without_graphs(mode: Mode) -> str:
+    """For lengths that vary: a CUDA graph is of one size."""
+    return "max-autotune-no-cudagraphs" if mode is Mode.MAX_AUTOTUNE else "default"
+
+
+def _versions() -> dict[str, Any]:
+    """What a saved graph depends on: not on how PyTorch was built."""
+    return {"cuda_format": FORMAT, "torch": torch.__version__.split("+")[0]}

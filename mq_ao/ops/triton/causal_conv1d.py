@@ -1,0 +1,280 @@
+"""`mq_ao::causal_conv1d` and `mq_ao::qcausal_conv1d` on CUDA: tiles of time steps and channels.
+
+Taps of a tile read the same inputs at shifted steps, which come from the first-level cache but for the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mq_ao.ops import causal_conv1d as float_conv
+from mq_ao.ops import qcausal_conv1d as int8_conv
+from mq_ao.ops.triton.launch import Config, Kernel
+from mq_ao.ops.triton.rounding import round_half_even, to_bytes
+
+mq = torch.ops.mq_ao
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_TAPS = 8
+_MOST_SEQUENCES = 65535
+
+
+@triton.jit
+def _inputs(
+    x,
+    state,
+    step,
+    channel,
+    inside,
+    x_stride,
+    channels,
+    zero_point,
+    inverse,
+    low,
+    high,
+    TAPS: tl.constexpr,
+    STATE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):
+    """Inputs (steps, channels) of one sequence, or with grids their steps; before the first one those of the state.
+
+    `inside` holds for steps from -(TAPS - 1) on, within the sequence.
+    """
+    at = step[:, None] * x_stride + channel[None, :]
+    values = tl.load(x + at, mask=inside & (step >= 0)[:, None], other=0).to(tl.float32)
+    if QUANTIZED:
+        values = tl.where((step >= 0)[:, None], values - zero_point, 0.0)
+    if STATE:
+        before = (step + (TAPS - 1))[:, None] * channels + channel[None, :]
+        earlier = tl.load(state + before, mask=inside & (step < 0)[:, None], other=0.0).to(tl.float32)
+        if QUANTIZED:
+            # The limits are whole numbers: clamping first gives the same, and what comes after is exact.
+            earlier = tl.clamp(earlier * inverse, low, high, propagate_nan=tl.PropagateNan.ALL)
+            earlier = round_half_even(earlier)
+        values += earlier
+    return values
+
+
+@triton.jit
+def _causal_conv1d(
+    x,
+    weight,
+    weight_scale,
+    bias,
+    state,
+    y,
+    last,
+    length,
+    channels,
+    batch_stride,
+    x_stride,
+    x_scale,
+    x_inverse,
+    x_zero_point,
+    low,
+    high,
+    out_inverse,
+    out_zero_point,
+    TAPS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A tile of y; the last tile of a sequence writes the state as well.
+
+    low and high are the limits of x's integers, less the zero point; y has the same dtype if it is rounded.
+    """
+    step = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    there = channel < channels
+    sequence = tl.program_id(2).to(tl.int64)
+    x += sequence * batch_stride
+    y += sequence * length * channels
+    last += sequence * (TAPS - 1) * channels
+    if STATE:
+        state += sequence * (TAPS - 1) * channels
+    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    inside = (step < length)[:, None] & there[None, :]
+    for tap in tl.static_range(TAPS):
+        factor = tl.load(weight + channel * TAPS + tap, mask=there, other=0).to(tl.float32)
+        values = _inputs(
+            x,
+            state,
+            step + (tap - (TAPS - 1)),
+            channel,
+            inside,
+            x_stride,
+            channels,
+            x_zero_point,
+            x_inverse,
+            low,
+            high,
+            TAPS,
+            STATE,
+            QUANTIZED,
+        )
+        total += values * factor[None, :]
+    if QUANTIZED:
+        total = total * (tl.load(weight_scale + channel, mask=there, other=0.0) * x_scale)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        total = total * tl.sigmoid(total)
+    at = y + step[:, None] * channels + channel[None, :]
+    if y.dtype.element_ty == tl.int8:
+        tl.store(at, to_bytes(total * out_inverse, out_zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
+    elif y.dtype.element_ty == tl.uint8:
+        tl.store(at, to_bytes(total * out_inverse, out_zero_point, 0.0, 255.0).to(tl.uint8), mask=inside)
+    else:
+        tl.store(at, total, mask=inside)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        for entry in tl.static_range(TAPS - 1):
+            ending = tl.full((1,), entry - (TAPS - 1), tl.int64) + length
+            values = _inputs(
+                x,
+                state,
+                ending,
+                channel,
+                there[None, :],
+                x_stride,
+                channels,
+                x_zero_point,
+                x_inverse,
+                low,
+                high,
+                TAPS,
+                STATE,
+                QUANTIZED,
+            )
+            if QUANTIZED:
+                values = values * x_scale
+            tl.store(last + entry * channels + channel[None, :], values, mask=there[None, :])
+
+
+one_step = Kernel(_causal_conv1d, (Config(2, 1, BLOCK_T=1, BLOCK_C=256), Config(4, 1, BLOCK_T=1, BLOCK_C=128)))
+many_steps = Kernel(
+    _causal_conv1d,
+    (
+        Config(4, 1, BLOCK_T=32, BLOCK_C=128),
+        Config(4, 1, BLOCK_T=16, BLOCK_C=128),
+        Config(4, 1, BLOCK_T=64, BLOCK_C=64),
+    ),
+    key=("length", "channels"),
+)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `mq_ao.ops.causal_conv1d.causal_conv1d`."""
+    y, last = float_conv.fake(x, weight, bias, initial_state, activation)
+    floats = [value for value in (x, weight, bias, initial_state) if value is not None]
+    if any(value.dtype not in _FLOATS for value in floats) or not _fits(x, weight):
+        return mq.causal_conv1d_reference(x, weight, bias, initial_state, activation)  # type: ignore[no-any-return]
+    _launch(x, weight, None, bias, initial_state, activation, y, last, (1.0, 1.0, 0, 0.0, 0.0), (1.0, 0))
+    return y, last
+
+
+def run_quantized(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    activation: str | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """See `mq_ao.ops.qcausal_conv1d.qcausal_conv1d`."""
+    operands = (
+        *(x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation),
+        *(out_scale, out_zero_point),
+    )
+    float_conv.check_shapes(x, weight, bias, initial_state, activation)
+    y, last = int8_conv.fake(*operands)
+    floats = [value for value in (bias, initial_state) if value is not None]
+    if any(value.dtype != torch.float32 for value in floats) or not _fits(x, weight):
+        return mq.qcausal_conv1d_reference(*operands)  # type: ignore[no-any-return]
+    limits = torch.iinfo(x.dtype)
+    low, high = float(limits.min - x_zero_point), float(limits.max - x_zero_point)
+    grid = (float(x_scale), 1 / x_scale, x_zero_point, low, high)
+    rounding = (1.0 if out_scale is None else 1 / out_scale, out_zero_point)
+    _launch(x, weight, weight_scale, bias, initial_state, activation, y, last, grid, rounding)
+    return y, last
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return weight.shape[1] <= _MOST_TAPS and x.shape[0] <= _MOST_SEQUENCES
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    activation: str | None,
+    y: Tensor,
+    last: Tensor,
+    grid: tuple[float, float, int, float, float],
+    rounding: tuple[float, int],
+) -> None:
+    batch, length, channels = x.shape
+    if y.numel() == 0:
+        return
+    rows = x if x.stride(2) == 1 else x.contiguous()
+    constants: dict[str, Any] = {
+        "TAPS": weight.shape[1],
+        "QUANTIZED": weight_scale is not None,
+        "HAS_BIAS": bias is not None,
+        "STATE": initial_state is not None and weight.shape[1] > 1,
+        "SILU": activation == "silu",
+    }
+    scale, shift, state = (
+        None if value is None else value.contiguous() for value in (weight_scale, bias, initial_state)
+    )
+    (one_step if length == 1 else many_steps).launch(
+        lambda meta: (triton.cdiv(length, meta["BLOCK_T"]), triton.cdiv(channels, meta["BLOCK_C"]), batch),
+        *(rows, weight.contiguous(), scale, shift, state if constants["STATE"] else None, y, last),
+        *(length, channels, rows.stride(0), rows.stride(1)),
+        *grid,
+        *rounding,
+        **constants,
+    )
+
+
+def examples() -> Iterator[tuple[Any, ...]]:
+    """Decode and prefill of a projection's left half, in float32 and bfloat16."""
+    for length, dtype in ((1, torch.float32), (1024, torch.bfloat16)):
+        x, weight, state = _example(length, dtype)
+        yield x, weight.to(dtype), torch.empty(5120, dtype=dtype, device="meta"), state, "silu"
+    yield _example(1024, torch.float32)[0], torch.empty(5120, 4, device="meta")
+
+
+def quantized_examples() -> Iterator[tuple[Any, ...]]:
+    """Decode and prefill, with the output in int8 and in float32."""
+    for length in (1, 1024):
+        x, weight, state = _example(length, torch.int8)
+        scale = torch.empty(5120, device="meta")
+        yield x, 0.1, 3, weight, scale, scale, state, "silu", 0.1, 3
+    yield x, 0.1, 3, weight, scale, scale, None, "silu"
+
+
+def _example(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.empty(2, length, 2 * 5120, dtype=dtype, device="meta")[..., :5120]
+    return x, torch.empty(5120, 4, dtype=torch.int8, device="meta"), torch.empty(2, 3, 5120, device="meta")

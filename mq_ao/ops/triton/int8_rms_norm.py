@@ -1,0 +1,121 @@
+"""`mq_ao::int8_rms_norm` on CUDA: a program adds, normalises and rounds whole rows, which it reads once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mq_ao.ops.int8_rms_norm import fake
+from mq_ao.ops.triton.launch import Config, Kernel
+from mq_ao.ops.triton.rounding import rows_to_int8, to_bytes
+from mq_ao.ops.triton.rows import matrix
+
+# Values of a program: short rows share one.
+_TILE = 1024
+_LARGEST_ROW = 16384
+
+
+@triton.jit
+def _rms_norm(
+    x,
+    residual,
+    weight,
+    q,
+    token_scale,
+    total,
+    rows,
+    n,
+    x_stride,
+    residual_stride,
+    eps,
+    out_inverse,
+    out_zero_point,
+    ADDED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Rows (rows, n) of x, with those of residual added first."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE)
+    inside = (row[:, None] < rows) & (column[None, :] < n)
+    first = row[:, None].to(tl.int64)
+    at = first * n + column[None, :]
+    values = tl.load(x + first * x_stride + column[None, :], mask=inside, other=0.0)
+    if ADDED:
+        values += tl.load(residual + first * residual_stride + column[None, :], mask=inside, other=0.0)
+        tl.store(total + at, values, mask=inside)
+    mean = tl.sum(values * values, axis=1) / n
+    values = values * tl.rsqrt(mean + eps)[:, None]
+    if WEIGHTED:
+        values = values * tl.load(weight + column, mask=column < n, other=0.0)[None, :]
+    if PER_TOKEN:
+        integers, scale = rows_to_int8(values)
+        tl.store(q + at, integers, mask=inside)
+        tl.store(token_scale + row, scale, mask=row < rows)
+    else:
+        tl.store(q + at, to_bytes(values * out_inverse, out_zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
+
+
+rms_norm = Kernel(_rms_norm, (Config(4, 1), Config(8, 1), Config(16, 1)), key=("n",))
+
+
+def run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mq_ao.ops.int8_rms_norm.int8_rms_norm`."""
+    q, scale, total = fake(x, residual, weight, eps, out_scale, out_zero_point)
+    n = x.shape[-1]
+    size, count = triton.next_power_of_2(n), x.numel() // n
+    if size > _LARGEST_ROW:
+        return torch.ops.mq_ao.int8_rms_norm_reference(  # type: ignore[no-any-return]
+            x, residual, weight, eps, out_scale, out_zero_point
+        )
+    if count == 0:
+        return q, scale, total
+    left, right = matrix(x), None if residual is None else matrix(residual)
+    rows = max(1, _TILE // size)
+    constants: dict[str, Any] = {
+        "ADDED": residual is not None,
+        "WEIGHTED": weight is not None,
+        "PER_TOKEN": out_scale is None,
+        "ROWS": rows,
+        "SIZE": size,
+    }
+    rms_norm.launch(
+        lambda _: (triton.cdiv(count, rows),),
+        left,
+        right,
+        None if weight is None else weight.contiguous(),
+        q,
+        scale if out_scale is None else None,
+        total if residual is not None else None,
+        count,
+        n,
+        left.stride(0),
+        0 if right is None else right.stride(0),
+        float(eps),
+        1.0 if out_scale is None else 1.0 / out_scale,
+        out_zero_point,
+        **constants,
+    )
+    return q, scale, total
+
+
+def examples() -> Iterator[tuple[Any, ...]]:
+    """Widths of published models, with and without a residual, and both roundings."""
+    for n in (768, 2560, 5120):
+        x, weight = torch.empty(4, n, device="meta"), torch.empty(n, device="meta")
+        yield x, x, weight, 1e-5
+    yield x, None, weight, 1e-5, 0.1, 3

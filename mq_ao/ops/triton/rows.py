@@ -1,0 +1,11 @@
+"""Rows of tensors, as kernels read them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def matrix(x: Tensor) -> Tensor:
+    """Rows (count, n) of x (..., n), whose values lie next to each other: a view wherever x allows it."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
