@@ -28,7 +28,9 @@ def roofline(
     device: Annotated[str, typer.Option(help="h100, a100, a5000 or orin.")],
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help=f"A recipe by name or file; repeat it for several, or {EVERY}. Default: three of them."),
+        typer.Option(
+            help=f"Recipe by name or file; repeat for several, or {EVERY}. Default: {', '.join(DEFAULT_RECIPES)}."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
