@@ -1,4 +1,4 @@
-"""The command line: `mq-ao quantize | eval | ablate | generate | inspect | bench | build-kernels | demo`.
+"""The command line: `mq-ao quantize | eval | ablate | generate | inspect | bench | roofline | build-kernels | demo`.
 
 Nothing here imports torch before a command runs, so that `--help` answers at once.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mq_ao import __version__
-from mq_ao.cli import ablate, bench, demo, evaluate, generate, inspect, kernels, quantize
+from mq_ao.cli import ablate, bench, demo, evaluate, generate, inspect, kernels, quantize, roofline
 from mq_ao.cli.console import fail, show_warnings
 from mq_ao.errors import MqAoError
 from mq_ao.logs import quiet_libraries
@@ -54,6 +54,7 @@ app.command("ablate")(ablate.ablate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
+app.command("roofline")(roofline.roofline)
 app.command("build-kernels")(kernels.build_kernels)
 app.command("demo")(demo.demo)
 

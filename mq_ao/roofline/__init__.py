@@ -1,0 +1,28 @@
+"""Predicted times on GPUs: bytes and operations of every lowered node, against a device's peaks.
+
+Nothing here was run on a GPU, and nothing is fitted to measurements.
+"""
+
+from __future__ import annotations
+
+from mq_ao.roofline.cost import Cost
+from mq_ao.roofline.devices import DEVICES, Device, get_device
+from mq_ao.roofline.extrapolate import Counts, count_model
+from mq_ao.roofline.lowered import at_run_time
+from mq_ao.roofline.predict import Line, Prediction, predict
+from mq_ao.roofline.shapes import SHAPES, get_shape
+
+__all__ = [
+    "DEVICES",
+    "SHAPES",
+    "Cost",
+    "Counts",
+    "Device",
+    "Line",
+    "Prediction",
+    "at_run_time",
+    "count_model",
+    "get_device",
+    "get_shape",
+    "predict",
+]
