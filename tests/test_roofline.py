@@ -85,9 +85,10 @@ def test_weight_linear_has_a_kernel_for_few_rows_and_makes_a_matrix_for_many() -
     few, many = (cost_of_call(mq.weight_linear.default, empty(rows, k), weight, scale) for rows in (16, 17))
     assert few.moved == 16 * 128 * 4 + 32 * 128 + 32 * 4 + 16 * 32 * 4
     assert few.kernels == 1 and few.fp32 == 2 * 16 * 32 * 128 + 16 * 4 * 32 * 128
-    assert many.moved == 17 * 128 * 4 + 32 * 128 + 32 * 4 + 17 * 32 * 4 + 2 * 32 * 128 * 4  # written, and read again
-    assert many.kernels == 2 and many.fp32 == 2 * 17 * 32 * 128 + 4 * 32 * 128
-    assert few.int8 == few.fp16 == 0
+    bfloat16 = 2 * 2 * (17 * 128 + 32 * 128 + 17 * 32)  # of x, the weight and y: written, and read again
+    assert many.moved == 17 * 128 * 4 + 32 * 128 + 32 * 4 + 17 * 32 * 4 + bfloat16
+    assert many.kernels == 4 and many.fp16 == 2 * 17 * 32 * 128 and many.fp32 == 4 * 32 * 128
+    assert few.int8 == few.fp16 == many.int8 == 0
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,15 @@ def test_float_activations_meet_integer_weights(case: dict[str, object], config:
     values = nibbles.unpack(weight, group) if weight.dtype == torch.uint8 else weight
     values = values.double() * (scale.double().repeat_interleave(group, 1) if group else scale[:, None].double())
     expected = torch.nn.functional.linear(x.double(), values, None if case["bias"] is None else case["bias"].double())
+    rest = (weight, scale, case["bias"], group)
     with using(config):
-        for got in (mq.weight_linear(x, weight, scale, case["bias"], group), kernel.run(x, *_rest(case))):
-            assert got.dtype == torch.float32 and got.shape == expected.shape
-            largest = float((x.double().abs() @ values.abs().t()).max())
-            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6 * largest)
-
-
-def _rest(case: dict[str, object]) -> tuple[object, ...]:
-    return case["weight"], case["scale"], case["bias"], case["group_size"]
+        got = kernel.run(x, *rest)
+    largest = float((x.double().abs() @ values.abs().t()).max())
+    # Many rows go through bfloat16, of 8 bits: activations, weights and the sum are rounded to it.
+    bits = 8 if x[..., 0].numel() > kernel.FEW_ROWS else 20
+    for result, off in ((mq.weight_linear(x, *rest), 2.0**-20), (got, 2.0**-bits)):
+        assert result.dtype == torch.float32 and result.shape == expected.shape
+        torch.testing.assert_close(result.double(), expected, rtol=max(off, 1e-5), atol=1.5 * off * largest)
 
 
 def test_int4_weights_come_back() -> None:

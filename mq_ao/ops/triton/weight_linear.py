@@ -1,7 +1,7 @@
 """`mq_ao::weight_linear` on CUDA: for few rows each weight is read once and becomes a float in registers.
 
-Many rows are bound by arithmetic, not by weights: there the weight becomes a float matrix first, and the library's
-product takes it.
+Many rows are bound by arithmetic, not by weights: there the weight becomes a bfloat16 matrix first, and the library's
+product takes it and the activations, rounded to bfloat16 too, on tensor cores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mq_ao.ops.triton.int8_linear import FEW_ROWS, halves
 from mq_ao.ops.triton.launch import Config, Kernel
-from mq_ao.ops.weight_linear import fake
+from mq_ao.ops.weight_linear import dequantized, fake
 
 
 @triton.jit
@@ -96,9 +96,11 @@ def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gr
     """See `mq_ao.ops.weight_linear.weight_linear`."""
     k, n = x.shape[-1], weight.shape[0]
     m = x.numel() // max(k, 1)
-    if m > FEW_ROWS or m == 0:
-        return torch.ops.mq_ao.weight_linear_reference(x, weight, scale, bias, group_size)
     out = fake(x, weight, scale, bias, group_size)
+    if m > FEW_ROWS or m == 0:
+        matrix = dequantized(weight, scale, group_size).to(torch.bfloat16)
+        y = torch.nn.functional.linear(x.to(torch.bfloat16), matrix).to(torch.float32)
+        return y if bias is None else y + bias
     operands = (x.contiguous(), weight, scale, bias, out, n, k)
     constants: dict[str, Any] = {"HAS_BIAS": bias is not None}
     if group_size:
