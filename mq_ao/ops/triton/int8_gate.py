@@ -113,7 +113,7 @@ def run(
     q, scale = fake(*operands)
     plan = _plan(y, hadamard)
     if plan is None:
-        return mq.int8_gate_reference(*operands)  # type: ignore[no-any-return]
+        return mq.int8_gate_reference(*operands)
     grids = (float(y_scale), y_zero_point, float(z_scale), z_zero_point)
     rounding = (1.0 if out_scale is None else 1.0 / out_scale, out_zero_point)
     _launch(y, z, s, q, scale if out_scale is None else None, plan, hadamard, grids, rounding)
@@ -125,7 +125,7 @@ def run_gate(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = Fal
     out = float_gate.fake(y, z, s, hadamard)
     plan = _plan(y, hadamard)
     if plan is None:
-        return mq.gate_reference(y, z, s, hadamard)  # type: ignore[no-any-return]
+        return mq.gate_reference(y, z, s, hadamard)
     _launch(y, z, s, out, None, plan, hadamard)
     return out
 
@@ -135,7 +135,7 @@ def run_hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
     out = float_hadamard.fake(x, scale)
     plan = _plan(x, True)
     if plan is None or torch.float64 in (x.dtype, None if scale is None else scale.dtype):
-        return mq.hadamard_reference(x, scale)  # type: ignore[no-any-return]
+        return mq.hadamard_reference(x, scale)
     _launch(x, None, scale, out, None, plan, True)
     return out
 

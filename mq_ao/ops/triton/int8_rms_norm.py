@@ -83,9 +83,7 @@ def run(
     n = x.shape[-1]
     size, count = triton.next_power_of_2(n), x.numel() // n
     if size > _LARGEST_ROW:
-        return torch.ops.mq_ao.int8_rms_norm_reference(  # type: ignore[no-any-return]
-            x, residual, weight, eps, out_scale, out_zero_point
-        )
+        return torch.ops.mq_ao.int8_rms_norm_reference(x, residual, weight, eps, out_scale, out_zero_point)
     if count == 0:
         return q, scale, total
     left, right = matrix(x), None if residual is None else matrix(residual)
