@@ -143,6 +143,7 @@ def test_integers_hardly_ever_differ_from_the_reference(hadamard: bool) -> None:
         assert off.max() <= 1 and off.double().mean() < 2e-4
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, which interprets, on infinity less itself
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_stays_by_itself(value: float) -> None:
     x = torch.ones(3, 12)

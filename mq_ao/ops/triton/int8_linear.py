@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mq_ao.ops.int8_linear import fake
 from mq_ao.ops.triton.launch import Config, Kernel
-from mq_ao.ops.triton.rounding import to_int8
+from mq_ao.ops.triton.rounding import to_bytes
 
 FEW_ROWS = 16
 _ALIGNMENT = 16
@@ -38,7 +38,7 @@ def halves(weight, group, inside, GROUP: tl.constexpr, INT4: tl.constexpr):
 
 @triton.jit
 def _epilogue(
-    total, bias, out, rows, columns, m, n, out_scale, out_zero_point, HAS_BIAS: tl.constexpr, INT8: tl.constexpr
+    total, bias, out, rows, columns, m, n, out_inverse, out_zero_point, HAS_BIAS: tl.constexpr, INT8: tl.constexpr
 ):
     """Adds the bias and writes a tile, rounded if asked."""
     inside = (rows[:, None] < m) & (columns[None, :] < n)
@@ -46,7 +46,7 @@ def _epilogue(
         total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
     at = out + rows[:, None].to(tl.int64) * n + columns[None, :]
     if INT8:
-        tl.store(at, to_int8(total, out_scale, out_zero_point), mask=inside)
+        tl.store(at, to_bytes(total * out_inverse, out_zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
     else:
         tl.store(at, total, mask=inside)
 
@@ -63,7 +63,7 @@ def _int8_linear(
     m,
     n,
     k,
-    out_scale,
+    out_inverse,
     out_zero_point,
     PER_TOKEN: tl.constexpr,
     CORRECTED: tl.constexpr,
@@ -91,7 +91,7 @@ def _int8_linear(
     if PER_TOKEN:
         factor = factor * tl.load(token_scale + rows, mask=rows < m, other=0.0)[:, None]
     total = sums.to(tl.float32) * factor
-    _epilogue(total, bias, out, rows, columns, m, n, out_scale, out_zero_point, HAS_BIAS, INT8)
+    _epilogue(total, bias, out, rows, columns, m, n, out_inverse, out_zero_point, HAS_BIAS, INT8)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _grouped_linear(
     m,
     n,
     k,
-    out_scale,
+    out_inverse,
     out_zero_point,
     PER_TOKEN: tl.constexpr,
     CORRECTED: tl.constexpr,
@@ -142,7 +142,7 @@ def _grouped_linear(
         if PER_TOKEN:
             step = step * factor[:, None]
         total += sums.to(tl.float32) * step
-    _epilogue(total, bias, out, rows, columns, m, n, out_scale, out_zero_point, HAS_BIAS, INT8)
+    _epilogue(total, bias, out, rows, columns, m, n, out_inverse, out_zero_point, HAS_BIAS, INT8)
 
 
 # Shared memory of all of them is below the 99 KB of the smallest chips from Ampere on (compute capability 8.6).
@@ -209,7 +209,7 @@ def run(
     kernel.launch(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"])),
         *operands,
-        1.0 if out_scale is None else float(out_scale),
+        1.0 if out_scale is None else 1.0 / out_scale,
         out_zero_point,
         **constants,
     )

@@ -23,7 +23,7 @@ from mq_ao.ops.hadamard_matrix import base, factor, sylvester
 # Tiles of dot products have at least this many rows and columns.
 _SMALLEST = 16
 _LARGEST_BASE = 64
-# Twice as large, both parts of a row would take more than the 99 KB of shared memory that all chips have from Ampere.
+# Twice as large, both parts of a row take more than the 99 KB of shared memory of compute capability 8.6.
 _LARGEST_ROW = 8192
 # The powers of two by their logarithm; 1 to 3 and 7 are in none of these, and go to the base.
 _POWERS = {0: (1, 1), 4: (16, 1), 5: (32, 1), 6: (64, 1), 8: (16, 16), 9: (32, 16), 10: (32, 32)}

@@ -27,13 +27,6 @@ def to_bytes(steps, zero_point, low, high):
 
 
 @triton.jit
-def to_int8(x, scale, zero_point):
-    """x on an int8 grid as by `quantized_decomposed.quantize_per_tensor`; NaN becomes -128."""
-    # Times the reciprocal, which is rounded to float32.
-    return to_bytes(x * (1.0 / scale), zero_point, -128.0, 127.0).to(tl.int8)
-
-
-@triton.jit
 def rows_to_int8(x):
     """Rows of x (rows, n) each on a grid of its own, as by `mq_ao.ops.qlinear.quantize_per_token`: (q, scale)."""
     size = tl.abs(x)
