@@ -57,20 +57,19 @@ class GraphRewriter:
         """The one static quantize that is all that reads `value`, or None."""
         return None if value is None else requantize(value, self.limits)
 
-    def linear(self, node: Node, alignment: int = 1) -> None:
-        """A linear with an integer weight; in pieces, each of which then quantizes its own output or does not.
+    def splits(self, bounds: list[tuple[Node, int, int]]) -> bool:
+        """Whether a linear of which these pieces are read is better several products."""
+        raise NotImplementedError
 
-        Args:
-            node: the linear.
-            alignment: pieces must begin at a multiple of it, else the linear stays whole.
-        """
+    def linear(self, node: Node) -> None:
+        """A linear with an integer weight; or its pieces, each of which then quantizes its own output or does not."""
         x, weight_node, bias = walk.padded(node, 3)
         weight = Weight.of(self.module, weight_node)
         known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
         if weight is None or not known:
             return
         bounds = pieces(node)
-        if bounds is None or bias is not None or any(start % alignment for _, start, _ in bounds):
+        if bounds is None or bias is not None or not self.splits(bounds):
             self.replace(node, self.product(node, x, weight, bias))
             return
         for getitem, start, stop in bounds:

@@ -31,8 +31,6 @@ INTEGER_KERNELS: frozenset[object] = INTEGER_LINEARS | {
 # What int4 weights with one scale a channel are packed in: their groups then have equal scales. Where it does not
 # divide a linear's inputs, they take a byte each.
 _GROUP = 64
-# A piece of less than a kernel's tile costs as much as the whole of a small linear.
-_TILE = 64
 
 
 class Rewriter(GraphRewriter):
@@ -58,7 +56,7 @@ class Rewriter(GraphRewriter):
         for node in walk.calls(self.module, walk.SCAN | walk.SSD):
             self.scan(node)
         for node in walk.calls(self.module, walk.LINEAR):
-            self.linear(node, _TILE)
+            self.linear(node)
         for node in walk.calls(self.module, {aten.embedding.default}):
             self.embedding(node)
         self.graph.eliminate_dead_code()  # what else read the gates' outputs
@@ -72,6 +70,10 @@ class Rewriter(GraphRewriter):
         self.module.recompile()
         self.module.delete_all_unused_submodules()
         return count_kernels(self.module, INTEGER_KERNELS)
+
+    def splits(self, bounds: list[tuple[Node, int, int]]) -> bool:
+        """Whether that takes no more kernels than the whole and a quantize step for each piece that has one."""
+        return len(bounds) <= 1 + sum(self.following(piece) is not None for piece, _, _ in bounds)
 
     def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Product with integer weights before `at`; quantizes its output where `at` only feeds one static quantize."""

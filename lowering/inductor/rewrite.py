@@ -54,7 +54,7 @@ class Rewriter(GraphRewriter):
         for node in walk.calls(self.module, walk.SCAN | walk.SSD):
             self.scan(node)
         for node in walk.calls(self.module, walk.LINEAR):
-            self.linear(node, _PANEL)
+            self.linear(node)
         for node in walk.calls(self.module, {aten.embedding.default}):
             self.embedding(node)
         self.graph.eliminate_dead_code()  # what else read the gates' outputs
@@ -64,6 +64,10 @@ class Rewriter(GraphRewriter):
         self.module.recompile()
         self.module.delete_all_unused_submodules()
         return count_integer_kernels(self.module)
+
+    def splits(self, bounds: list[tuple[Node, int, int]]) -> bool:
+        """Whether all pieces begin with a panel."""
+        return not any(start % _PANEL for _, start, _ in bounds)
 
     def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Integer product before `at`; quantizes its own output where `at` only feeds one static quantize."""
