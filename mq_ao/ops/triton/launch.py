@@ -96,7 +96,7 @@ class Kernel:
                 f"the Triton kernel {self.name} runs on CUDA tensors, or with TRITON_INTERPRET=1 set before mq_ao is "
                 f"imported; these are on {device}."
             )
-        config = self.configs[_config.get()]
+        config = self.configs[_config.get() % len(self.configs)]
         everything = {**constants, **config.constants}
         self.function[grid(everything)](*args, **everything)
 
@@ -133,7 +133,7 @@ def written_down() -> Iterator[list[Launch]]:
 
 @contextmanager
 def using(index: int) -> Iterator[None]:
-    """Within it, interpreted kernels take the configuration of that index."""
+    """Within it, interpreted kernels take the configuration of that index, counted round."""
     token = _config.set(index)
     try:
         yield
