@@ -168,10 +168,10 @@ def exact_results(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return selective_scan(**double(values))
 
 
-def assert_rounded(q: Tensor, steps: Tensor, low: int, high: int) -> None:
-    """q is next to float64 steps: half a step away at most, and what 1e-5 of the largest does to values at a half."""
+def assert_rounded(q: Tensor, steps: Tensor, low: int, high: int, tolerance: float = 1e-5) -> None:
+    """q is next to float64 steps: half a step away, but for values at a half, which move by the tolerance."""
     assert q.is_contiguous() and q.shape == steps.shape
-    near = 0.5 + 1e-5 * max(float(steps.abs().max()), 1.0)
+    near = 0.5 + tolerance * max(float(steps.abs().max()), 1.0)
     assert float((q.double() - steps.clamp(low, high)).abs().max()) <= near
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.library import Library
 
-from mq_ao.ops.triton import int8_linear, selective_scan
+from mq_ao.ops.triton import int8_linear, selective_scan, ssd_scan
 from mq_ao.ops.triton.launch import Launch, written_down
 
 
@@ -43,6 +43,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "int8_linear": Implementation(int8_linear.run, int8_linear.examples),
     "selective_scan": Implementation(selective_scan.run, selective_scan.examples),
     "qselective_scan": Implementation(selective_scan.run_quantized, selective_scan.quantized_examples),
+    "ssd_scan": Implementation(ssd_scan.run, ssd_scan.examples),
+    "qssd_scan": Implementation(ssd_scan.run_quantized, ssd_scan.quantized_examples),
 }
 """By operator, without the namespace."""
 
