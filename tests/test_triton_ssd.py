@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +16,20 @@ from mq_ao import MqAoError
 from mq_ao.ops.grids import dequantize
 from mq_ao.ops.qssd_scan import qssd_scan
 from mq_ao.ops.ssd_scan import ssd_scan
+from tests.interpreter import bfloat16_as_on_chips
 from tests.test_triton_scan import assert_near, assert_rounded, double, dtypes
 
 kernels = pytest.importorskip("mq_ao.ops.triton.ssd_scan", reason="needs Triton")
 from mq_ao.ops.triton.launch import using  # noqa: E402
 
-# The interpreter cuts numbers off to bfloat16 where the chip rounds them, so that two halves leave 2^-16, not 2^-18.
+# Two halves leave 2^-18 of each product, and products may cancel.
 TWO_HALVES = 2**-16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bfloat16() -> Iterator[None]:
+    with bfloat16_as_on_chips():
+        yield
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,8 @@ class Case:
 
 cases = st.builds(
     Case,
-    batch=st.sampled_from([1, 1, 3]),
-    length=st.sampled_from([1, 1, 2, 33, 64, 65, 150]),
+    batch=st.sampled_from([1, 1, 1, 3]),
+    length=st.sampled_from([1, 1, 2, 33, 64, 65, 130]),
     groups=st.sampled_from([1, 1, 2]),
     group_heads=st.sampled_from([1, 2]),
     headdim=st.sampled_from([1, 8, 16, 64, 80]),
@@ -89,7 +97,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases, st.integers(0, 1))
 def test_float32_is_near_float64(case: Case, config: int) -> None:
     arguments = case.arguments()
@@ -109,7 +117,7 @@ def test_bfloat16_is_rounded_at_the_end_alone(case: Case) -> None:
     y, state = kernels.run(**arguments)
     exact, exact_state = ssd_scan(**double(arguments))
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
-    assert_near(y, exact, 2**-7)  # cut off by the interpreter
+    assert_near(y, exact, 2**-8)
     assert_near(state, exact_state, TWO_HALVES)
 
 
@@ -139,7 +147,7 @@ class QCase:
 qcases = st.builds(QCase, case=cases, dtypes=st.tuples(*[dtypes] * 4), byte_output=st.booleans())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(qcases, st.integers(0, 1))
 def test_quantized_is_near_float64_and_rounded(qcase: QCase, config: int) -> None:
     arguments = qcase.arguments()

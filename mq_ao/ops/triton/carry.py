@@ -36,7 +36,7 @@ def _carry(states, exponents, A, start, end, state_scale, size, chunks, INNER: t
 
 
 # One configuration alone: trying several would carry over what is carried already, as it is done in place.
-kernel = Kernel(_carry, (Config(4, 2, BLOCK=128),))
+kernel = Kernel(_carry, (Config(4, 2, BLOCK=256),))
 
 
 def carry(

@@ -200,7 +200,8 @@ def _outputs(
         since_start = tl.where(own == before, since_start, 0.0)
         seen = seen & (own[:, None] == own[None, :])
     out = out * (since_start * C_scale)[:, None]
-    weight = (step * (B_scale * C_scale))[None, :] * tl.exp(sums[:, None] - sums[None, :])
+    exponents = tl.where(seen, sums[:, None] - sums[None, :], 0.0)
+    weight = (step * (B_scale * C_scale))[None, :] * tl.exp(exponents)
     scores = tl.where(seen, scores * weight, 0.0)
     mask = inside[:, None] & (p < HEADDIM)[None, :]
     values = _exact(x + (row * x_row)[:, None] + head * HEADDIM + p[None, :], mask, x_zero_point)
