@@ -276,7 +276,13 @@ def _step(
 
 _ADDING = (Config(4, 1, BLOCK_P=64, BLOCK_N=64), Config(4, 1, BLOCK_P=32, BLOCK_N=64))
 _OUTPUTS = (Config(4, 2, BLOCK_P=64, BLOCK_N=32), Config(8, 2, BLOCK_P=64, BLOCK_N=32))
+# Each warp holds the right matrix of a product, and float32 ones are held as three of TF32: smaller blocks.
+_ADDING_FLOAT32 = (Config(4, 1, BLOCK_P=32, BLOCK_N=32), Config(4, 1, BLOCK_P=64, BLOCK_N=16))
+_OUTPUTS_FLOAT32 = (Config(4, 2, BLOCK_P=32, BLOCK_N=16), Config(4, 2, BLOCK_P=16, BLOCK_N=16))
 _STEPS = (Config(4, 1, BLOCK_P=8), Config(4, 1, BLOCK_P=16))
-add_up = Kernel(_add_up, _ADDING, key=("heads", "HEADDIM", "D_STATE"))
-outputs = Kernel(_outputs, _OUTPUTS, key=("heads", "HEADDIM", "D_STATE"))
-step = Kernel(_step, _STEPS, key=("heads", "HEADDIM", "D_STATE"))
+_KEY = ("heads", "HEADDIM", "D_STATE")
+add_up = Kernel(_add_up, _ADDING, key=_KEY)
+add_up_float32 = Kernel(_add_up, _ADDING_FLOAT32, key=_KEY)
+outputs = Kernel(_outputs, _OUTPUTS, key=_KEY)
+outputs_float32 = Kernel(_outputs, _OUTPUTS_FLOAT32, key=_KEY)
+step = Kernel(_step, _STEPS, key=_KEY)

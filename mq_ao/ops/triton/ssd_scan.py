@@ -9,11 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
+from mq_ao.ops.grids import BYTES
 from mq_ao.ops.qssd_scan import _fake as _qfake
 from mq_ao.ops.ssd_scan import _fake
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.operands import float32, rows
-from mq_ao.ops.triton.ssd_kernels import add_up, outputs, step
+from mq_ao.ops.triton.ssd_kernels import add_up, add_up_float32, outputs, outputs_float32, step
 
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 _CHUNK = 64  # steps: what is quadratic in them then costs no more than what is quadratic in headdim or d_state
@@ -78,13 +79,14 @@ def _launch(
     def blocks(meta: dict[str, Any]) -> int:
         return chunks * int(triton.cdiv(headdim, meta["BLOCK_P"]))
 
-    add_up.launch(
+    exact = all(operand.dtype in (*BYTES, torch.bfloat16) for operand in (values, b, c))
+    (add_up if exact else add_up_float32).launch(
         lambda meta: (blocks(meta) * triton.cdiv(d_state, meta["BLOCK_N"]), heads, batch),
         *(values, steps, b, A, bias, ids, states, totals, *sizes, *strides[:3], *grids),
         **constants,
     )
     carry(states, totals, None, start, last_state)
-    outputs.launch(
+    (outputs if exact else outputs_float32).launch(
         lambda meta: (blocks(meta), heads, batch),
         *(values, steps, b, c, A, skip, bias, ids, states, y, *sizes),
         *(*strides, *skip_strides, *grids, *c_grid, *out_grid),
