@@ -229,7 +229,8 @@ def _launch(
     operands = [rows(grid[0]) for grid in (u, delta, B, C)]
     grids = [float(value) for grid in (u, delta, B, C) for value in grid[1:]]
     out = (1.0 if out_scale is None else float(out_scale), float(out_zero_point))
-    A, D, delta_bias, scale = (float32(x) for x in (A, D, delta_bias, state_scale))
+    A = A.to(torch.float32).contiguous()
+    D, delta_bias, scale = (float32(x) for x in (D, delta_bias, state_scale))
     start = float32(initial_state) if scale is None or initial_state is None else initial_state.contiguous()
     strides = (channels // groups, *(operand.stride(0) for operand in operands), *grids, *out)
     constants = {"D_STATE": d_state, "N": N, "GROUPED": groups > 1, "SOFTPLUS": delta_softplus}
@@ -320,7 +321,7 @@ def run_quantized(
         (B, B_scale, B_zero_point),
         (C, C_scale, C_zero_point),
     )
-    rest = (D, delta_bias, delta_softplus, initial_state, state_scale, out_scale, out_zero_point)
+    rest: list[Any] = [D, delta_bias, delta_softplus, initial_state, state_scale, out_scale, out_zero_point]
     x, dt, _, b, c = grids
     y, last_state = _qfake(*x, *dt, A, *b, *c, *rest)
     if last_state.numel():

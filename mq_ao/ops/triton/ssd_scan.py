@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ def _launch(
     strides = [operand.stride(0) for operand in (values, steps, b, c)]
     skip = float32(D)
     skip_strides = (0, 0) if skip is None else (skip.stride(0), skip.stride(1) if skip.dim() == 2 else 0)
-    A, bias, start = (float32(parameter) for parameter in (A, dt_bias, initial_state))
+    A = A.to(torch.float32).contiguous()
+    bias, start = float32(dt_bias), float32(initial_state)
     limits = (float(dt_min), float("inf") if dt_max is None else float(dt_max))
     x_grid, dt_grid, b_grid, c_grid = ((float(scale), float(zero)) for _, scale, zero in (x, dt, B, C))
     out_grid = (1.0 if out_scale is None else float(out_scale), float(out_zero_point))
@@ -76,7 +77,7 @@ def _launch(
     ids = _sequences(seq_idx)
     sizes = (heads, length, heads // groups)
 
-    def blocks(meta: dict[str, Any]) -> int:
+    def blocks(meta: Mapping[str, Any]) -> int:
         return chunks * int(triton.cdiv(headdim, meta["BLOCK_P"]))
 
     exact = all(operand.dtype in (*BYTES, torch.bfloat16) for operand in (values, b, c))
@@ -145,7 +146,7 @@ def run_quantized(
     """See `mq_ao.ops.qssd_scan.qssd_scan`."""
     values, steps = (x, x_scale, x_zero_point), (dt, dt_scale, dt_zero_point)
     b, c = (B, B_scale, B_zero_point), (C, C_scale, C_zero_point)
-    rest = (D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, out_scale, out_zero_point)
+    rest: list[Any] = [D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, out_scale, out_zero_point]
     y, last_state = _qfake(*values, *steps, A, *b, *c, *rest)
     if last_state.numel():
         # Kernels multiply by scales whatever the type.
