@@ -107,7 +107,7 @@ def assert_near(got: Tensor, exact: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=tolerance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases, st.integers(0, 1))
 def test_float32_is_near_float64(case: Case, config: int) -> None:
     arguments = case.arguments()
@@ -184,7 +184,7 @@ def assert_rounded(q: Tensor, steps: Tensor, low: int, high: int, near: float) -
     assert float((q.double() - steps.clamp(low, high)).abs().max()) <= 0.5 + near
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(qcases, st.integers(0, 1))
 def test_quantized_is_near_float64_and_rounded(qcase: QCase, config: int) -> None:
     arguments = qcase.arguments()

@@ -146,7 +146,7 @@ class QCase:
 qcases = st.builds(QCase, case=cases, dtypes=st.tuples(*[dtypes] * 4), byte_output=st.booleans())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(qcases, st.integers(0, 1))
 def test_quantized_is_near_float64_and_rounded(qcase: QCase, config: int) -> None:
     arguments = qcase.arguments()

@@ -206,6 +206,8 @@ step = Kernel(_step, _STEPS, key=("channels", "D_STATE"))
 
 
 def _launch(
+    y: Tensor,
+    last_state: Tensor,
     u: _Grid,
     delta: _Grid,
     A: Tensor,
@@ -218,8 +220,6 @@ def _launch(
     state_scale: Tensor | None,
     out_scale: float | None,
     out_zero_point: int,
-    y: Tensor,
-    last_state: Tensor,
 ) -> None:
     """Writes y and the last state."""
     batch, length, channels = u[0].shape
@@ -287,7 +287,7 @@ def run(
     if last_state.numel():
         grids = [(x, 1.0, 0) for x in (u, delta, B, C)]
         x, dt, b, c = grids
-        _launch(x, dt, A, b, c, D, delta_bias, delta_softplus, initial_state, None, None, 0, y, last_state)
+        _launch(y, last_state, x, dt, A, b, c, D, delta_bias, delta_softplus, initial_state, None, None, 0)
     return y, last_state
 
 
@@ -325,7 +325,7 @@ def run_quantized(
     x, dt, _, b, c = grids
     y, last_state = _qfake(*x, *dt, A, *b, *c, *rest)
     if last_state.numel():
-        _launch(*grids, *rest, y, last_state)
+        _launch(y, last_state, *grids, *rest)
     return y, last_state
 
 

@@ -30,6 +30,8 @@ def _sequences(seq_idx: Tensor | None) -> Tensor | None:
 
 
 def _launch(
+    y: Tensor,
+    last_state: Tensor,
     x: _Grid,
     dt: _Grid,
     A: Tensor,
@@ -44,8 +46,6 @@ def _launch(
     seq_idx: Tensor | None,
     out_scale: float | None,
     out_zero_point: int,
-    y: Tensor,
-    last_state: Tensor,
 ) -> None:
     """Writes y and the last state."""
     batch, length, heads, headdim = x[0].shape
@@ -115,7 +115,7 @@ def run(
     if x.dtype == torch.float64:
         y, last_state = torch.ops.mq_ao.ssd_scan_reference(x, dt, A, B, C, *rest)
     elif last_state.numel():
-        _launch((x, 1.0, 0), (dt, 1.0, 0), A, (B, 1.0, 0), (C, 1.0, 0), *rest, None, 0, y, last_state)
+        _launch(y, last_state, (x, 1.0, 0), (dt, 1.0, 0), A, (B, 1.0, 0), (C, 1.0, 0), *rest, None, 0)
     return y, last_state
 
 
@@ -151,7 +151,7 @@ def run_quantized(
     if last_state.numel():
         # Kernels multiply by scales whatever the type.
         x_, dt_, b, c = (q if q[0].dtype != torch.float32 else (q[0], 1.0, 0) for q in (values, steps, b, c))
-        _launch(x_, dt_, A, b, c, *rest, y, last_state)
+        _launch(y, last_state, x_, dt_, A, b, c, *rest)
     return y, last_state
 
 
