@@ -29,6 +29,13 @@ def check_grid(label: str, dtype: torch.dtype, scale: float, zero_point: int) ->
     )
 
 
+def check_operand(label: str, q: Tensor, scale: float, zero_point: int) -> None:
+    """Raises MqAoError on what `dequantize` does not take."""
+    require(q.dtype in (*BYTES, torch.float32), f"{label} must be uint8, int8 or float32, it is {q.dtype}.")
+    if q.dtype != torch.float32:
+        check_grid(label, q.dtype, scale, zero_point)
+
+
 def dequantize(label: str, q: Tensor, scale: float, zero_point: int) -> Tensor:
     """Values of an operand in float32.
 
@@ -41,10 +48,9 @@ def dequantize(label: str, q: Tensor, scale: float, zero_point: int) -> Tensor:
     Raises:
         MqAoError: dtype or grid is not as above.
     """
-    require(q.dtype in (*BYTES, torch.float32), f"{label} must be uint8, int8 or float32, it is {q.dtype}.")
+    check_operand(label, q, scale, zero_point)
     if q.dtype == torch.float32:
         return q
-    check_grid(label, q.dtype, scale, zero_point)
     return (q.to(torch.float32) - zero_point) * scale
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops import library
-from mq_ao.ops.grids import check_output, dequantize, output_dtype, requantize
+from mq_ao.ops.grids import check_operand, check_output, dequantize, output_dtype, requantize
 from mq_ao.ops.library import require
-from mq_ao.ops.selective_scan import _check, selective_scan
+from mq_ao.ops.selective_scan import _check_shapes, selective_scan
 
 _LARGEST_STEP = 127
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
@@ -40,7 +40,7 @@ def _check_state(A: Tensor, initial_state: Tensor | None, state_scale: Tensor | 
         )
 
 
-def _float_operands(
+def _check(
     u: _Grid,
     delta: _Grid,
     A: Tensor,
@@ -52,15 +52,13 @@ def _float_operands(
     state_scale: Tensor | None,
     out_scale: float | None,
     out_zero_point: int,
-) -> list[Tensor]:
-    """u, delta, B and C as float32; raises MqAoError on operands that do not fit together."""
-    named = (("u", u), ("delta", delta), ("B", B), ("C", C))
-    floats = [dequantize(f"qselective_scan: {name}", *grid) for name, grid in named]
+) -> None:
+    """Raises MqAoError on operands that do not fit together."""
+    for name, grid in (("u", u), ("delta", delta), ("B", B), ("C", C)):
+        check_operand(f"qselective_scan: {name}", *grid)
     check_output("qselective_scan", u[0], out_scale, out_zero_point)
-    x, dt, b, c = floats
-    _check(x, dt, A, b, c, D, delta_bias, initial_state)
+    _check_shapes(u[0], delta[0], A, B[0], C[0], D, delta_bias, initial_state)
     _check_state(A, initial_state, state_scale)
-    return floats
 
 
 def quantize_state(state: Tensor, state_scale: Tensor) -> Tensor:
@@ -131,7 +129,7 @@ def qselective_scan(
     Raises:
         MqAoError: types, shapes or grids do not fit together, or the length is 0.
     """
-    x, dt, b, c = _float_operands(
+    _check(
         (u, u_scale, u_zero_point),
         (delta, delta_scale, delta_zero_point),
         A,
@@ -144,6 +142,8 @@ def qselective_scan(
         out_scale,
         out_zero_point,
     )
+    x, dt = dequantize("u", u, u_scale, u_zero_point), dequantize("delta", delta, delta_scale, delta_zero_point)
+    b, c = dequantize("B", B, B_scale, B_zero_point), dequantize("C", C, C_scale, C_zero_point)
     state = initial_state
     if initial_state is not None and state_scale is not None:
         state = initial_state * state_scale
@@ -175,7 +175,7 @@ def _fake(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    _float_operands(
+    _check(
         (u, u_scale, u_zero_point),
         (delta, delta_scale, delta_zero_point),
         A,

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops import library
-from mq_ao.ops.grids import check_output, dequantize, output_dtype, requantize
-from mq_ao.ops.ssd_scan import _check, ssd_scan
+from mq_ao.ops.grids import check_operand, check_output, dequantize, output_dtype, requantize
+from mq_ao.ops.ssd_scan import _check_shapes, ssd_scan
 
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 
 
-def _floats(x: _Grid, dt: _Grid, B: _Grid, C: _Grid, out_scale: float | None, out_zero_point: int) -> list[Tensor]:
-    """x, dt, B and C as float32; raises MqAoError on types and grids that do not fit."""
-    named = (("x", x), ("dt", dt), ("B", B), ("C", C))
-    floats = [dequantize(f"qssd_scan: {name}", *grid) for name, grid in named]
+def _check(x: _Grid, dt: _Grid, B: _Grid, C: _Grid, out_scale: float | None, out_zero_point: int) -> None:
+    """Raises MqAoError on types and grids that do not fit."""
+    for name, grid in (("x", x), ("dt", dt), ("B", B), ("C", C)):
+        check_operand(f"qssd_scan: {name}", *grid)
     check_output("qssd_scan", x[0], out_scale, out_zero_point)
-    return floats
 
 
 def qssd_scan(
@@ -75,7 +74,7 @@ def qssd_scan(
     Raises:
         MqAoError: types, shapes or grids do not fit together, or the length is 0.
     """
-    values, step, b, c = _floats(
+    _check(
         (x, x_scale, x_zero_point),
         (dt, dt_scale, dt_zero_point),
         (B, B_scale, B_zero_point),
@@ -83,6 +82,8 @@ def qssd_scan(
         out_scale,
         out_zero_point,
     )
+    values, step = dequantize("x", x, x_scale, x_zero_point), dequantize("dt", dt, dt_scale, dt_zero_point)
+    b, c = dequantize("B", B, B_scale, B_zero_point), dequantize("C", C, C_scale, C_zero_point)
     y, last_state = ssd_scan(values, step, A, b, c, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx)
     return requantize(y, output_dtype(x, out_scale), out_scale, out_zero_point), last_state
 
@@ -111,7 +112,7 @@ def _fake(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    values, step, b, c = _floats(
+    _check(
         (x, x_scale, x_zero_point),
         (dt, dt_scale, dt_zero_point),
         (B, B_scale, B_zero_point),
@@ -119,7 +120,7 @@ def _fake(
         out_scale,
         out_zero_point,
     )
-    _check(values, step, A, b, c, D, dt_bias, dt_min, dt_max, initial_state, seq_idx)
+    _check_shapes(x, dt, A, B, C, D, dt_bias, dt_min, dt_max, initial_state, seq_idx)
     batch, _, heads, headdim = x.shape
     y = x.new_empty(x.shape, dtype=output_dtype(x, out_scale))
     return y, x.new_empty((batch, heads, headdim, B.shape[3]), dtype=torch.float32)

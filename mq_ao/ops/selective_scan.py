@@ -22,7 +22,7 @@ _INPUTS = (
 )
 
 
-def _check(
+def _check_shapes(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -32,12 +32,11 @@ def _check(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    """Raises MqAoError on operands that do not fit together."""
+    """Raises MqAoError on operands whose shapes do not fit together."""
     require(u.dim() == 3, f"selective_scan: u must be (batch, length, channels), it has {u.dim()} dimensions.")
     batch, length, channels = u.shape
     if isinstance(length, int):
         require(length > 0, "selective_scan: the sequence is empty (length 0); give at least one step.")
-    require(u.is_floating_point(), f"selective_scan: u must be floating point, it is {u.dtype}.")
     require(delta.dim() == 3, f"selective_scan: delta must have u's shape, it has {delta.dim()} dimensions.")
     require(A.dim() == 2, f"selective_scan: A must be (channels, d_state), it has {A.dim()} dimensions.")
     d_state = A.shape[1]
@@ -71,6 +70,21 @@ def _check(
                 size == wanted,
                 f"selective_scan: {name} must have shape {tuple(shape)}, it has {tuple(value.shape)}.",
             )
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    """Raises MqAoError on operands that do not fit together."""
+    _check_shapes(u, delta, A, B, C, D, delta_bias, initial_state)
+    require(u.is_floating_point(), f"selective_scan: u must be floating point, it is {u.dtype}.")
     for name, value in (("delta", delta), ("B", B), ("C", C)):
         require(
             value.dtype == u.dtype,

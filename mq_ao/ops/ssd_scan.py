@@ -20,7 +20,7 @@ from mq_ao.ops import library
 from mq_ao.ops.library import require
 
 
-def _check(
+def _check_shapes(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -33,12 +33,11 @@ def _check(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> None:
-    """Raises MqAoError on operands that do not fit together."""
+    """Raises MqAoError on operands whose shapes, or limits, do not fit together."""
     require(x.dim() == 4, f"ssd_scan: x must be (batch, length, heads, headdim), it has {x.dim()} dimensions.")
     batch, length, heads, headdim = x.shape
     if isinstance(length, int):
         require(length > 0, "ssd_scan: the sequence is empty (length 0); give at least one step.")
-    require(x.is_floating_point(), f"ssd_scan: x must be floating point, it is {x.dtype}.")
     require(
         B.dim() == 4,
         f"ssd_scan: B must be (batch, length, groups, d_state), it has {B.dim()} dimensions; unsqueeze it.",
@@ -77,15 +76,33 @@ def _check(
         require(value.dim() == len(shape), message)
         for size, wanted in zip(value.shape, shape, strict=True):
             require(size == wanted, message)
+    require(
+        dt_max is None or dt_min <= dt_max,
+        f"ssd_scan: dt_min must not exceed dt_max, they are {dt_min} and {dt_max}.",
+    )
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_min: float,
+    dt_max: float | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    """Raises MqAoError on operands that do not fit together."""
+    _check_shapes(x, dt, A, B, C, D, dt_bias, dt_min, dt_max, initial_state, seq_idx)
+    require(x.is_floating_point(), f"ssd_scan: x must be floating point, it is {x.dtype}.")
     for name, value in (("dt", dt), ("B", B), ("C", C)):
         require(
             value.dtype == x.dtype,
             f"ssd_scan: x, dt, B and C must share a dtype, x is {x.dtype} and {name} {value.dtype}.",
         )
-    require(
-        dt_max is None or dt_min <= dt_max,
-        f"ssd_scan: dt_min must not exceed dt_max, they are {dt_min} and {dt_max}.",
-    )
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:

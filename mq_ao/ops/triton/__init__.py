@@ -15,7 +15,15 @@ from typing import Any
 
 from torch.library import Library
 
-from mq_ao.ops.triton import causal_conv1d, int8_gate, int8_linear, int8_rms_norm, weight_linear
+from mq_ao.ops.triton import (
+    causal_conv1d,
+    int8_gate,
+    int8_linear,
+    int8_rms_norm,
+    selective_scan,
+    ssd_scan,
+    weight_linear,
+)
 from mq_ao.ops.triton.launch import Launch, written_down
 
 
@@ -48,6 +56,10 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "int8_rms_norm": Implementation(int8_rms_norm.run, int8_rms_norm.examples),
     "qcausal_conv1d": Implementation(causal_conv1d.run_quantized, causal_conv1d.quantized_examples),
     "weight_linear": Implementation(weight_linear.run, weight_linear.examples),
+    "selective_scan": Implementation(selective_scan.run, selective_scan.examples),
+    "qselective_scan": Implementation(selective_scan.run_quantized, selective_scan.quantized_examples),
+    "ssd_scan": Implementation(ssd_scan.run, ssd_scan.examples),
+    "qssd_scan": Implementation(ssd_scan.run_quantized, ssd_scan.quantized_examples),
 }
 """By operator, without the namespace."""
 

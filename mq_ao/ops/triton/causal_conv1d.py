@@ -212,8 +212,8 @@ def run_quantized(
         return mq.qcausal_conv1d_reference(*operands)
     limits = torch.iinfo(x.dtype)
     low, high = float(limits.min - x_zero_point), float(limits.max - x_zero_point)
-    grid = (float(x_scale), 1 / x_scale, x_zero_point, low, high)
-    rounding = (1.0 if out_scale is None else 1 / out_scale, out_zero_point)
+    grid = (float(x_scale), 1 / x_scale, float(x_zero_point), low, high)
+    rounding = (1.0 if out_scale is None else 1 / out_scale, float(out_zero_point))
     _launch(x, weight, weight_scale, bias, initial_state, activation, y, last, grid, rounding)
     return y, last
 
@@ -231,8 +231,8 @@ def _launch(
     activation: str | None,
     y: Tensor,
     last: Tensor,
-    grid: tuple[float, float, int, float, float],
-    rounding: tuple[float, int],
+    grid: tuple[float, float, float, float, float],
+    rounding: tuple[float, float],
 ) -> None:
     batch, length, channels = x.shape
     if y.numel() == 0:

@@ -114,8 +114,8 @@ def run(
     plan = _plan(y, hadamard)
     if plan is None:
         return mq.int8_gate_reference(*operands)
-    grids = (float(y_scale), y_zero_point, float(z_scale), z_zero_point)
-    rounding = (1.0 if out_scale is None else 1.0 / out_scale, out_zero_point)
+    grids = (float(y_scale), float(y_zero_point), float(z_scale), float(z_zero_point))
+    rounding = (1.0 if out_scale is None else 1.0 / out_scale, float(out_zero_point))
     _launch(y, z, s, q, scale if out_scale is None else None, plan, hadamard, grids, rounding)
     return q, scale
 
@@ -157,8 +157,8 @@ def _launch(
     token_scale: Tensor | None,
     plan: Rotation,
     rotated: bool,
-    grids: tuple[float, int, float, int] = (1.0, 0, 1.0, 0),
-    rounding: tuple[float, int] = (1.0, 0),
+    grids: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0),
+    rounding: tuple[float, float] = (1.0, 0.0),
 ) -> None:
     n = plan.order
     count = out.numel() // n

@@ -210,7 +210,7 @@ def run(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"])),
         *operands,
         1.0 if out_scale is None else 1.0 / out_scale,
-        out_zero_point,
+        float(out_zero_point),
         **constants,
     )
     return out

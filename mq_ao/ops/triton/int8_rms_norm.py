@@ -109,7 +109,7 @@ def run(
         0 if right is None else right.stride(0),
         float(eps),
         1.0 if out_scale is None else 1.0 / out_scale,
-        out_zero_point,
+        float(out_zero_point),
         **constants,
     )
     return q, scale, total
