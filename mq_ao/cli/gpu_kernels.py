@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -27,7 +30,7 @@ def compile_offline(architectures: str, json: str | None) -> None:
     with step("starting"):
         try:
             from mq_ao.ops.triton import IMPLEMENTATIONS
-            from mq_ao.ops.triton.offline import SHARED_LIMITS, compile_launches
+            from mq_ao.ops.triton.offline import SHARED_LIMITS
         except ImportError as error:
             raise MqAoError(f"Triton cannot be imported ({error}): install it, it comes for Linux alone.") from None
     known = {f"sm_{architecture}": architecture for architecture in SHARED_LIMITS}
@@ -35,12 +38,13 @@ def compile_offline(architectures: str, json: str | None) -> None:
     if unknown := [name for name in wanted if name not in known]:
         raise MqAoError(f"unknown architecture {unknown[0]!r}: the architectures are {', '.join(known)}.")
     found: list[tuple[str, Resources]] = []
-    with bar("compiling", len(wanted) * len(IMPLEMENTATIONS)) as advance:
-        for name in wanted:
-            for operator, implementation in IMPLEMENTATIONS.items():
-                rows = compile_launches(implementation.launches(), known[name])
-                found += [(operator, row) for row in rows]
-                advance()
+    tasks = [(operator, known[name]) for name in wanted for operator in IMPLEMENTATIONS]
+    # A compilation keeps one core busy.
+    workers = ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), multiprocessing.get_context("spawn"))
+    with workers, bar("compiling", len(tasks)) as advance:
+        for (operator, _), rows in zip(tasks, workers.map(_compiled, tasks), strict=True):
+            found += [(operator, row) for row in rows]
+            advance()
     out().print(_table(found))
     if json is not None:
         write_json(json, [{"operator": operator, **asdict(row)} for operator, row in found])
@@ -48,6 +52,15 @@ def compile_offline(architectures: str, json: str | None) -> None:
         raise MqAoError(
             f"{len(bad)} of {len(found)} kernels spill or take too much shared memory, the first: {bad[0]}."
         )
+
+
+def _compiled(task: tuple[str, int]) -> list[Resources]:
+    """All kernels of an operator for an architecture."""
+    from mq_ao.ops.triton import IMPLEMENTATIONS
+    from mq_ao.ops.triton.offline import compile_launches
+
+    operator, architecture = task
+    return list(compile_launches(IMPLEMENTATIONS[operator].launches(), architecture))
 
 
 def _table(found: list[tuple[str, Resources]]) -> Table:
