@@ -13,6 +13,7 @@ from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import int8_linear
 
 mq = torch.ops.mq_ao
+quantize = torch.ops.quantized_decomposed.quantize_per_tensor
 pytestmark = pytest.mark.gpu
 
 
@@ -58,7 +59,7 @@ def test_the_reference_is_the_product_of_dequantized_values(case: dict[str, obje
     # A few roundings of float32 for each of at most 6 groups.
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=2e-6 * float(expected.abs().max()))
     if case["out_scale"] is not None:
-        rounded = torch.ops.quantized_decomposed.quantize_per_tensor(got, 0.05, 3, -128, 127, torch.int8)
+        rounded = quantize(got, 0.05, 3, -128, 127, torch.int8)
         assert torch.equal(int8_linear(**case), rounded)
 
 
@@ -79,6 +80,32 @@ def test_the_kernel_rounds_as_the_reference(case: dict[str, object], config: int
         assert (got.int() - expected.int()).abs().max() <= 1
     else:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(operands(), st.integers(0, 2), st.booleans())
+def test_pieces_are_those_of_the_whole(case: dict[str, object], config: int, three: bool) -> None:
+    from mq_ao.ops.triton import int8_linear as kernel
+    from mq_ao.ops.triton.launch import using
+
+    n = case["weight"].shape[0]
+    sizes = [n] if n == 1 else [2, n - 2] if not three or n < 4 else [1, 2, n - 3]
+    grids = [(0.05, 3), (0.0, 0), (0.1, -7)][: len(sizes)]
+    scales, zero_points = [scale for scale, _ in grids], [zero_point for _, zero_point in grids]
+    shared = [case[name] for name in ("q", "token_scale", "weight", "scale", "correction", "bias")]
+    args = (*shared, sizes, scales, zero_points, case["group_size"])
+    with using(config):
+        both = kernel.run_pieces(*args), mq.int8_linears(*args)
+    whole = int8_linear(**{**case, "out_scale": None}).split(sizes, -1)
+    for results in both:
+        assert all(result.shape == (0,) for result in results[len(sizes) :])
+        for got, expected, (scale, zero_point) in zip(results[: len(sizes)], whole, grids, strict=True):
+            assert got.shape == expected.shape and got.is_contiguous()
+            if not scale:
+                torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+                continue
+            rounded = quantize(expected, scale, zero_point, -128, 127, torch.int8)
+            assert got.dtype == torch.int8 and (got.int() - rounded.int()).abs().max() <= int(torch.cuda.is_available())
 
 
 @settings(max_examples=40, deadline=None)
@@ -113,6 +140,8 @@ def test_int4_weights_come_back() -> None:
 def test_the_operator_has_a_right_shape_function() -> None:
     q, weight = torch.ones(3, 8, dtype=torch.int8), torch.ones(5, 8, dtype=torch.int8)
     torch.library.opcheck(mq.int8_linear.default, (q, torch.ones(3, 1), weight, torch.ones(5)))
+    pieces = ([2, 3], [0.1, 0.0], [3, 0])
+    torch.library.opcheck(mq.int8_linears.default, (q, torch.ones(3, 1), weight, torch.ones(5), None, None, *pieces))
     torch.library.opcheck(mq.weight_linear.default, (torch.ones(3, 8), weight, torch.ones(5)))
 
 
@@ -128,5 +157,9 @@ def test_bad_operands_are_refused() -> None:
         nibbles.pack(weight, 64)
     with pytest.raises(MqAoError, match="int4 weights lie in"):
         nibbles.pack(weight * 9, 32)
+    with pytest.raises(MqAoError, match=r"pieces of \[2, 2\] outputs do not make up the 5 of the weight"):
+        mq.int8_linears(q, None, weight, scale, None, None, [2, 2], [0.1, 0.1], [0, 0])
+    with pytest.raises(MqAoError, match="int8_linears gives 1 to 3 pieces"):
+        mq.int8_linears(q, None, weight, scale, None, None, [1, 1, 1, 2], [0.0] * 4, [0] * 4)
     with pytest.raises(MqAoError, match=r"token_scale must be float32 with one value for each token, \(3, 1\)"):
         mq.int8_linear(q, torch.ones(3), weight, scale)

@@ -1,4 +1,4 @@
-"""`mq_ao::int8_linear`: a linear layer on int8 activations and row-major weights, as GPUs read them.
+"""`mq_ao::int8_linear` and `int8_linears`: linear layers on int8 activations and row-major weights, as GPUs read them.
 
 Sums are exact in 32 bits; zero point, scales, bias and the optional requantization are a float32 epilogue whose order
 of operations the reference defines. x86 has `qlinear`, on packed weights and unsigned activations.
@@ -164,4 +164,87 @@ library.define(
     "float? out_scale=None, int out_zero_point=0, int group_size=0) -> Tensor",
     fake=fake,
     reference=int8_linear,
+)
+
+
+MOST_PIECES = 3
+
+
+def _check_pieces(n: int, sizes: list[int], out_scales: list[float], out_zero_points: list[int]) -> None:
+    require(
+        1 <= len(sizes) <= MOST_PIECES and len(sizes) == len(out_scales) == len(out_zero_points),
+        f"int8_linears gives 1 to {MOST_PIECES} pieces, each with a size, a scale and a zero point, not {len(sizes)}, "
+        f"{len(out_scales)} and {len(out_zero_points)} of these.",
+    )
+    require(min(sizes) > 0 and sum(sizes) == n, f"pieces of {sizes} outputs do not make up the {n} of the weight.")
+    for scale, zero_point in zip(out_scales, out_zero_points, strict=True):
+        if scale:
+            check_grid("int8_linears: out", torch.int8, scale, zero_point)
+
+
+def int8_linears(
+    q: Tensor,
+    token_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    sizes: list[int],
+    out_scales: list[float],
+    out_zero_points: list[int],
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference: `int8_linear`, then its outputs in pieces, each of which is rounded or not.
+
+    Args:
+        q, token_scale, weight, scale, correction, bias, group_size: as in `int8_linear`.
+        sizes: outputs of each piece, at most three; they sum to N.
+        out_scales: of each piece; 0: it stays float32.
+        out_zero_points: of each piece, within -128..127.
+
+    Returns:
+        Three tensors (..., size), contiguous, float32 or int8; empty ones (0,) for pieces that there are not.
+
+    Raises:
+        MqAoError: a dtype, a shape or a parameter is not as above.
+    """
+    _check_pieces(weight.shape[0], sizes, out_scales, out_zero_points)
+    y = int8_linear(q, token_scale, weight, scale, correction, bias, None, 0, group_size)
+    given = [
+        requantize(piece, torch.int8, out_scale or None, zero_point).contiguous()
+        for piece, out_scale, zero_point in zip(y.split(sizes, -1), out_scales, out_zero_points, strict=True)
+    ]
+    first, second, third = given + [y.new_empty(0) for _ in range(MOST_PIECES - len(given))]
+    return first, second, third
+
+
+def fake_pieces(
+    q: Tensor,
+    token_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    sizes: list[int],
+    out_scales: list[float],
+    out_zero_points: list[int],
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks the operands of `int8_linears`, and gives empty results."""
+    _check_pieces(weight.shape[0], sizes, out_scales, out_zero_points)
+    _check(q, token_scale, weight, scale, correction, bias, None, 0, group_size)
+    given = [
+        q.new_empty((*q.shape[:-1], size), dtype=torch.int8 if out_scale else torch.float32)
+        for size, out_scale in zip(sizes, out_scales, strict=True)
+    ]
+    first, second, third = given + [q.new_empty(0, dtype=torch.float32) for _ in range(MOST_PIECES - len(given))]
+    return first, second, third
+
+
+library.define(
+    "int8_linears",
+    "(Tensor q, Tensor? token_scale, Tensor weight, Tensor scale, Tensor? correction, Tensor? bias, int[] sizes, "
+    "float[] out_scales, int[] out_zero_points, int group_size=0) -> (Tensor first, Tensor second, Tensor third)",
+    fake=fake_pieces,
+    reference=int8_linears,
 )

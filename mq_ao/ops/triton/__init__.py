@@ -53,6 +53,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "hadamard": Implementation(int8_gate.run_hadamard, int8_gate.hadamard_examples),
     "int8_gate": Implementation(int8_gate.run, int8_gate.examples),
     "int8_linear": Implementation(int8_linear.run, int8_linear.examples),
+    "int8_linears": Implementation(int8_linear.run_pieces, int8_linear.pieces_examples),
     "int8_rms_norm": Implementation(int8_rms_norm.run, int8_rms_norm.examples),
     "qcausal_conv1d": Implementation(causal_conv1d.run_quantized, causal_conv1d.quantized_examples),
     "weight_linear": Implementation(weight_linear.run, weight_linear.examples),

@@ -1,4 +1,4 @@
-"""`mq_ao::int8_linear` on CUDA: int8 products on tensor cores with scales, bias and rounding behind them.
+"""`mq_ao::int8_linear` and `int8_linears` on CUDA: int8 products on tensor cores, with scales, bias and rounding.
 
 Up to 16 rows (decode) it reads each weight once and is bound by that; a tile of 16 rows costs no more than one row,
 since tensor cores take 16 at least. Larger matrices go through it where `aten._int_mm` cannot take them.
@@ -6,6 +6,7 @@ since tensor cores take 16 at least. Larger matrices go through it where `aten._
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mq_ao.ops.int8_linear import fake
+from mq_ao.ops.int8_linear import MOST_PIECES, fake, fake_pieces
 from mq_ao.ops.triton.launch import Config, Kernel
 from mq_ao.ops.triton.rounding import to_bytes
 
@@ -37,18 +38,15 @@ def halves(weight, group, inside, GROUP: tl.constexpr, INT4: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(
-    total, bias, out, rows, columns, m, n, out_inverse, out_zero_point, HAS_BIAS: tl.constexpr, INT8: tl.constexpr
-):
-    """Adds the bias and writes a tile, rounded if asked."""
-    inside = (rows[:, None] < m) & (columns[None, :] < n)
-    if HAS_BIAS:
-        total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
-    at = out + rows[:, None].to(tl.int64) * n + columns[None, :]
-    if INT8:
-        tl.store(at, to_bytes(total * out_inverse, out_zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
-    else:
-        tl.store(at, total, mask=inside)
+def _write(out, total, rows, columns, m, start, stop, inverse, zero_point):
+    """Writes the columns start..stop of a tile to a matrix of their own, rounded if that is int8."""
+    if out is not None:
+        inside = (rows[:, None] < m) & (columns >= start)[None, :] & (columns < stop)[None, :]
+        at = out + rows[:, None].to(tl.int64) * (stop - start) + (columns - start)[None, :]
+        if out.dtype.element_ty == tl.int8:
+            tl.store(at, to_bytes(total * inverse, zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
+        else:
+            tl.store(at, total, mask=inside)
 
 
 @triton.jit
@@ -59,16 +57,23 @@ def _int8_linear(
     scale,
     correction,
     bias,
-    out,
+    first_out,
+    second_out,
+    third_out,
     m,
     n,
     k,
-    out_inverse,
-    out_zero_point,
+    first_stop,
+    second_stop,
+    first_inverse,
+    first_zero_point,
+    second_inverse,
+    second_zero_point,
+    third_inverse,
+    third_zero_point,
     PER_TOKEN: tl.constexpr,
     CORRECTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    INT8: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -91,7 +96,11 @@ def _int8_linear(
     if PER_TOKEN:
         factor = factor * tl.load(token_scale + rows, mask=rows < m, other=0.0)[:, None]
     total = sums.to(tl.float32) * factor
-    _epilogue(total, bias, out, rows, columns, m, n, out_inverse, out_zero_point, HAS_BIAS, INT8)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
+    _write(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
+    _write(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
+    _write(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
 
 
 @triton.jit
@@ -102,16 +111,23 @@ def _grouped_linear(
     scale,
     correction,
     bias,
-    out,
+    first_out,
+    second_out,
+    third_out,
     m,
     n,
     k,
-    out_inverse,
-    out_zero_point,
+    first_stop,
+    second_stop,
+    first_inverse,
+    first_zero_point,
+    second_inverse,
+    second_zero_point,
+    third_inverse,
+    third_zero_point,
     PER_TOKEN: tl.constexpr,
     CORRECTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    INT8: tl.constexpr,
     GROUP: tl.constexpr,
     INT4: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -142,7 +158,11 @@ def _grouped_linear(
         if PER_TOKEN:
             step = step * factor[:, None]
         total += sums.to(tl.float32) * step
-    _epilogue(total, bias, out, rows, columns, m, n, out_inverse, out_zero_point, HAS_BIAS, INT8)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
+    _write(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
+    _write(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
+    _write(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
 
 
 # Shared memory of all of them is below the 99 KB of the smallest chips from Ampere on (compute capability 8.6).
@@ -190,30 +210,67 @@ def run(
 ) -> Tensor:
     """See `mq_ao.ops.int8_linear.int8_linear`."""
     out = fake(q, token_scale, weight, scale, correction, bias, out_scale, out_zero_point, group_size)
+    rounding = [(out_scale or 0.0, out_zero_point)]
+    _launch((q, token_scale, weight, scale, correction, bias), group_size, [out], rounding)
+    return out
+
+
+def run_pieces(
+    q: Tensor,
+    token_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    sizes: list[int],
+    out_scales: list[float],
+    out_zero_points: list[int],
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mq_ao.ops.int8_linear.int8_linears`."""
+    operands = (q, token_scale, weight, scale, correction, bias)
+    outs = fake_pieces(*operands, sizes, out_scales, out_zero_points, group_size)
+    rounding = list(zip(out_scales, out_zero_points, strict=True))
+    _launch(operands, group_size, list(outs[: len(sizes)]), rounding)
+    return outs
+
+
+def _launch(operands: tuple[Any, ...], group_size: int, outs: list[Tensor], rounding: list[tuple[float, int]]) -> None:
+    """Fills `outs`, the pieces of the outputs in order, each with its scale, 0 for a float one, and zero point."""
+    q, token_scale, weight, *rest = operands
     k, n = q.shape[-1], weight.shape[0]
     m = q.numel() // k
     if m == 0:
-        return out
+        return
     kernels = (few_rows_grouped, many_rows_grouped) if group_size else (few_rows, many_rows)
     kernel = odd_rows if not group_size and k % _ALIGNMENT else kernels[m > FEW_ROWS]
-    scales = None if token_scale is None else token_scale.contiguous()
-    operands = (q.contiguous(), scales, weight, scale, correction, bias, out, m, n, k)
+    missing = MOST_PIECES - len(outs)
+    stops = list(itertools.accumulate(out.shape[-1] for out in outs))[:2]
+    grids = [value for scale, zero_point in rounding for value in (1.0 / (scale or 1.0), float(zero_point))]
     constants: dict[str, Any] = {
         "PER_TOKEN": token_scale is not None,
-        "CORRECTED": correction is not None,
-        "HAS_BIAS": bias is not None,
-        "INT8": out_scale is not None,
+        "CORRECTED": rest[1] is not None,
+        "HAS_BIAS": rest[2] is not None,
     }
     if group_size:
         constants |= {"GROUP": group_size, "INT4": weight.dtype == torch.uint8}
     kernel.launch(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"])),
-        *operands,
-        1.0 if out_scale is None else 1.0 / out_scale,
-        float(out_zero_point),
+        q.contiguous(),
+        None if token_scale is None else token_scale.contiguous(),
+        weight,
+        *rest,
+        *outs,
+        *[None] * missing,
+        m,
+        n,
+        k,
+        *stops,
+        *[n] * (2 - len(stops)),
+        *grids,
+        *[1.0, 0.0] * missing,
         **constants,
     )
-    return out
 
 
 def examples() -> Iterator[tuple[Any, ...]]:
@@ -236,3 +293,31 @@ def examples() -> Iterator[tuple[Any, ...]]:
     n, k = 81, 1532
     bias, sums = make(n, dtype=torch.float32), make(n, dtype=torch.int32)
     yield make(1024, k), None, make(n, k), make(n, dtype=torch.float32), sums, bias, 0.1, 3
+
+
+def pieces_examples() -> Iterator[tuple[Any, ...]]:
+    """in_proj, of which x is rounded and z is not, and x_proj, whose three pieces are rounded; for one token."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for rows in (1, 1024):
+        q, token_scale, scale = make(rows, 2560), make(rows, 1, dtype=torch.float32), make(10240, dtype=torch.float32)
+        yield q, token_scale, make(10240, 2560), scale, None, None, [5120, 5120], [0.1, 0.0], [3, 0]
+    grouped = make(10240, 2560 // 64, dtype=torch.float32)
+    weight = make(10240, 1280, dtype=torch.uint8)
+    yield (
+        make(1, 2560),
+        make(1, 1, dtype=torch.float32),
+        weight,
+        grouped,
+        None,
+        None,
+        [5120, 5120],
+        [0.1, 0],
+        [3, 0],
+        64,
+    )
+    sums, scale = make(192, dtype=torch.int32), make(192, dtype=torch.float32)
+    sizes = [160, 16, 16]
+    yield make(1, 5120), None, make(192, 5120), scale, sums, None, sizes, [0.1, 0.2, 0.3], [3, 0, 1]
