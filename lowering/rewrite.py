@@ -57,23 +57,20 @@ class GraphRewriter:
         """The one static quantize that is all that reads `value`, or None."""
         return None if value is None else requantize(value, self.limits)
 
-    def splits(self, bounds: list[tuple[Node, int, int]]) -> bool:
-        """Whether a linear of which these pieces are read is better several products."""
+    def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
+        """Replaces the pieces (value, start, stop) of a linear by what quantizes its own output; False: stays whole."""
         raise NotImplementedError
 
     def linear(self, node: Node) -> None:
-        """A linear with an integer weight; or its pieces, each of which then quantizes its own output or does not."""
+        """A linear with an integer weight; where only pieces of it are read, these pieces."""
         x, weight_node, bias = walk.padded(node, 3)
         weight = Weight.of(self.module, weight_node)
         known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
         if weight is None or not known:
             return
         bounds = pieces(node)
-        if bounds is None or bias is not None or not self.splits(bounds):
+        if bounds is None or not self.in_pieces(x, weight, bias, bounds):
             self.replace(node, self.product(node, x, weight, bias))
-            return
-        for getitem, start, stop in bounds:
-            self.replace(getitem, self.product(getitem, x, weight.rows(start, stop), None))
 
     def gate(self, quantize: Node) -> tuple[Any, ...] | None:
         """What an operator for gate, rotation and this quantize step takes: y, z, smoothing, whether it rotates."""

@@ -18,7 +18,7 @@ from mq_ao import MqAoError
 from mq_ao.api import QuantizedProgram, capture
 from mq_ao.graph import walk
 from mq_ao.lowering import cuda
-from mq_ao.lowering.cuda.compiled import product
+from mq_ao.lowering.cuda.compiled import product, products
 from mq_ao.lowering.cuda.rewrite import INTEGER_LINEARS, Rewriter
 from mq_ao.lowering.patterns import Q_STATIC, Weight
 from mq_ao.models import Mamba2Config, MambaLM, Vim, VimConfig, language_model
@@ -235,9 +235,9 @@ def test_tied_embedding_and_head_share_their_integers(tiny: MambaLM, calibration
     rows, _ = module.graph.find_nodes(op="call_function", target=aten.embedding.default)  # integers, and scales
     *_, head = walk.calls(module, INTEGER_LINEARS)
     assert rows.args[0].target == head.args[2].target
-    # One buffer a weight, where in_proj has two, x and z: nothing is kept twice.
+    # One buffer a weight: nothing is kept twice.
     kept = [name for name, _ in module.named_buffers() if name.startswith(("int8_weight", "int8_rows"))]
-    assert len(kept) == 2 * 5 + 1
+    assert len(kept) == 2 * 4 + 1
 
 
 class Devices(TorchDispatchMode):
@@ -303,6 +303,10 @@ def test_what_the_compiler_makes_of_a_linear_has_the_bits_of_the_operator(
     scale, bias, steps = (torch.rand(shape, generator=gen) for shape in ((8,), (8,), (2, 17, 1)))
     args = (q, steps if per_token else None, weight, scale, weight.sum(1, dtype=torch.int32) * 7, bias, out_scale, 2)
     assert torch.equal(product(*args), mq.int8_linear(*args))
+    pieces = ((8, 8), (out_scale or 0.0, 0.0), (2, 0))
+    args = (q, args[1], weight.repeat(2, 1), scale.repeat(2), None, bias.repeat(2), *map(list, pieces))
+    for got, expected in zip(products(*args), mq.int8_linears(*args)[:2], strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_what_the_kernels_do_not_take_is_refused(tiny: MambaLM) -> None:
@@ -346,8 +350,9 @@ def test_integers_of_another_backend_are_named_as_simulated(
 
 def test_norms_and_gates_quantize_for_themselves(tiny: MambaLM, calibration: list[Tensor]) -> None:
     lowered = cuda.lower(mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").converted)
-    # in_proj is two products, x and z, and x_proj three, all of which quantize their outputs.
-    counts = {"int8_rms_norm": 3, "int8_gate": 2, "qcausal_conv1d": 2, "qselective_scan": 2, "int8_linear": 15}
+    # in_proj gives x in int8 and z in float, x_proj dt, B and C in int8, each from one kernel.
+    counts = {"int8_rms_norm": 3, "int8_gate": 2, "qcausal_conv1d": 2, "qselective_scan": 2}
+    counts |= {"int8_linear": 2 * 2 + 1, "int8_linears": 2 * 2}
     assert {name.split(".")[1]: count for name, count in lowered.kernels.items()} == counts
     # Of residual sums only the first one's operands stand apart: the others are made by the norms.
     assert len(walk.calls(lowered.module, walk.ADD)) < 2 * 2

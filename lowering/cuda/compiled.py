@@ -35,14 +35,48 @@ def product(
 
     It is for the tracer of `torch.compile`, which guards the choice by the number of rows.
     """
-    whole = group_size == 0 and weight.dtype == torch.int8 and (weight.shape[0] | weight.shape[1]) % _MULTIPLE == 0
-    if not whole or q.numel() // q.shape[-1] <= _MORE_ROWS_THAN:
+    if not _taken(q, weight, group_size, weight.shape[0]):
         epilogue = (correction, bias, out_scale, out_zero_point, group_size)
         return mq.int8_linear(q, token_scale, weight, scale, *epilogue)
     rows = q.reshape(-1, q.shape[-1])
     scales = None if token_scale is None else token_scale.reshape(-1, 1)
     y = scaled(torch.ops.aten._int_mm(rows, weight.t()), scales, scale, correction)
     return finished(y, bias, out_scale, out_zero_point).reshape(*q.shape[:-1], weight.shape[0])
+
+
+def products(
+    q: Tensor,
+    token_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    correction: Tensor | None,
+    bias: Tensor | None,
+    sizes: list[int],
+    out_scales: list[float],
+    out_zero_points: list[int],
+    group_size: int = 0,
+) -> tuple[Tensor, ...]:
+    """`int8_linears` likewise: for many rows a product for each piece, which an epilogue of its own can follow."""
+    if not _taken(q, weight, group_size, *sizes):
+        pieces = (sizes, out_scales, out_zero_points, group_size)
+        return mq.int8_linears(q, token_scale, weight, scale, correction, bias, *pieces)
+    given, start = [], 0
+    for size, out_scale, zero_point in zip(sizes, out_scales, out_zero_points, strict=True):
+        part = slice(start, start + size)
+        less, more = (None if value is None else value[part] for value in (correction, bias))
+        given.append(product(q, token_scale, weight[part], scale[part], less, more, out_scale or None, zero_point))
+        start += size
+    return tuple(given)
+
+
+def _taken(q: Tensor, weight: Tensor, group_size: int, *sizes: int) -> bool:
+    """Whether `aten._int_mm` takes products of these sizes."""
+    if group_size or weight.dtype != torch.int8 or any(size % _MULTIPLE for size in (*sizes, q.shape[-1])):
+        return False
+    return q.numel() // q.shape[-1] > _MORE_ROWS_THAN
+
+
+_INLINED: dict[Any, Any] = {mq.int8_linear.default: product, mq.int8_linears.default: products}
 
 
 def compiled(module: GraphModule, mode: str = "default", dynamic: bool | None = None) -> Callable[..., Any]:
@@ -59,8 +93,8 @@ def compiled(module: GraphModule, mode: str = "default", dynamic: bool | None = 
     graph = copy.deepcopy(module.graph)
     # On the same weights, with code of its own: dynamo keeps what it compiled by code.
     inlined = GraphModule(module, graph)
-    for node in walk.calls(inlined, {mq.int8_linear.default}):
-        node.target = product
+    for node in walk.calls(inlined, _INLINED):
+        node.target = _INLINED[node.target]
     inlined.recompile()
     function = torch.compile(inlined, mode=mode, dynamic=dynamic)
 

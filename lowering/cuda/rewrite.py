@@ -15,12 +15,15 @@ from mq_ao.lowering.integer_graph import count_kernels
 from mq_ao.lowering.patterns import INT8, Q_STATIC, Weight, merge_dequantize, per_token_source
 from mq_ao.lowering.rewrite import GraphRewriter
 from mq_ao.ops import nibbles
+from mq_ao.ops.int8_linear import MOST_PIECES
 from mq_ao.ops.qlinear import quantize_per_token
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
 
-INTEGER_LINEARS: frozenset[object] = frozenset({mq.int8_linear.default, mq.weight_linear.default})
+INTEGER_LINEARS: frozenset[object] = frozenset(
+    {mq.int8_linear.default, mq.int8_linears.default, mq.weight_linear.default}
+)
 INTEGER_KERNELS: frozenset[object] = INTEGER_LINEARS | {
     mq.qcausal_conv1d.default,
     mq.qselective_scan.default,
@@ -71,13 +74,69 @@ class Rewriter(GraphRewriter):
         self.module.delete_all_unused_submodules()
         return count_kernels(self.module, INTEGER_KERNELS)
 
-    def splits(self, bounds: list[tuple[Node, int, int]]) -> bool:
-        """Whether that takes no more kernels than the whole and a quantize step for each piece that has one."""
-        return len(bounds) <= 1 + sum(self.following(piece) is not None for piece, _, _ in bounds)
+    def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
+        """One kernel for all pieces, if it can round one of them for what follows."""
+        stops = [0, *(stop for _, _, stop in bounds)]
+        joined = [start for _, start, _ in bounds] == stops[:-1] and stops[-1] == len(weight.values)
+        following = [self.following(piece) for piece, _, _ in bounds]
+        if not joined or len(bounds) > MOST_PIECES or not any(following):
+            return False
+        at = walk.argument(walk.argument(bounds[0][0], 0), 0)  # the linear
+        operands = self._operands(at, x, weight)
+        if operands is None:
+            return False
+        *first, group_size = operands
+        sizes = [stop - start for _, start, stop in bounds]
+        # A scale of 0 is that of a float piece.
+        grids = [(0.0, 0) if quantize is None else quantize.args[1:3] for quantize in following]
+        scales, zero_points = (list(values) for values in zip(*grids, strict=True))
+        with self.graph.inserting_before(at):
+            args = (*first, bias, sizes, scales, zero_points, group_size)
+            new = self.graph.call_function(mq.int8_linears.default, args)
+            new.meta = {key: value for key, value in at.meta.items() if key != "val"}
+            values = [self.graph.call_function(walk.getitem, (new, index)) for index in range(len(bounds))]
+        for (piece, _, _), value, quantize in zip(bounds, values, following, strict=True):
+            self.replace(piece, value)
+            if quantize is not None:
+                self.take_over(quantize, value)
+        return True
 
     def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Product with integer weights before `at`; quantizes its output where `at` only feeds one static quantize."""
+        operands = self._operands(at, x, weight)
+        with self.graph.inserting_before(at):
+            if operands is None:
+                values, scale, group_size = self._layout(at, weight)
+                args = (x, self.store("weight", values), self.store("scale", scale), bias, group_size)
+                return self.graph.call_function(mq.weight_linear.default, args)
+            *first, group_size = operands
+            following = self.following(at)
+            out = (None, 0) if following is None else (following.args[1], following.args[2])
+            new = self.graph.call_function(mq.int8_linear.default, (*first, bias, *out, group_size))
+        if following is not None:
+            self.take_over(following, new)
+        return new
+
+    def _operands(self, at: Node, x: Node, weight: Weight) -> tuple[Any, ...] | None:
+        """q, token_scale, weight, scale, correction and group_size of `int8_linear`; None if x stays in float."""
         operand, source = self.operand(x), per_token_source(x)
+        if source is None and not operand.static:
+            return None
+        # Traced, the rounding of tokens is plain operators, which Inductor fuses with what is before them.
+        q, token_scale = (operand.node, None) if source is None else self.per_token(source, x, quantize_per_token)
+        values, scale, group_size = self._layout(at, weight)
+        correction = None
+        with self.graph.inserting_before(at):
+            if operand.static:
+                scale = scale * operand.scale
+                if operand.zero_point:
+                    groups = weight.values.unflatten(1, (-1, group_size or weight.values.shape[1]))
+                    sums = groups.sum(-1, dtype=torch.int32).view(scale.shape) * operand.zero_point
+                    correction = self.store("correction", sums)
+            return q, token_scale, self.store("weight", values), self.store("scale", scale), correction, group_size
+
+    def _layout(self, at: Node, weight: Weight) -> tuple[Tensor, Tensor, int]:
+        """Integers, scales and group size as the kernels read them."""
         scale, group_size, inputs = weight.scale, weight.group_size, weight.values.shape[1]
         packed = weight.bits == 4 and inputs % _GROUP == 0
         if packed and not group_size:
@@ -88,30 +147,7 @@ class Rewriter(GraphRewriter):
                 f"{at.name}: groups of {group_size} weights do not divide its {inputs} inputs, which the GPU kernels "
                 "need: choose another group_size, or None for one scale a channel."
             )
-        # Traced, the rounding of tokens is plain operators, which Inductor fuses with what is before them.
-        tokens = None if source is None else self.per_token(source, x, quantize_per_token)
-        call = self.graph.call_function
-        with self.graph.inserting_before(at):
-            values = nibbles.pack(weight.values, group_size) if packed else weight.values
-            stored = self.store("weight", values)
-            if tokens is None and not operand.static:
-                args = (x, stored, self.store("scale", scale), bias, group_size)
-                return call(mq.weight_linear.default, args)
-            correction = None
-            if operand.static:
-                scale = scale * operand.scale
-                if operand.zero_point:
-                    groups = weight.values.unflatten(1, (-1, group_size or inputs))
-                    sums = groups.sum(-1, dtype=torch.int32).view(scale.shape) * operand.zero_point
-                    correction = self.store("correction", sums)
-            q, token_scale = (operand.node, None) if tokens is None else tokens
-            following = self.following(at)
-            out = (None, 0) if following is None else (following.args[1], following.args[2])
-            args = (q, token_scale, stored, self.store("scale", scale), correction, bias, *out, group_size)
-            new = call(mq.int8_linear.default, args)
-        if following is not None:
-            self.take_over(following, new)
-        return new
+        return nibbles.pack(weight.values, group_size) if packed else weight.values, scale, group_size
 
     def _gate(self, quantize: Node) -> None:
         """Gate, rotation and quantize step of out_proj's input as one operator."""

@@ -65,9 +65,13 @@ class Rewriter(GraphRewriter):
         self.module.delete_all_unused_submodules()
         return count_integer_kernels(self.module)
 
-    def splits(self, bounds: list[tuple[Node, int, int]]) -> bool:
-        """Whether all pieces begin with a panel."""
-        return not any(start % _PANEL for _, start, _ in bounds)
+    def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
+        """A product for each piece, if all begin with a panel."""
+        if bias is not None or any(start % _PANEL for _, start, _ in bounds):
+            return False
+        for piece, start, stop in bounds:
+            self.replace(piece, self.product(piece, x, weight.rows(start, stop), None))
+        return True
 
     def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Integer product before `at`; quantizes its own output where `at` only feeds one static quantize."""

@@ -133,14 +133,18 @@ def _linear(call: Call) -> Cost:
     x = call.arguments["q" if "q" in call.arguments else "input"]
     weight = call.arguments["weight"]
     groups = call.arguments.get("group_size") or 0
-    outputs, inputs = call.y.numel(), x.shape[-1]
+    inputs, channels = x.shape[-1], weight.shape[0]
+    rows = x.numel() // inputs
+    outputs = rows * channels
     products = 2 * outputs * inputs
-    rows = outputs // call.y.shape[-1] if outputs else 0
     fp32 = ROUNDING * outputs * (inputs // groups if groups else 1)
     if weight.dtype == torch.uint8:
-        fp32 += ROUNDING * inputs * call.y.shape[-1] * math.ceil(rows / _ROWS)
+        fp32 += ROUNDING * inputs * channels * math.ceil(rows / _ROWS)
     if x.dtype == torch.int8:
-        cost = call.cost(int8=products, fp32=fp32)
+        # Compiled, pieces of many rows are products of their own, which read x again.
+        several = len(call.arguments.get("sizes", ())) if rows > _FEW_ROWS else 1
+        again = max(several - 1, 0)
+        cost = call.cost(1 + again, int8=products, fp32=fp32) + Cost(moved=again * moved(x))
         # Of one scale for all, the zero point is 0 by chance alone: what corrects for others is counted in any case.
         fortunate = call.arguments["token_scale"] is None and call.arguments["correction"] is None
         return cost + Cost(moved=moved(call.arguments["scale"])) if fortunate else cost
@@ -230,6 +234,7 @@ LINEARS = frozenset(
     {
         "aten.linear",
         "mq_ao.int8_linear",
+        "mq_ao.int8_linears",
         "mq_ao.weight_linear",
     }
 )
