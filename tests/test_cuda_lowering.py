@@ -305,7 +305,7 @@ def test_what_the_compiler_makes_of_a_linear_has_the_bits_of_the_operator(
     assert torch.equal(product(*args), mq.int8_linear(*args))
     pieces = ((8, 8), (out_scale or 0.0, 0.0), (2, 0))
     args = (q, args[1], weight.repeat(2, 1), scale.repeat(2), None, bias.repeat(2), *map(list, pieces))
-    for got, expected in zip(products(*args), mq.int8_linears(*args)[:2], strict=True):
+    for got, expected in zip(products(*args), mq.int8_linears(*args), strict=True):
         assert torch.equal(got, expected)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from mq_ao.graph import walk
-from mq_ao.ops.int8_linear import finished, scaled
+from mq_ao.ops.int8_linear import MOST_PIECES, finished, scaled
 
 mq = torch.ops.mq_ao
 
@@ -55,7 +55,7 @@ def products(
     out_scales: list[float],
     out_zero_points: list[int],
     group_size: int = 0,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`int8_linears` likewise: for many rows a product for each piece, which an epilogue of its own can follow."""
     if not _taken(q, weight, group_size, *sizes):
         pieces = (sizes, out_scales, out_zero_points, group_size)
@@ -66,7 +66,8 @@ def products(
         less, more = (None if value is None else value[part] for value in (correction, bias))
         given.append(product(q, token_scale, weight[part], scale[part], less, more, out_scale or None, zero_point))
         start += size
-    return tuple(given)
+    first, second, third = given + [q.new_empty(0, dtype=torch.float32) for _ in range(MOST_PIECES - len(given))]
+    return first, second, third
 
 
 def _taken(q: Tensor, weight: Tensor, group_size: int, *sizes: int) -> bool:
