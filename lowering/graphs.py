@@ -93,10 +93,10 @@ class StateShapes:
         dtypes = {"conv_dtype": str(self.conv_dtype)[6:], "ssm_dtype": str(self.ssm_dtype)[6:]}
         return {"n_layer": self.n_layer, "conv": self.conv, "ssm": self.ssm, **dtypes}
 
-    def zeros(self, batch: int) -> tuple[Tensor, Tensor]:
+    def zeros(self, batch: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Initial conv and ssm states."""
-        conv = torch.zeros(self.n_layer, batch, *self.conv, dtype=self.conv_dtype)
-        return conv, torch.zeros(self.n_layer, batch, *self.ssm, dtype=self.ssm_dtype)
+        conv = torch.zeros(self.n_layer, batch, *self.conv, dtype=self.conv_dtype, device=device)
+        return conv, torch.zeros(self.n_layer, batch, *self.ssm, dtype=self.ssm_dtype, device=device)
 
 
 def with_positions(module: GraphModule) -> GraphModule:

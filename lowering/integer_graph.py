@@ -72,5 +72,6 @@ def fold_constants(module: GraphModule) -> None:
     for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
         module.graph.erase_node(node)
     # Folding a transposed view would make it contiguous in the saved program, and every call would copy it.
-    constant_fold(module, lambda node: node.target != torch.ops.aten.t.default)
+    with torch.no_grad():  # or what is folded would hold its history, and could not be copied
+        constant_fold(module, lambda node: node.target != torch.ops.aten.t.default)
     edit.drop_unused_tensors(module)

@@ -76,9 +76,10 @@ class StatefulProgram:
         return input_ids.shape[1]
 
     def _start(self, ids: Tensor, conv: Tensor | None, ssm: Tensor | None, positions: Tensor) -> States:
-        zero_conv, zero_ssm = self._shapes.zeros(ids.shape[0])
-        conv = zero_conv if conv is None else conv
-        ssm = zero_ssm if ssm is None else ssm
+        if conv is None or ssm is None:
+            zero_conv, zero_ssm = self._shapes.zeros(ids.shape[0], self._device)
+            conv = zero_conv if conv is None else conv
+            ssm = zero_ssm if ssm is None else ssm
         if ids.shape[1] == 1:
             return self.decode(ids, conv, ssm)
         return self._call("prefill", ids, conv, ssm, positions)

@@ -107,6 +107,7 @@ class _Tally:
         """Runs a chunk from the carried state and adds its cost; returns log p (length, vocab_size)."""
         started = time.perf_counter()
         logits, *states = step(inputs[None], *((None, None) if fresh else self.states))
+        logits = logits.to(targets.device)  # a GPU is not done before
         self.seconds += time.perf_counter() - started
         self.states = (states[0], states[1])
         log_p = functional.log_softmax(logits[0].float(), dim=-1)

@@ -54,4 +54,4 @@ def test_without_a_gpu_it_says_so(mq_ao: CommandLine) -> None:
 def test_the_peer_says_what_it_lacks() -> None:
     assert peer_mamba_ssm.missing(MAMBA2_130M) == "set up for Mamba-1 alone"
     reason = peer_mamba_ssm.missing(MAMBA_130M)
-    assert reason is None or "not installed" in reason
+    assert reason is None or "cannot be imported" in reason

@@ -55,7 +55,7 @@ def test_a_saved_program_is_the_same(lowered: CudaProgram, tmp_path: Path, capfd
     lowered.save(path)
     loaded = mq_ao.load(path)
     ids = tokens(2, 9)
-    assert isinstance(loaded, CudaProgram) and loaded.device.type == "cpu"
+    assert isinstance(loaded, CudaProgram) and loaded.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert torch.equal(loaded.generate(ids, 5), lowered.generate(ids, 5))
     assert loaded.integer_kernels == lowered.integer_kernels
     assert loaded.info["recipe"] == "mambaquant-w8a8"
@@ -65,6 +65,27 @@ def test_a_saved_program_is_the_same(lowered: CudaProgram, tmp_path: Path, capfd
         assert sum(item.file_size for item in archive.infolist() if "/data/weights" in item.filename) < (
             1.2 * lowered.weight_bytes + 20_000
         )
+
+
+@pytest.mark.parametrize("recipe", ["mambaquant-w8a8", "rtn-w8a8-dynamic", None])
+def test_on_another_device_everything_is_there(
+    recipe: str | None, tiny: MambaLM, calibration: list[Tensor], tmp_path: Path
+) -> None:
+    quantized = None if recipe is None else mq_ao.quantize(tiny, calibration, recipe, backend="cuda")
+    made = compile_float(tiny, "cuda") if quantized is None else quantized.lower()
+    made.save(tmp_path / "m.ptc")
+    for program in (made, CudaProgram.load(tmp_path / "m.ptc", "cpu")):
+        assert isinstance(program, CudaProgram)
+        elsewhere = program.on("meta", "eager")
+        ids, states = torch.zeros(2, 19, dtype=torch.int64), elsewhere._shapes.zeros(2)
+        for positions, length in ((torch.arange(19), 19), (torch.zeros(1, dtype=torch.int64), 1)):
+            args = [value.to("meta") for value in (ids[:, :length], *states, positions)]
+            # Shape functions alone run there, and a tensor of the CPU among theirs is an error.
+            results = elsewhere.run("prefill", *args)
+            assert {result.device.type for result in results} == {"meta"}
+        # What it was made from is as before.
+        assert {value.device.type for value in program._module.state_dict().values()} == {"cpu"}
+        assert program.prefill(tokens(1, 5))[0].device.type == "cpu"
 
 
 def test_compiled_it_generates_the_same(lowered: CudaProgram, tmp_path: Path) -> None:

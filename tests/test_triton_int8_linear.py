@@ -102,7 +102,7 @@ def test_pieces_are_those_of_the_whole(case: dict[str, object], config: int, thr
         for got, expected, (scale, zero_point) in zip(results[: len(sizes)], whole, grids, strict=True):
             assert got.shape == expected.shape and got.is_contiguous()
             if not scale:
-                torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
                 continue
             rounded = quantize(expected, scale, zero_point, -128, 127, torch.int8)
             assert got.dtype == torch.int8 and (got.int() - rounded.int()).abs().max() <= int(torch.cuda.is_available())

@@ -100,8 +100,11 @@ def compiled(module: GraphModule, mode: str = "default", dynamic: bool | None = 
     function = torch.compile(inlined, mode=mode, dynamic=dynamic)
 
     def run(*args: Any) -> Any:
-        # Read where it compiles, at the first call: the int32 products then never reach memory.
-        with torch.no_grad(), torch._inductor.config.patch(force_fuse_int_mm_with_mul=True):
+        # Read where it compiles, which is at a first call. Inductor has a product that it can fuse with only where it
+        # may try several.
+        tuned = torch._inductor.config.patch(max_autotune_gemm=args[0].device.type == "cuda")
+        # Batch sizes of decode, and lengths on either side of 16 rows, are compiled apart.
+        with torch.no_grad(), tuned, torch._dynamo.config.patch(recompile_limit=64):
             return function(*args)
 
     return run

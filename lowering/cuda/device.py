@@ -23,6 +23,9 @@ def require_cuda(device: torch.device | str = "cuda") -> None:
             "CUDA was asked for, but PyTorch sees no GPU: run this on a machine with one and a CUDA build of PyTorch, "
             "or leave the graph on the CPU."
         )
+    index, count = torch.device(device).index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise MqAoError(f"there is no GPU {index}: PyTorch sees {count} here, counted from 0.")
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         found, least = (".".join(map(str, version)) for version in (capability, _CAPABILITY))

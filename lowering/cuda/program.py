@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 import mq_ao.ops  # noqa: F401  (the operators of saved graphs)
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES, check_output, replacing
+from mq_ao.graph import walk
 from mq_ao.lowering import archive
 from mq_ao.lowering.cuda.compiled import compiled
 from mq_ao.lowering.cuda.device import require_cuda
@@ -66,9 +67,13 @@ class CudaProgram(StatefulProgram):
         self.mode = parse_mode(mode, wanted)
         module = exported.module(check_guards=False)
         assert isinstance(module, GraphModule)
+        # They hold the device on which the graph was exported.
+        for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
+            module.graph.erase_node(node)
+        module.recompile()
         if wanted.type != "cpu":
             # Moving a module moves its parameters, which are the exported program's too.
-            module = copy.deepcopy(module).to(wanted)
+            module = copy.deepcopy(_without_history(module)).to(wanted)
         self._module = module
         self._last = torch.zeros(1, dtype=torch.int64, device=wanted)
         self._methods: dict[str, Any] = {"prefill": module, "decode": module}
@@ -126,6 +131,16 @@ class CudaProgram(StatefulProgram):
         described = json.dumps({**self._info, **_versions()})
         with replacing(check_output(path, SUFFIX)) as temporary, temporary.open("wb") as file:
             torch.export.save(self._exported, file, extra_files={archive.INFO: described})
+
+
+def _without_history(module: GraphModule) -> GraphModule:
+    """The module, none of whose tensors knows what it was computed from: those cannot be copied."""
+    for owner in module.modules():
+        for kept in (owner._buffers, vars(owner)):
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    kept[name] = value.detach()
+    return module
 
 
 def parse_mode(mode: Mode | str | None, device: torch.device) -> Mode:

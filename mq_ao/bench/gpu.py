@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -58,7 +57,7 @@ class Row:
         prefill_ms: median by length.
         decode_ms: median of a token.
         weight_bytes: of its weights.
-        memory_bytes: most that was allocated on the GPU beyond what others hold; None without one.
+        memory_bytes: most that is allocated on the GPU in a prefill, beyond what others hold; None without one.
         error: relative distance of its logits from those of the same program on the CPU; None for float contenders.
     """
 
@@ -74,6 +73,7 @@ class Row:
         return asdict(self)
 
 
+@torch.no_grad()
 def run(
     model: MambaLM, recipes: Sequence[Recipe], plan: Plan, device: torch.device, step: Step
 ) -> tuple[list[Row], list[str]]:
@@ -100,10 +100,14 @@ def run(
     vocab_size = model.config.vocab_size
 
     def add(name: str, make: Callable[[], Contender]) -> None:
-        with step(f"opening {name}"), _memory(device) as memory:
+        ids = _ids(vocab_size, _CHECKED_TOKENS, device)
+        with step(f"opening {name}"):
+            before = _allocated(device)
             opened[name] = make()
-            opened[name].prefill(_ids(vocab_size, _CHECKED_TOKENS, device))
-        rows[name] = Row(name, opened[name].weight_bytes, memory_bytes=memory.get("peak"))
+            opened[name].prefill(ids)  # compiles, and tries configurations with memory of their own
+            opened[name].decode(ids[:, :2])
+            peak = _peak(device, lambda: opened[name].prefill(ids))
+        rows[name] = Row(name, opened[name].weight_bytes, memory_bytes=None if peak is None else peak - before)
 
     label = str(plan.dtype).removeprefix("torch.")
     add(f"{label} eager", lambda: Eager(_floats(model, plan.dtype, device)))
@@ -149,15 +153,14 @@ def _turns(
 ) -> dict[str, float]:
     """Median seconds of a call of a method, by contender."""
     taken: dict[str, list[float]] = {name: [] for name in opened}
-    with torch.no_grad():
-        for index in range(-_WARM_UP, repeats):
-            for name, contender in opened.items():
-                _wait(device)
-                started = time.perf_counter()
-                getattr(contender, method)(ids)
-                _wait(device)
-                if index >= 0:
-                    taken[name].append(time.perf_counter() - started)
+    for index in range(-_WARM_UP, repeats):
+        for name, contender in opened.items():
+            _wait(device)
+            started = time.perf_counter()
+            getattr(contender, method)(ids)
+            _wait(device)
+            if index >= 0:
+                taken[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
@@ -166,17 +169,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@contextmanager
-def _memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Within it: the most that is allocated on a GPU, beyond what was before, as "peak"."""
-    found: dict[str, int] = {}
+def _allocated(device: torch.device) -> int:
+    """Bytes that are allocated on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak(device: torch.device, call: Callable[[], object]) -> int | None:
+    """The most bytes that are allocated on a GPU during a call; None without one."""
     if device.type != "cuda":
-        yield found
-        return
+        return None
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    yield found
-    found["peak"] = torch.cuda.max_memory_allocated(device) - before
+    call()
+    _wait(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _ids(vocab_size: int, count: int, device: torch.device) -> Tensor:
@@ -196,7 +201,6 @@ def _compiled(model: MambaLM) -> Eager:
     return Eager(model)
 
 
-@torch.no_grad()
 def _distance(one: Contender, other: Contender, ids: Tensor) -> float:
     got, expected = one.prefill(ids).cpu().float(), other.prefill(ids.cpu()).float()
     return float((got - expected).norm() / expected.norm())

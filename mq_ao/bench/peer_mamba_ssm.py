@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ def missing(config: MambaConfig | Mamba2Config) -> str | None:
     """Why it cannot be benched, or None if it can."""
     if not isinstance(config, MambaConfig):
         return "set up for Mamba-1 alone"
-    absent = [name for name in ("mamba_ssm", "selective_scan_cuda", "causal_conv1d_cuda") if not _there(name)]
-    return f"{' and '.join(absent)} not installed" if absent else None
-
-
-def _there(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    for name in ("selective_scan_cuda", "causal_conv1d_cuda", "mamba_ssm.models.mixer_seq_simple"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:  # not installed, or built for another PyTorch
+            return f"{name} cannot be imported: {error}"
+    return None
 
 
 class MambaSsm:

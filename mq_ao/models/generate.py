@@ -91,16 +91,19 @@ def stream(step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Samplin
     if max_new_tokens < 0:
         raise MqAoError(f"max_new_tokens is {max_new_tokens}: give 0 or a positive number.")
     sampling = sampling or Sampling()
-    generator = sampling.generator(input_ids.device)
+    generator: torch.Generator | None = None
     conv_state: Any = None
     ssm_state: Any = None
     tokens = input_ids
     for _ in range(max_new_tokens):
         logits, conv_state, ssm_state = step(tokens, conv_state, ssm_state)
+        # A program may give its logits on another device than that of the prompt.
+        generator = generator or sampling.generator(logits.device)
         tokens = sampling.choose(logits[:, -1], generator)
         yield tokens
 
 
 def generate(step: Step, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
     """Prompt and continuation: (batch, length) -> (batch, length + max_new_tokens) int64; see `stream`."""
-    return torch.cat([input_ids, *stream(step, input_ids, max_new_tokens, sampling)], dim=1)
+    following = [tokens.to(input_ids.device) for tokens in stream(step, input_ids, max_new_tokens, sampling)]
+    return torch.cat([input_ids, *following], dim=1)

@@ -23,11 +23,9 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
         raise MqAoError(f"input_ids must be (batch, length) int64; got {tuple(input_ids.shape)} {input_ids.dtype}.")
     if input_ids.numel() == 0:
         raise MqAoError(f"input_ids is empty, of shape {tuple(input_ids.shape)}: give at least one token.")
-    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-        raise MqAoError(
-            f"input_ids holds {int(input_ids.min())}..{int(input_ids.max())}, outside the vocabulary of {vocab_size} "
-            "tokens."
-        )
+    least, most = torch.stack(torch.aminmax(input_ids)).tolist()  # a GPU is waited for once
+    if least < 0 or most >= vocab_size:
+        raise MqAoError(f"input_ids holds {least}..{most}, outside the vocabulary of {vocab_size} tokens.")
 
 
 class Program(Protocol):

@@ -191,10 +191,10 @@ _MANY_GROUPED = (
 # Rows that do not begin at multiples of 16 bytes are read byte by byte, which takes registers.
 _ODD = (Config(4, 2, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64), Config(4, 2, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32))
 few_rows = Kernel(_int8_linear, _FEW, key=("n", "k"))
-many_rows = Kernel(_int8_linear, _MANY, key=("m", "n", "k"))
-odd_rows = Kernel(_int8_linear, _ODD, key=("m", "n", "k"))
+many_rows = Kernel(_int8_linear, _MANY, key=("n", "k"))
+odd_rows = Kernel(_int8_linear, _ODD, key=("n", "k"))
 few_rows_grouped = Kernel(_grouped_linear, _FEW_GROUPED, key=("n", "k"))
-many_rows_grouped = Kernel(_grouped_linear, _MANY_GROUPED, key=("m", "n", "k"))
+many_rows_grouped = Kernel(_grouped_linear, _MANY_GROUPED, key=("n", "k"))
 
 
 def run(

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -87,9 +88,10 @@ class Kernel:
         if (written := _written.get()) is not None:
             written.append(Launch(self, args, constants))
             return
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if device == "cuda":
-            self._tuned[grid](*args, **constants)
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # Triton launches on the current one
+                self._tuned[grid](*args, **constants)
             return
         if isinstance(self.function, triton.JITFunction):
             raise MqAoError(
