@@ -121,11 +121,9 @@ def with_positions(module: GraphModule) -> GraphModule:
     hidden = walk.upstream(next(walk.inputs(head)), through=_ROW_BY_ROW | {walk.getitem})
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         positions = graph.placeholder("positions")
-    positions.meta["val"] = results[0].meta["val"].new_empty(1, dtype=torch.int64)
     readers = _up_to(hidden, head)
     with graph.inserting_before(readers[0]):
         selected = graph.call_function(aten.index_select.default, (hidden, 1, positions))
-    selected.meta["val"] = walk.value(hidden)  # of its dtype, and its axes but for the selected one
     for reader in readers:
         reader.replace_input_with(hidden, selected)
     module.recompile()

@@ -368,6 +368,9 @@ def test_cuda_where_there_is_none_is_refused(
     with pytest.raises(MqAoError, match="CUDA was asked for, but PyTorch sees no GPU"):
         cuda.lower(quantized.converted, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(MqAoError, match="there is no GPU 1: PyTorch sees 1 here"):
+        cuda.require_cuda("cuda:1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(MqAoError, match=r"the GPU has compute capability 7.5: int8 graphs need 8.0 \(Ampere\)"):
         cuda.require_cuda()

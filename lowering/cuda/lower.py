@@ -66,6 +66,6 @@ def float_language_model(module: GraphModule, info: Mapping[str, Any]) -> CudaPr
 
 def _program(module: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
     """The program of a graph with positions."""
-    ids, conv, ssm, _ = (node.meta["val"] for node in module.graph.find_nodes(op="placeholder"))
-    shapes = StateShapes.of_values(ids, conv, ssm)
+    *inputs, _ = module.graph.find_nodes(op="placeholder")
+    shapes = StateShapes.of_values(*(node.meta["val"] for node in inputs))
     return CudaProgram(export_prefill(module, shapes), {**info, "states": shapes.described}, "cpu")
