@@ -71,7 +71,8 @@ def fold_constants(module: GraphModule) -> None:
     """Computes what depends on weights alone, such as A = -exp(A_log), once and for all."""
     for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
         module.graph.erase_node(node)
+    # Or what is folded would hold its history, and could not be copied.
+    module.requires_grad_(False)
     # Folding a transposed view would make it contiguous in the saved program, and every call would copy it.
-    with torch.no_grad():  # or what is folded would hold its history, and could not be copied
-        constant_fold(module, lambda node: node.target != torch.ops.aten.t.default)
+    constant_fold(module, lambda node: node.target != torch.ops.aten.t.default)
     edit.drop_unused_tensors(module)

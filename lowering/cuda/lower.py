@@ -52,7 +52,7 @@ def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> Cud
         MqAoError: see `lower`; or it is not a language model's graph.
     """
     StateShapes.of(converted)
-    graph = lower(with_positions(copy.deepcopy(converted)))
+    graph = lower(with_positions(converted))
     return _program(graph.module, {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated})
 
 

@@ -73,7 +73,7 @@ class CudaProgram(StatefulProgram):
         module.recompile()
         if wanted.type != "cpu":
             # Moving a module moves its parameters, which are the exported program's too.
-            module = copy.deepcopy(_without_history(module)).to(wanted)
+            module = copy.deepcopy(module).to(wanted)
         self._module = module
         self._last = torch.zeros(1, dtype=torch.int64, device=wanted)
         self._methods: dict[str, Any] = {"prefill": module, "decode": module}
@@ -131,16 +131,6 @@ class CudaProgram(StatefulProgram):
         described = json.dumps({**self._info, **_versions()})
         with replacing(check_output(path, SUFFIX)) as temporary, temporary.open("wb") as file:
             torch.export.save(self._exported, file, extra_files={archive.INFO: described})
-
-
-def _without_history(module: GraphModule) -> GraphModule:
-    """The module, none of whose tensors knows what it was computed from: those cannot be copied."""
-    for owner in module.modules():
-        for kept in (owner._buffers, vars(owner)):
-            for name, value in kept.items():
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    kept[name] = value.detach()
-    return module
 
 
 def parse_mode(mode: Mode | str | None, device: torch.device) -> Mode:

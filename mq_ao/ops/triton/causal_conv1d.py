@@ -16,7 +16,7 @@ from torch import Tensor
 from mq_ao.ops import causal_conv1d as float_conv
 from mq_ao.ops import qcausal_conv1d as int8_conv
 from mq_ao.ops.triton.launch import Config, Kernel
-from mq_ao.ops.triton.rounding import round_half_even, to_bytes
+from mq_ao.ops.triton.rounding import round_half_even, write
 
 mq = torch.ops.mq_ao
 
@@ -130,12 +130,7 @@ def _causal_conv1d(
     if SILU:
         total = total * tl.sigmoid(total)
     at = y + step[:, None] * channels + channel[None, :]
-    if y.dtype.element_ty == tl.int8:
-        tl.store(at, to_bytes(total * out_inverse, out_zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
-    elif y.dtype.element_ty == tl.uint8:
-        tl.store(at, to_bytes(total * out_inverse, out_zero_point, 0.0, 255.0).to(tl.uint8), mask=inside)
-    else:
-        tl.store(at, total, mask=inside)
+    write(at, total, inside, out_inverse, out_zero_point)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         for entry in tl.static_range(TAPS - 1):
             ending = tl.full((1,), entry - (TAPS - 1), tl.int64) + length

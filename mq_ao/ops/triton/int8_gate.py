@@ -18,15 +18,10 @@ from mq_ao.ops import hadamard as float_hadamard
 from mq_ao.ops.int8_gate import fake
 from mq_ao.ops.triton.launch import Config, Kernel
 from mq_ao.ops.triton.rotation import Rotation, rotate_rows, rotation
-from mq_ao.ops.triton.rounding import rows_to_int8, to_bytes
-from mq_ao.ops.triton.rows import matrix
+from mq_ao.ops.triton.rounding import rows_to_int8, write
+from mq_ao.ops.triton.rows import LARGEST_ROW, LONG, TILE, matrix
 
 mq = torch.ops.mq_ao
-
-# Values of a program: short rows share one.
-_TILE = 1024
-_LONG = 4096
-_LARGEST_ROW = 16384
 
 
 @triton.jit
@@ -86,10 +81,8 @@ def _gated_rows(
         q, scale = rows_to_int8(x)
         tl.store(at, q, mask=inside)
         tl.store(token_scale + row, scale, mask=row < rows)
-    elif out.dtype.element_ty == tl.int8:
-        tl.store(at, to_bytes(x * out_inverse, out_zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
     else:
-        tl.store(at, x, mask=inside)
+        write(at, x, inside, out_inverse, out_zero_point)
 
 
 short_rows = Kernel(_gated_rows, (Config(4, 1), Config(2, 1), Config(8, 1)), key=("n",))
@@ -146,7 +139,7 @@ def _plan(x: Tensor, rotated: bool) -> Rotation | None:
     if rotated:
         return rotation(n)
     size = triton.next_power_of_2(n)
-    return Rotation(n, n, size, 1, 1) if size <= _LARGEST_ROW else None
+    return Rotation(n, n, size, 1, 1) if size <= LARGEST_ROW else None
 
 
 def _launch(
@@ -165,7 +158,7 @@ def _launch(
     if count == 0:
         return
     left, right = matrix(y), None if z is None else matrix(z)
-    rows = max(triton.next_power_of_2(plan.rows) if rotated else 1, _TILE // plan.size)
+    rows = max(triton.next_power_of_2(plan.rows) if rotated else 1, TILE // plan.size)
     constants: dict[str, Any] = {
         "GATED": z is not None,
         "SMOOTH": s is not None,
@@ -176,7 +169,7 @@ def _launch(
         "FIRST": plan.first,
         "SECOND": plan.second,
     }
-    kernel = long_rows if rows * plan.size > _LONG else short_rows
+    kernel = long_rows if rows * plan.size > LONG else short_rows
     kernel.launch(
         lambda _: (triton.cdiv(count, rows),),
         left,

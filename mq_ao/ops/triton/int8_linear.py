@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mq_ao.ops.int8_linear import MOST_PIECES, fake, fake_pieces
-from mq_ao.ops.triton.launch import Config, Kernel
-from mq_ao.ops.triton.rounding import to_bytes
+from mq_ao.ops.triton.launch import Config, Kernel, blank
+from mq_ao.ops.triton.rounding import write
 
 FEW_ROWS = 16
 _ALIGNMENT = 16
@@ -38,15 +39,12 @@ def halves(weight, group, inside, GROUP: tl.constexpr, INT4: tl.constexpr):
 
 
 @triton.jit
-def _write(out, total, rows, columns, m, start, stop, inverse, zero_point):
+def _write_piece(out, total, rows, columns, m, start, stop, inverse, zero_point):
     """Writes the columns start..stop of a tile to a matrix of their own, rounded if that is int8."""
     if out is not None:
         inside = (rows[:, None] < m) & (columns >= start)[None, :] & (columns < stop)[None, :]
         at = out + rows[:, None].to(tl.int64) * (stop - start) + (columns - start)[None, :]
-        if out.dtype.element_ty == tl.int8:
-            tl.store(at, to_bytes(total * inverse, zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
-        else:
-            tl.store(at, total, mask=inside)
+        write(at, total, inside, inverse, zero_point)
 
 
 @triton.jit
@@ -98,9 +96,9 @@ def _int8_linear(
     total = sums.to(tl.float32) * factor
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
-    _write(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
-    _write(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
-    _write(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
+    _write_piece(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
+    _write_piece(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
+    _write_piece(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
 
 
 @triton.jit
@@ -160,9 +158,9 @@ def _grouped_linear(
         total += sums.to(tl.float32) * step
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
-    _write(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
-    _write(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
-    _write(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
+    _write_piece(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
+    _write_piece(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
+    _write_piece(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
 
 
 # Shared memory of all of them is below the 99 KB of the smallest chips from Ampere on (compute capability 8.6).
@@ -276,9 +274,7 @@ def _launch(operands: tuple[Any, ...], group_size: int, outs: list[Tensor], roun
 def examples() -> Iterator[tuple[Any, ...]]:
     """Decode and prefill; plain, and with everything that an epilogue can have."""
 
-    def make(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    make = partial(blank, dtype=torch.int8)
     n, k = 10240, 2560
     bias, sums = make(n, dtype=torch.float32), make(n, dtype=torch.int32)
     for rows in (1, 1024):
@@ -298,9 +294,7 @@ def examples() -> Iterator[tuple[Any, ...]]:
 def pieces_examples() -> Iterator[tuple[Any, ...]]:
     """in_proj, of which x is rounded and z is not, and x_proj, whose three pieces are rounded; for one token."""
 
-    def make(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    make = partial(blank, dtype=torch.int8)
     for rows in (1, 1024):
         q, token_scale, scale = make(rows, 2560), make(rows, 1, dtype=torch.float32), make(10240, dtype=torch.float32)
         yield q, token_scale, make(10240, 2560), scale, None, None, [5120, 5120], [0.1, 0.0], [3, 0]

@@ -12,13 +12,8 @@ from torch import Tensor
 
 from mq_ao.ops.int8_rms_norm import fake
 from mq_ao.ops.triton.launch import Config, Kernel
-from mq_ao.ops.triton.rounding import rows_to_int8, to_bytes
-from mq_ao.ops.triton.rows import matrix
-
-# Values of a program: short rows share one.
-_TILE = 1024
-_LONG = 4096
-_LARGEST_ROW = 16384
+from mq_ao.ops.triton.rounding import rows_to_int8, write
+from mq_ao.ops.triton.rows import LARGEST_ROW, LONG, TILE, matrix
 
 
 @triton.jit
@@ -63,7 +58,7 @@ def _rms_norm(
         tl.store(q + at, integers, mask=inside)
         tl.store(token_scale + row, scale, mask=row < rows)
     else:
-        tl.store(q + at, to_bytes(values * out_inverse, out_zero_point, -128.0, 127.0).to(tl.int8), mask=inside)
+        write(q + at, values, inside, out_inverse, out_zero_point)
 
 
 short_rows = Kernel(_rms_norm, (Config(4, 1), Config(8, 1)), key=("n",))
@@ -82,12 +77,12 @@ def run(
     q, scale, total = fake(x, residual, weight, eps, out_scale, out_zero_point)
     n = x.shape[-1]
     size, count = triton.next_power_of_2(n), x.numel() // n
-    if size > _LARGEST_ROW:
+    if size > LARGEST_ROW:
         return torch.ops.mq_ao.int8_rms_norm_reference(x, residual, weight, eps, out_scale, out_zero_point)
     if count == 0:
         return q, scale, total
     left, right = matrix(x), None if residual is None else matrix(residual)
-    rows = max(1, _TILE // size)
+    rows = max(1, TILE // size)
     constants: dict[str, Any] = {
         "ADDED": residual is not None,
         "WEIGHTED": weight is not None,
@@ -95,7 +90,7 @@ def run(
         "ROWS": rows,
         "SIZE": size,
     }
-    (long_rows if size > _LONG else short_rows).launch(
+    (long_rows if size > LONG else short_rows).launch(
         lambda _: (triton.cdiv(count, rows),),
         left,
         right,

@@ -103,6 +103,11 @@ class Kernel:
         self.function[grid(everything)](*args, **everything)
 
 
+def blank(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of an example: without memory, of which a kernel's compilation needs to know no more."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that was written down instead of being run.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mq_ao.ops.triton.rounding import round_half_even, to_bytes
+from mq_ao.ops.triton.rounding import round_half_even
 
 
 @triton.jit
@@ -30,17 +30,6 @@ def read(at, mask, scale, zero_point):
     if at.dtype.scalar.element_ty.is_int():
         x = x * scale
     return x
-
-
-@triton.jit
-def write(at, x, mask, inverse, zero_point):
-    """Stores float32 x, rounded as the operators do if the pointer is of 8 bits."""
-    if at.dtype.scalar.element_ty == tl.int8:
-        tl.store(at, to_bytes(x * inverse, zero_point, -128.0, 127.0).to(tl.int8), mask=mask)
-    elif at.dtype.scalar.element_ty == tl.uint8:
-        tl.store(at, to_bytes(x * inverse, zero_point, 0.0, 255.0).to(tl.uint8), mask=mask)
-    else:
-        tl.store(at, x.to(at.dtype.scalar.element_ty), mask=mask)
 
 
 @triton.jit

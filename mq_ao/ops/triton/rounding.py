@@ -27,6 +27,17 @@ def to_bytes(steps, zero_point, low, high):
 
 
 @triton.jit
+def write(at, x, mask, inverse, zero_point):
+    """Stores float32 x, rounded as the operators do if the pointer is of 8 bits."""
+    if at.dtype.scalar.element_ty == tl.int8:
+        tl.store(at, to_bytes(x * inverse, zero_point, -128.0, 127.0).to(tl.int8), mask=mask)
+    elif at.dtype.scalar.element_ty == tl.uint8:
+        tl.store(at, to_bytes(x * inverse, zero_point, 0.0, 255.0).to(tl.uint8), mask=mask)
+    else:
+        tl.store(at, x.to(at.dtype.scalar.element_ty), mask=mask)
+
+
+@triton.jit
 def rows_to_int8(x):
     """Rows of x (rows, n) each on a grid of its own, as by `mq_ao.ops.qlinear.quantize_per_token`: (q, scale)."""
     size = tl.abs(x)

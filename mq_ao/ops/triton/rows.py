@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+# Values of a program: short rows share one, and each long one takes more threads.
+TILE = 1024
+LONG = 4096
+LARGEST_ROW = 16384
+
 
 def matrix(x: Tensor) -> Tensor:
     """Rows (count, n) of x (..., n), whose values lie next to each other: a view wherever x allows it."""

@@ -12,6 +12,7 @@ in registers at once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from mq_ao.ops.qselective_scan import _fake as _qfake
 from mq_ao.ops.selective_scan import _fake
 from mq_ao.ops.triton.carry import carry
-from mq_ao.ops.triton.launch import Config, Kernel
+from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.operands import (
     float32,
     parameter,
@@ -30,9 +31,9 @@ from mq_ao.ops.triton.operands import (
     read_state,
     rows,
     step_size,
-    write,
     write_state,
 )
+from mq_ao.ops.triton.rounding import write
 
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 _SHORTEST = 32  # steps of a chunk
@@ -334,9 +335,7 @@ def _arguments(
 ) -> tuple[Tensor, ...]:
     """u, delta, A, B and C."""
 
-    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    make = partial(blank, dtype=dtype)
     matrix = (1, length, d_state) if groups is None else (1, length, groups, d_state)
     x, A = (1, length, channels), make(channels, d_state, dtype=torch.float32)
     return make(*x), make(*x), A, make(*matrix), make(*matrix)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from mq_ao.ops.triton.launch import Config, Kernel
-from mq_ao.ops.triton.operands import centred, parameter, read, step_size, write
+from mq_ao.ops.triton.operands import centred, parameter, read, step_size
+from mq_ao.ops.triton.rounding import write
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mq_ao.ops.grids import BYTES
 from mq_ao.ops.qssd_scan import _fake as _qfake
 from mq_ao.ops.ssd_scan import _fake
 from mq_ao.ops.triton.carry import carry
+from mq_ao.ops.triton.launch import blank
 from mq_ao.ops.triton.operands import float32, rows
 from mq_ao.ops.triton.ssd_kernels import add_up, add_up_float32, outputs, outputs_float32, step
 
@@ -158,9 +160,7 @@ def run_quantized(
 def _arguments(dtype: torch.dtype, length: int, heads: int, headdim: int, d_state: int) -> tuple[Tensor, ...]:
     """x, dt, A, B and C."""
 
-    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    make = partial(blank, dtype=dtype)
     A, matrix = make(heads, dtype=torch.float32), (1, length, 1, d_state)
     return make(1, length, heads, headdim), make(1, length, heads), A, make(*matrix), make(*matrix)
 

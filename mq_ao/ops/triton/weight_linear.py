@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mq_ao.ops.triton.int8_linear import FEW_ROWS, halves
-from mq_ao.ops.triton.launch import Config, Kernel
+from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.weight_linear import dequantized, fake
 
 
@@ -113,13 +113,10 @@ def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gr
 def examples() -> Iterator[tuple[Any, ...]]:
     """One token; plain, and with a bias."""
 
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     n, k = 10240, 2560
-    x = make(1, k)
-    yield x, make(n, k, dtype=torch.int8), make(n)
-    yield make(1, 1532), make(81, 1532, dtype=torch.int8), make(81), make(81)
+    x = blank(1, k)
+    yield x, blank(n, k, dtype=torch.int8), blank(n)
+    yield blank(1, 1532), blank(81, 1532, dtype=torch.int8), blank(81), blank(81)
     for group in (64, 128):
-        yield x, make(n, k // 2, dtype=torch.uint8), make(n, k // group), None, group
-    yield x, make(n, k, dtype=torch.int8), make(n, k // group), make(n), group
+        yield x, blank(n, k // 2, dtype=torch.uint8), blank(n, k // group), None, group
+    yield x, blank(n, k, dtype=torch.int8), blank(n, k // group), blank(n), group
