@@ -10,7 +10,8 @@ device's kernel. Where there is none, it runs the reference.
 not take itself (float64, or bad input, for which the reference raises the error).
 
 `mq_ao::<name>.out` writes into tensors that the caller gives: ExecuTorch puts it in the place of `mq_ao::<name>` when
-it plans a program's memory, and its runtime then finds the kernel of `native/executorch` by that name.
+it plans a program's memory, and its runtime then finds the kernel of `native/executorch` by that name. Operators that
+change an argument, whose names end in `_`, have no such twin.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
 
     Args:
         name: operator name without namespace.
-        schema: argument and return part of the schema, for example `(Tensor x) -> Tensor`.
+        schema: argument and return part of the schema, for example `(Tensor x) -> Tensor`; an argument that the operator
+            changes is a `Tensor(a!)`.
         fake: shape function for FakeTensors.
         reference: obviously right implementation in PyTorch; runs on any device and dtype.
     """
@@ -70,7 +72,8 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
 
     _kernels.impl(name, kernel)
     _kernels.impl(f"{name}_reference", reference)
-    _define_out(name, schema)
+    if "!" not in schema:
+        _define_out(name, schema)
 
 
 def _define_out(name: str, schema: str) -> None:
