@@ -303,8 +303,9 @@ def test_what_the_compiler_makes_of_a_linear_has_the_bits_of_the_operator(
     scale, bias, steps = (torch.rand(shape, generator=gen) for shape in ((8,), (8,), (2, 17, 1)))
     args = (q, steps if per_token else None, weight, scale, weight.sum(1, dtype=torch.int32) * 7, bias, out_scale, 2)
     assert torch.equal(product(*args), mq.int8_linear(*args))
-    pieces = ((8, 8), (out_scale or 0.0, 0.0), (2, 0))
-    args = (q, args[1], weight.repeat(2, 1), scale.repeat(2), None, bias.repeat(2), *map(list, pieces))
+    # So many outputs that the pieces are products of their own.
+    pieces = ((160, 160), (out_scale or 0.0, 0.0), (2, 0))
+    args = (q, args[1], weight.repeat(40, 1), scale.repeat(40), None, bias.repeat(40), *map(list, pieces))
     for got, expected in zip(products(*args), mq.int8_linears(*args), strict=True):
         assert torch.equal(got, expected)
 

@@ -18,6 +18,8 @@ mq = torch.ops.mq_ao
 # What the CUDA kernel behind `aten._int_mm` asks for.
 _MORE_ROWS_THAN = 16
 _MULTIPLE = 8
+# Outputs up to which a linear waits for its input: its pieces come from one kernel, which reads that once.
+_FEW_OUTPUTS = 256
 
 
 def product(
@@ -56,8 +58,8 @@ def products(
     out_zero_points: list[int],
     group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`int8_linears` likewise: for many rows a product for each piece, which an epilogue of its own can follow."""
-    if not _taken(q, weight, group_size, *sizes):
+    """`int8_linears` likewise: of many rows and outputs a product for each piece, which an epilogue can follow."""
+    if weight.shape[0] <= _FEW_OUTPUTS or not _taken(q, weight, group_size, *sizes):
         pieces = (sizes, out_scales, out_zero_points, group_size)
         return mq.int8_linears(q, token_scale, weight, scale, correction, bias, *pieces)
     given, start = [], 0

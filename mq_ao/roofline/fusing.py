@@ -209,11 +209,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _call(node: Node, name: str, seen: Mapping[Node, Any]) -> Call:
-    """An operator's arguments by their names in its schema, defaults included."""
     target: Any = node.target
-    given = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: seen[item])
-    arguments: dict[str, Any] = {}
-    for index, argument in enumerate(target._schema.arguments):
-        positional = given[0][index] if index < len(given[0]) else argument.default_value
-        arguments[argument.name] = given[1].get(argument.name, positional)
-    return Call(name, arguments, tuple(tensors(seen[node])))
+    arguments = torch.fx.node.map_arg(walk.arguments(node), lambda item: seen[item])
+    changed = [item.name for item in target._schema.arguments if item.alias_info and item.alias_info.is_write]
+    return Call(name, arguments, (*tensors(seen[node]), *(arguments[key] for key in changed)))

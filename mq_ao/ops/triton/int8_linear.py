@@ -152,7 +152,7 @@ def _grouped_linear(
         sums = tl.dot(second, high, sums, out_dtype=tl.int32)
         if CORRECTED:
             sums -= tl.load(correction + beside + group, mask=columns < n, other=0)[None, :]
-        step = tl.load(scale + beside + group, mask=columns < n, other=0.0)[None, :]
+        step = tl.load(scale + beside + group, mask=columns < n, other=0.0).to(tl.float32)[None, :]
         if PER_TOKEN:
             step = step * factor[:, None]
         total += sums.to(tl.float32) * step

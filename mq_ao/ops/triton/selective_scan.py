@@ -1,12 +1,12 @@
 """`mq_ao::selective_scan` and `mq_ao::qselective_scan` on CUDA.
 
-One step is one kernel (`_step`). For more, a warp takes 32 channels and walks over time: each lane has a channel with
-all its states in registers, so that nothing but operands and outputs moves. That leaves most of a GPU idle for few
-sequences; so time is then cut into chunks that are scanned side by side, twice: the first time from zero and without
-outputs, to learn what each adds to the state (its decay is that of the sum of its step sizes), and after `carry` from
-the states that they really start from. That costs twice the arithmetic and reads u, delta and B twice, and needs no
-communication between programs; `tl.associative_scan` over time would hold decays and inputs of all states and steps
-in registers at once.
+One step is one kernel (`_step`). For more, a warp takes some channels and walks over time with their states in
+registers, so that nothing but operands and outputs moves: 32 channels, one for each lane, or 8, each with its states
+spread over four lanes. Where that leaves most of a GPU idle, time is cut into chunks that are scanned side by side,
+twice: the first time from zero and without outputs, to learn what each adds to the state (its decay is that of the sum
+of its step sizes), and after `carry` from the states that they really start from. That costs twice the arithmetic and
+reads u, delta and B twice, and needs no communication between programs; `tl.associative_scan` over time would hold
+decays and inputs of all states and steps in registers at once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mq_ao.ops.selective_scan import _fake
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.operands import (
+    destination,
     float32,
     parameter,
     read,
@@ -38,6 +39,8 @@ from mq_ao.ops.triton.rounding import write
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 _SHORTEST = 32  # steps of a chunk
 _THREADS = 2**17  # that keep a GPU busy: about a thousand for each of its multiprocessors
+_LANES = 4  # over which the states of a channel can be spread
+_ENOUGH = 2**14  # threads with which once over all of time is not slower than twice over chunks: a warp a scheduler
 
 
 @triton.constexpr_function
@@ -197,13 +200,15 @@ def _step(
     out = tl.sum(h * read(C + batch * C_row + matrix, matrix_mask, C_scale, C_zero_point), axis=1)
     out += parameter(D, c, inside) * x
     write(y + batch * channels + c, out, inside, out_inverse, out_zero_point)
+    tl.debug_barrier()  # the end may lie over the start
     write_state(end + batch * channels * D_STATE + states, scale_at, h, mask)
 
 
-_SCANS = (Config(1, 2, ELEMENTS=512), Config(4, 2, ELEMENTS=2048))
+# With 16 states, four lanes a channel, and one.
+_SCANS = (Config(1, 2, ELEMENTS=128), Config(1, 2, ELEMENTS=512), Config(4, 2, ELEMENTS=2048))
 _STEPS = (Config(2, 2, ELEMENTS=256), Config(4, 2, ELEMENTS=1024))
 scan = Kernel(_scan, _SCANS, key=("channels", "D_STATE"))
-step = Kernel(_step, _STEPS, key=("channels", "D_STATE"))
+step = Kernel(_step, _STEPS, key=("channels", "D_STATE"), changes=("end",))
 
 
 def _launch(
@@ -260,7 +265,8 @@ def _launch(
         )
 
     chunk = max(_SHORTEST, length * batch * channels // _THREADS)
-    if 2 * chunk >= length:  # two chunks scanned twice take as long as all of it once
+    # Two chunks scanned twice take as long as all of it once.
+    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH:
         scan_chunks(length, start, last_state, scale, y, None)
         return
     states = A.new_empty(batch, triton.cdiv(length, chunk), channels, d_state)
@@ -280,9 +286,12 @@ def run(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     initial_state: Tensor | None = None,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.selective_scan.selective_scan`."""
+    """See `mq_ao.ops.selective_scan.selective_scan`; the last state goes `into` a tensor if it is given and suits."""
     y, last_state = _fake(u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state)
+    last_state = destination(last_state, into, u.shape[1])
     if u.dtype == torch.float64:
         return torch.ops.mq_ao.selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state)
     if last_state.numel():
@@ -313,8 +322,10 @@ def run_quantized(
     state_scale: Tensor | None = None,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.qselective_scan.qselective_scan`."""
+    """See `mq_ao.ops.qselective_scan.qselective_scan`; the last state goes `into` a tensor if it is given and suits."""
     grids = (
         (u, u_scale, u_zero_point),
         (delta, delta_scale, delta_zero_point),
@@ -325,6 +336,7 @@ def run_quantized(
     rest: list[Any] = [D, delta_bias, delta_softplus, initial_state, state_scale, out_scale, out_zero_point]
     x, dt, _, b, c = grids
     y, last_state = _qfake(*x, *dt, A, *b, *c, *rest)
+    last_state = destination(last_state, into, u.shape[1])
     if last_state.numel():
         _launch(y, last_state, *grids, *rest)
     return y, last_state
