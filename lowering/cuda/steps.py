@@ -58,7 +58,7 @@ def _carried(state: Node, result: Node) -> list[Node]:
         first = walk.arguments(carrier)["initial_state"]
         if first is None or first.target != aten.select.int or first.args != (state, 0, layer):
             return []
-        if walk.only_user(first) is not carrier or walk.only_user(last) is not result:
+        if len(first.users) != 1 or len(last.users) != 1:
             return []
         carriers.append(carrier)
     return carriers if len(state.users) == len(carriers) else []
