@@ -178,7 +178,7 @@ def _selective_scan(call: Call) -> Cost:
     """The recurrence; where channels are too few for a GPU, all but the outputs twice, in chunks side by side.
 
     Of each state: step times A, exponential, step times u times B, a multiply-add, and another one for y; of each
-    channel: softplus, in every lane that has states of it.
+    channel: softplus.
     """
     u, b, states = call.arguments["u"], call.arguments["B"], call.arguments["A"].shape[-1]
     batch, length, channels = u.shape
@@ -186,9 +186,7 @@ def _selective_scan(call: Call) -> Cost:
     special = u.numel() * (states + 2)
     outputs = u.numel() * 2 * states
     chunk = max(_SHORTEST, length * batch * channels // _THREADS)
-    if length > 1 and batch * channels * _LANES >= _ENOUGH:
-        return call.cost(fp32=once + outputs, special=u.numel() * (states + 2 * _LANES))
-    if 2 * chunk >= length:
+    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH:
         return call.cost(fp32=once + outputs, special=special)
     again = moved(u) + moved(call.arguments["delta"]) + moved(b)
     # Written, carried over by reading and writing again, and read.

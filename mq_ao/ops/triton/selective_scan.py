@@ -43,6 +43,10 @@ _LANES = 4  # over which the states of a channel can be spread
 _ENOUGH = 2**14  # threads with which once over all of time is not slower than twice over chunks: a warp a scheduler
 
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+AHEAD: tl.constexpr = tl.constexpr(_LANES)
+
+
 @triton.constexpr_function
 def _channels_of(elements: int, n: int) -> int:
     """Channels of a program that has about so many states."""
@@ -96,7 +100,8 @@ def _scan(
     # Channels lie along the last axis, which Triton spreads over lanes: sums over n stay within a lane.
     mask = (n < D_STATE)[:, None] & inside[None, :]
     states = c[None, :] * D_STATE + n[:, None]
-    decay = tl.load(A + states, mask=mask, other=0.0)
+    # exp(step A) = 2^(step A log2(e)), and powers of two are what the chip has.
+    decay = tl.load(A + states, mask=mask, other=0.0) * LOG2_E
     of_chunk = (batch * tl.num_programs(1) + tl.program_id(1)) * channels
     scale_at = None if state_scale is None else state_scale + states
     h = tl.zeros((N, BLOCK), dtype=tl.float32)
@@ -111,28 +116,39 @@ def _scan(
         matrix = n[:, None]
         matrix_mask = (n < D_STATE)[:, None]
     first = tl.program_id(1) * chunk
+    stop = tl.minimum(first + chunk, length)
     row = batch * length + first
-    u_at = u + row * u_row + c
-    delta_at = delta + row * delta_row + c
+    ahead = tl.arange(0, AHEAD)[:, None]
+    u_at = u + (row + ahead) * u_row + c[None, :]
+    delta_at = delta + (row + ahead) * delta_row + c[None, :]
     B_at = B + row * B_row + matrix
     C_at = C + row * C_row + matrix
     if y is not None:
         y_at = y + row * channels + c
     steps = tl.zeros((BLOCK,), dtype=tl.float32)
-    for _ in range(first, tl.minimum(first + chunk, length)):
-        dt = step_size(delta_at, inside, delta_scale, delta_zero_point, bias, SOFTPLUS)
-        x = read(u_at, inside, u_scale, u_zero_point)
-        b = read(B_at, matrix_mask, B_scale, B_zero_point)
-        h = tl.exp(dt[None, :] * decay) * h + (dt * x)[None, :] * b
-        if y is not None:
-            out = tl.sum(h * read(C_at, matrix_mask, C_scale, C_zero_point), axis=0)
-            write(y_at, out + skip * x, inside, out_inverse, out_zero_point)
-            y_at += channels
-            C_at += C_row
-        steps += dt
-        u_at += u_row
-        delta_at += delta_row
-        B_at += B_row
+    # Some steps at a time, so that lanes that share a channel do not all compute the same softplus.
+    for t in range(first, stop, AHEAD):
+        some = (t + ahead < stop) & inside[None, :]
+        step_sizes = step_size(delta_at, some, delta_scale, delta_zero_point, bias, SOFTPLUS)
+        inputs = read(u_at, some, u_scale, u_zero_point)
+        for i in tl.static_range(AHEAD):
+            # A step of 0 after the last one leaves the state as it is.
+            # Vectors, since the interpreter takes no mask that a single truth was spread for.
+            there = inside & (t + i + tl.zeros_like(c) < stop)
+            matrix_there = matrix_mask & (t + i + tl.zeros_like(matrix) < stop)
+            dt = tl.sum(tl.where((ahead == i) & (t + ahead < stop), step_sizes, 0.0), axis=0)
+            x = tl.sum(tl.where(ahead == i, inputs, 0.0), axis=0)
+            b = read(B_at, matrix_there, B_scale, B_zero_point)
+            h = tl.exp2(dt[None, :] * decay) * h + (dt * x)[None, :] * b
+            if y is not None:
+                out = tl.sum(h * read(C_at, matrix_there, C_scale, C_zero_point), axis=0)
+                write(y_at, out + skip * x, there, out_inverse, out_zero_point)
+                y_at += channels
+                C_at += C_row
+            steps += dt
+            B_at += B_row
+        u_at += AHEAD * u_row
+        delta_at += AHEAD * delta_row
     if end is not None:
         write_state(end + of_chunk * D_STATE + states, scale_at, h, mask)
     if total is not None:
