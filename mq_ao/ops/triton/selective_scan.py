@@ -25,6 +25,7 @@ from mq_ao.ops.selective_scan import _fake
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.operands import (
+    centred,
     destination,
     float32,
     parameter,
@@ -115,40 +116,32 @@ def _scan(
     else:
         matrix = n[:, None]
         matrix_mask = (n < D_STATE)[:, None]
+    start_of_sequence = batch * length
     first = tl.program_id(1) * chunk
     stop = tl.minimum(first + chunk, length)
-    row = batch * length + first
     ahead = tl.arange(0, AHEAD)[:, None]
-    u_at = u + (row + ahead) * u_row + c[None, :]
-    delta_at = delta + (row + ahead) * delta_row + c[None, :]
-    B_at = B + row * B_row + matrix
-    C_at = C + row * C_row + matrix
-    if y is not None:
-        y_at = y + row * channels + c
     steps = tl.zeros((BLOCK,), dtype=tl.float32)
     # Some steps at a time, so that lanes that share a channel do not all compute the same softplus.
     for t in range(first, stop, AHEAD):
         some = (t + ahead < stop) & inside[None, :]
-        step_sizes = step_size(delta_at, some, delta_scale, delta_zero_point, bias, SOFTPLUS)
-        inputs = read(u_at, some, u_scale, u_zero_point)
+        at = start_of_sequence + t + ahead
+        sizes = step_size(delta + at * delta_row + c[None, :], some, delta_scale, delta_zero_point, bias, SOFTPLUS)
+        inputs = read(u + at * u_row + c[None, :], some, u_scale, u_zero_point)
         for i in tl.static_range(AHEAD):
-            # A step of 0 after the last one leaves the state as it is.
+            row = start_of_sequence + t + i
             # Vectors, since the interpreter takes no mask that a single truth was spread for.
             there = inside & (t + i + tl.zeros_like(c) < stop)
             matrix_there = matrix_mask & (t + i + tl.zeros_like(matrix) < stop)
-            dt = tl.sum(tl.where((ahead == i) & (t + ahead < stop), step_sizes, 0.0), axis=0)
+            # A step of 0 after the last one leaves the state as it is.
+            dt = tl.sum(tl.where((ahead == i) & some, sizes, 0.0), axis=0)
             x = tl.sum(tl.where(ahead == i, inputs, 0.0), axis=0)
-            b = read(B_at, matrix_there, B_scale, B_zero_point)
-            h = tl.exp2(dt[None, :] * decay) * h + (dt * x)[None, :] * b
+            # B and C less their zero points; their scales are those of whole channels.
+            b = centred(B + row * B_row + matrix, matrix_there, B_zero_point)
+            h = tl.exp2(dt[None, :] * decay) * h + (dt * x * B_scale)[None, :] * b
             if y is not None:
-                out = tl.sum(h * read(C_at, matrix_there, C_scale, C_zero_point), axis=0)
-                write(y_at, out + skip * x, there, out_inverse, out_zero_point)
-                y_at += channels
-                C_at += C_row
+                out = tl.sum(h * centred(C + row * C_row + matrix, matrix_there, C_zero_point), axis=0)
+                write(y + row * channels + c, out * C_scale + skip * x, there, out_inverse, out_zero_point)
             steps += dt
-            B_at += B_row
-        u_at += AHEAD * u_row
-        delta_at += AHEAD * delta_row
     if end is not None:
         write_state(end + of_chunk * D_STATE + states, scale_at, h, mask)
     if total is not None:
@@ -249,7 +242,9 @@ def _launch(
     N = triton.next_power_of_2(d_state)
     groups = B[0].shape[2] if B[0].dim() == 4 else 1
     operands = [rows(grid[0]) for grid in (u, delta, B, C)]
-    grids = [float(value) for grid in (u, delta, B, C) for value in grid[1:]]
+    # The kernels multiply by scales whatever the type.
+    unit = (1.0, 0)
+    grids = [float(value) for grid in (u, delta, B, C) for value in (unit if grid[0].is_floating_point() else grid[1:])]
     out = (1.0 if out_scale is None else 1.0 / out_scale, float(out_zero_point))
     A = A.to(torch.float32).contiguous()
     D, delta_bias, scale = (float32(x) for x in (D, delta_bias, state_scale))
