@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.lowering.cuda.compiled import FEW_ROWS, summed
 from mq_ao.roofline.cost import ROUNDING, RULES, SIGMOID, Call, Cost, cost_of, moved, tensors
 
 GATHERS = frozenset({"aten.embedding", "aten.index_select"})
@@ -82,8 +83,21 @@ def kernels(module: GraphModule, seen: Mapping[Node, Any]) -> list[Kernel]:
         MqAoError: there is an operator that is neither pointwise nor one whose cost is known.
     """
     chains = _Chains(module, seen)
-    own = [Kernel((node,), (name,), cost_of(_call(node, name, seen))) for node, name in chains.own.items()]
+    costs = {node: cost_of(_call(node, name, seen)) for node, name in chains.own.items()}
+    for norm, product, size in _sums(module, seen):
+        # The product reads the residual and writes the sum, which is all that the norm reads.
+        costs[product] += Cost(moved=size)
+        costs[norm] += Cost(moved=-2 * size)
+    own = [Kernel((node,), (chains.own[node],), cost) for node, cost in costs.items()]
     return own + [chains.kernel(chain) for chain in chains.groups()]
+
+
+def _sums(module: GraphModule, seen: Mapping[Node, Any]) -> Iterator[tuple[Node, Node, int]]:
+    """Norms of sums with a product, the product, whose epilogue adds, and the bytes of the sum."""
+    for norm in walk.calls(module, {torch.ops.mq_ao.int8_rms_norm.default}):
+        product = summed(norm)
+        if product is not None and seen[product].numel() // seen[product].shape[-1] > FEW_ROWS:
+            yield norm, product, moved(seen[product])
 
 
 def operator_name(node: Node) -> str:
