@@ -37,6 +37,9 @@ class Mode(StrEnum):
     MAX_AUTOTUNE = "max-autotune"
 
 
+_WITH_GRAPHS = (Mode.CUDA_GRAPHS, Mode.MAX_AUTOTUNE)
+
+
 class CudaProgram(StatefulProgram):
     """A language model for GPUs. On the CPU it runs the operators' references, for checking and not for speed.
 
@@ -83,6 +86,10 @@ class CudaProgram(StatefulProgram):
         self._held: dict[int, _Held] = {}
         self._prefill: Any = module
         self._decode: Any = one_token(module)
+        if self.mode in _WITH_GRAPHS:
+            # Kernels are tuned, and constants that they keep are made, outside of a CUDA graph's memory.
+            with torch.no_grad():
+                self._decode(self._last[None], *self._shapes.zeros(1, wanted), self._last)
         if self.mode is not Mode.EAGER:
             self._prefill = compiled(self._prefill, _without_graphs(self.mode), dynamic=True)
             self._decode = compiled(self._decode, str(self.mode), dynamic=False)
@@ -124,7 +131,7 @@ class CudaProgram(StatefulProgram):
             ids, *given = inputs
             held = self._held.setdefault(len(ids), _Held([torch.empty_like(state) for state in given]))
             logits = self._decode(ids, *held.take(given), self._last)
-            if self.mode in (Mode.CUDA_GRAPHS, Mode.MAX_AUTOTUNE):
+            if self.mode in _WITH_GRAPHS:
                 logits = logits.clone()  # the next replay writes to the same memory
             conv, ssm = held.give()
         return logits, conv, ssm
