@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,21 +83,32 @@ def kernels(module: GraphModule, seen: Mapping[Node, Any]) -> list[Kernel]:
         MqAoError: there is an operator that is neither pointwise nor one whose cost is known.
     """
     chains = _Chains(module, seen)
-    costs = {node: cost_of(_call(node, name, seen)) for node, name in chains.own.items()}
-    for norm, product, size in _sums(module, seen):
-        # The product reads the residual and writes the sum, which is all that the norm reads.
-        costs[product] += Cost(moved=size)
-        costs[norm] += Cost(moved=-2 * size)
-    own = [Kernel((node,), (chains.own[node],), cost) for node, cost in costs.items()]
-    return own + [chains.kernel(chain) for chain in chains.groups()]
+    found = [Kernel((node,), (name,), cost_of(_call(node, name, seen))) for node, name in chains.own.items()]
+    found += [chains.kernel(chain) for chain in chains.groups()]
+    # Where a norm follows the sum of a product of many rows and a residual, the product reads the residual and writes
+    # the sum, which is then all that the norm reads.
+    products = {product: moved(seen[product]) for kernel in found for product in _products_summed(kernel, chains)}
+    products = {node: size for node, size in products.items() if seen[node].numel() // seen[node].shape[-1] > FEW_ROWS}
+    return [_with_sums_outside(kernel, products, chains) for kernel in found]
 
 
-def _sums(module: GraphModule, seen: Mapping[Node, Any]) -> Iterator[tuple[Node, Node, int]]:
-    """Norms of sums with a product, the product, whose epilogue adds, and the bytes of the sum."""
-    for norm in walk.calls(module, {torch.ops.mq_ao.int8_rms_norm.default}):
-        product = summed(norm)
-        if product is not None and seen[product].numel() // seen[product].shape[-1] > FEW_ROWS:
-            yield norm, product, moved(seen[product])
+def _products_summed(kernel: Kernel, chains: _Chains) -> Iterator[Node]:
+    """The products that a norm adds to a residual, which products can do in their epilogue."""
+    if kernel.operators == ("mq_ao.int8_rms_norm",):
+        product = summed(kernel.nodes[0])
+        yield from () if product is None else (product,)
+    elif not NORMS.isdisjoint(kernel.operators):
+        for node in kernel.nodes:
+            if node.target in walk.ADD:
+                roots = map(chains._root, walk.inputs(node))
+                yield from (root for root in roots if chains.own.get(root) == "aten.linear")
+
+
+def _with_sums_outside(kernel: Kernel, products: Mapping[Node, int], chains: _Chains) -> Kernel:
+    """The kernel as it is when these products, of so many bytes, add what norms after them would."""
+    taken = sum(products.get(product, 0) for product in _products_summed(kernel, chains))
+    added = products.get(kernel.nodes[0], 0)
+    return replace(kernel, cost=kernel.cost + Cost(moved=added - 2 * taken))
 
 
 def operator_name(node: Node) -> str:
