@@ -49,12 +49,16 @@ class Kernel:
         function: what `triton.jit` gives.
         configs: the ways to compile it, the most generally useful one first.
         key: arguments for each value of which the fastest configuration is looked for.
+        changes: tensors that the kernel may read and then overwrite: they are put back after each try.
     """
 
-    def __init__(self, function: Any, configs: tuple[Config, ...], key: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, function: Any, configs: tuple[Config, ...], key: tuple[str, ...] = (), changes: tuple[str, ...] = ()
+    ) -> None:
         self.function = function
         self.configs = configs
         self.key = key
+        self.changes = changes
 
     @property
     def name(self) -> str:
@@ -72,7 +76,7 @@ class Kernel:
             triton.Config(config.constants, num_warps=config.num_warps, num_stages=config.num_stages)
             for config in self.configs
         ]
-        return triton.autotune(configs=configs, key=list(self.key))(self.function)
+        return triton.autotune(configs=configs, key=list(self.key), restore_value=list(self.changes))(self.function)
 
     def launch(self, grid: Grid, *args: Any, **constants: Any) -> None:
         """Runs the kernel.
