@@ -6,6 +6,8 @@ and the selective scan. What lies between the two moves nowhere.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def fake_conv_step(
     )
     require(
         0 <= piece < len(sizes) and out_scales[piece] > 0,
-        f"int8_conv_step_: the convolution reads piece {piece}: it must be one of the {len(sizes)} pieces, and rounded.",
+        f"int8_conv_step_: the convolution reads piece {piece}, which must be one of {len(sizes)} and rounded.",
     )
     x, grid = pieces[piece], (out_scales[piece], out_zero_points[piece])
     causal_conv1d.check_shapes(x, conv_weight, conv_bias, conv_state, activation)
@@ -100,8 +102,27 @@ def int8_conv_step_(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above; the state is as it was.
     """
-    operands = (q, token_scale, weight, scale, correction, bias, sizes, out_scales, out_zero_points, group_size)
-    taps = (conv_weight, conv_weight_scale, conv_bias, conv_state, activation, conv_out_scale, conv_out_zero_point)
+    operands: Any = (
+        q,
+        token_scale,
+        weight,
+        scale,
+        correction,
+        bias,
+        sizes,
+        out_scales,
+        out_zero_points,
+        group_size,
+    )
+    taps: Any = (
+        conv_weight,
+        conv_weight_scale,
+        conv_bias,
+        conv_state,
+        activation,
+        conv_out_scale,
+        conv_out_zero_point,
+    )
     fake_conv_step(*operands, piece, *taps)
     given = list(int8_linear.int8_linears(*operands))
     given[piece], last_state = qcausal_conv1d.qcausal_conv1d(
@@ -194,7 +215,7 @@ def int8_scan_step_(
     out_scale: float | None,
     out_zero_point: int,
 ) -> Tensor:
-    """Reference: `int8_linear` with a rounded output, `qselective_scan` with it as delta, and the last state over `state`.
+    """Reference: `int8_linear`, rounded, `qselective_scan` with it as delta, and the last state over `state`.
 
     Args:
         q: int8 (batch, 1, dt_rank).
@@ -213,9 +234,11 @@ def int8_scan_step_(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above; the state is as it was.
     """
-    linear, grid = (q, None, weight, scale, correction, bias), (delta_scale, delta_zero_point)
-    first, second = (u, u_scale, u_zero_point), (A, B, B_scale, B_zero_point, C, C_scale, C_zero_point)
-    rest = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
+    linear: Any = (q, None, weight, scale, correction, bias)
+    grid: Any = (delta_scale, delta_zero_point)
+    first: Any = (u, u_scale, u_zero_point)
+    second: Any = (A, B, B_scale, B_zero_point, C, C_scale, C_zero_point)
+    rest: Any = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
     fake_scan_step(q, weight, scale, correction, bias, *grid, *first, *second, *rest)
     delta = int8_linear.int8_linear(*linear, *grid)
     y, last_state = qselective_scan.qselective_scan(*first, delta, *grid, *second, *rest)

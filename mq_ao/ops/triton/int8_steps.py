@@ -79,11 +79,13 @@ def _int8_conv_step(
     inside = (rows < m)[:, None] & there[None, :]
     sequence = rows[:, None].to(tl.int64) * channels
     state_at = conv_state + sequence * (TAPS - 1) + channel[None, :]
-    window, taps = (), ()
+    # Triton adds tuples, and takes no stars in them.
+    window: tl.tuple = ()
+    taps: tl.tuple = ()
     for tap in tl.static_range(TAPS - 1):
-        window = window + (tl.load(state_at + tap * channels, mask=inside, other=0.0),)
+        window = window + (tl.load(state_at + tap * channels, mask=inside, other=0.0),)  # noqa: RUF005
     for tap in tl.static_range(TAPS):
-        taps = taps + (tl.load(conv_weight + channel * TAPS + tap, mask=there, other=0),)
+        taps = taps + (tl.load(conv_weight + channel * TAPS + tap, mask=there, other=0),)  # noqa: RUF005
     factor, shift = epilogue(conv_weight_scale, conv_bias, x_scale, channel, there)
 
     operands = (q, token_scale, weight, scale, correction, bias)
@@ -94,12 +96,12 @@ def _int8_conv_step(
 
     newest = to_bytes(total * x_inverse, x_zero_point, -128.0, 127.0) - x_zero_point
     sums = newest * taps[TAPS - 1].to(tl.float32)[None, :]
-    inputs = ()
+    inputs: tl.tuple = ()
     for tap in tl.static_range(TAPS - 1):
         value = on_grid(window[tap], x_inverse, -128.0 - x_zero_point, 127.0 - x_zero_point)
         sums += value * taps[tap].to(tl.float32)[None, :]
-        inputs = inputs + (value,)
-    inputs = inputs + (newest,)
+        inputs = inputs + (value,)  # noqa: RUF005
+    inputs = inputs + (newest,)  # noqa: RUF005
     y = finished(sums, factor, shift, SILU)
     write(conv_out + sequence + channel[None, :], y, inside, out_inverse, out_zero_point)
     tl.debug_barrier()  # one thread may write what another has read
@@ -248,9 +250,17 @@ def run_conv(
     conv_out_zero_point: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mq_ao.ops.int8_steps.int8_conv_step_`."""
-    linear = (q, token_scale, weight, scale, correction, bias)
-    pieces = (sizes, out_scales, out_zero_points, group_size)
-    conv = (conv_weight, conv_weight_scale, conv_bias, conv_state, activation, conv_out_scale, conv_out_zero_point)
+    linear: Any = (q, token_scale, weight, scale, correction, bias)
+    pieces: Any = (sizes, out_scales, out_zero_points, group_size)
+    conv: Any = (
+        conv_weight,
+        conv_weight_scale,
+        conv_bias,
+        conv_state,
+        activation,
+        conv_out_scale,
+        conv_out_zero_point,
+    )
     outs = fake_conv_step(*linear, *pieces, piece, *conv)
     x_scale, x_zero_point = out_scales[piece], out_zero_points[piece]
     taps = conv_weight.shape[1]
@@ -313,9 +323,12 @@ def run_scan(
     out_zero_point: int,
 ) -> Tensor:
     """See `mq_ao.ops.int8_steps.int8_scan_step_`."""
-    linear, delta_grid = (weight, scale, correction, bias), (delta_scale, delta_zero_point)
-    x, b, c = (u, u_scale, u_zero_point), (B, B_scale, B_zero_point), (C, C_scale, C_zero_point)
-    rest = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
+    linear: Any = (weight, scale, correction, bias)
+    delta_grid: Any = (delta_scale, delta_zero_point)
+    x: Any = (u, u_scale, u_zero_point)
+    b: Any = (B, B_scale, B_zero_point)
+    c: Any = (C, C_scale, C_zero_point)
+    rest: Any = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
     y = fake_scan_step(q, *linear, *delta_grid, *x, A, *b, *c, *rest)
     channels, d_state = A.shape
     if not _fits(q, state, whole=True) or d_state > _MOST_STATES:
@@ -369,7 +382,7 @@ def conv_examples() -> Iterator[tuple[Any, ...]]:
     n, k, size = 10240, 2560, 5120
     q, tokens = make(1, 1, k), floats(1, 1, 1)
     pieces = ([size, size], [0.1, 0.0], [3, 0])
-    conv = (make(size, 4), floats(size), floats(size), floats(1, 3, size), "silu", 0.1, 3)
+    conv: Any = (make(size, 4), floats(size), floats(size), floats(1, 3, size), "silu", 0.1, 3)
     sums = blank(n, dtype=torch.int32)
     yield q, tokens, make(n, k), floats(n), None, None, *pieces, 0, 0, *conv
     yield q, None, make(n, k), floats(n), sums, floats(n), *pieces, 0, 0, *conv

@@ -164,7 +164,7 @@ def step_operands(
     N: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    """What one step of the channels c of a sequence reads but for delta; states lie along the last axis, as in memory."""
+    """What a step of channels c of a sequence reads but for delta; states lie along the last axis, as in memory."""
     n = tl.arange(0, N)
     inside = c < channels
     mask = inside[:, None] & (n < D_STATE)[None, :]
