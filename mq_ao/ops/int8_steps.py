@@ -102,7 +102,7 @@ def int8_conv_step_(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above; the state is as it was.
     """
-    operands: Any = (
+    operands = (
         q,
         token_scale,
         weight,
@@ -114,7 +114,7 @@ def int8_conv_step_(
         out_zero_points,
         group_size,
     )
-    taps: Any = (
+    taps: list[Any] = [
         conv_weight,
         conv_weight_scale,
         conv_bias,
@@ -122,7 +122,7 @@ def int8_conv_step_(
         activation,
         conv_out_scale,
         conv_out_zero_point,
-    )
+    ]
     fake_conv_step(*operands, piece, *taps)
     given = list(int8_linear.int8_linears(*operands))
     given[piece], last_state = qcausal_conv1d.qcausal_conv1d(
@@ -234,14 +234,14 @@ def int8_scan_step_(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above; the state is as it was.
     """
-    linear: Any = (q, None, weight, scale, correction, bias)
-    grid: Any = (delta_scale, delta_zero_point)
-    first: Any = (u, u_scale, u_zero_point)
-    second: Any = (A, B, B_scale, B_zero_point, C, C_scale, C_zero_point)
-    rest: Any = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
-    fake_scan_step(q, weight, scale, correction, bias, *grid, *first, *second, *rest)
-    delta = int8_linear.int8_linear(*linear, *grid)
-    y, last_state = qselective_scan.qselective_scan(*first, delta, *grid, *second, *rest)
+    linear, grid = (weight, scale, correction, bias), (delta_scale, delta_zero_point)
+    first, second = (u, u_scale, u_zero_point), (A, B, B_scale, B_zero_point, C, C_scale, C_zero_point)
+    rest = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
+    everything: list[Any] = [q, *linear, *grid, *first, *second, *rest]
+    fake_scan_step(*everything)
+    delta = int8_linear.int8_linear(q, None, *linear, *grid)
+    scanned: list[Any] = [*first, delta, *grid, *second, *rest]
+    y, last_state = qselective_scan.qselective_scan(*scanned)
     state.copy_(last_state)
     return y
 

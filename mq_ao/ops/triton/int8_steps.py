@@ -250,9 +250,9 @@ def run_conv(
     conv_out_zero_point: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mq_ao.ops.int8_steps.int8_conv_step_`."""
-    linear: Any = (q, token_scale, weight, scale, correction, bias)
-    pieces: Any = (sizes, out_scales, out_zero_points, group_size)
-    conv: Any = (
+    linear = (q, token_scale, weight, scale, correction, bias)
+    pieces = (sizes, out_scales, out_zero_points, group_size)
+    conv: list[Any] = [
         conv_weight,
         conv_weight_scale,
         conv_bias,
@@ -260,7 +260,7 @@ def run_conv(
         activation,
         conv_out_scale,
         conv_out_zero_point,
-    )
+    ]
     outs = fake_conv_step(*linear, *pieces, piece, *conv)
     x_scale, x_zero_point = out_scales[piece], out_zero_points[piece]
     taps = conv_weight.shape[1]
@@ -323,13 +323,14 @@ def run_scan(
     out_zero_point: int,
 ) -> Tensor:
     """See `mq_ao.ops.int8_steps.int8_scan_step_`."""
-    linear: Any = (weight, scale, correction, bias)
-    delta_grid: Any = (delta_scale, delta_zero_point)
-    x: Any = (u, u_scale, u_zero_point)
-    b: Any = (B, B_scale, B_zero_point)
-    c: Any = (C, C_scale, C_zero_point)
-    rest: Any = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
-    y = fake_scan_step(q, *linear, *delta_grid, *x, A, *b, *c, *rest)
+    linear = (weight, scale, correction, bias)
+    delta_grid = (delta_scale, delta_zero_point)
+    x = (u, u_scale, u_zero_point)
+    b = (B, B_scale, B_zero_point)
+    c = (C, C_scale, C_zero_point)
+    rest: list[Any] = [D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point]
+    everything: list[Any] = [q, *linear, *delta_grid, *x, A, *b, *c, *rest]
+    y = fake_scan_step(*everything)
     channels, d_state = A.shape
     if not _fits(q, state, whole=True) or d_state > _MOST_STATES:
         delta = mq.int8_linear(q, None, *linear, *delta_grid)
