@@ -130,7 +130,7 @@ def error(run: Run) -> str:
 
 
 def _on_the_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on CUDA copies of its tensors; what it gives comes back to the CPU."""
+    """The function on CUDA copies of its tensors; what it gives, and what it changes, comes back to the CPU."""
 
     def moved(value: Any, device: str) -> Any:
         if isinstance(value, torch.Tensor):
@@ -140,8 +140,12 @@ def _on_the_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(moved(item, device) for item in value) if isinstance(value, tuple) else value
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        named = {name: moved(value, "cuda") for name, value in kwargs.items()}
-        return moved(function(*moved(args, "cuda"), **named), "cpu")
+        copies, named = moved(args, "cuda"), {name: moved(value, "cuda") for name, value in kwargs.items()}
+        results = moved(function(*copies, **named), "cpu")
+        for value, copy in zip((*args, *kwargs.values()), (*copies, *named.values()), strict=True):
+            if isinstance(value, torch.Tensor) and not torch.equal(value, copy.cpu()):
+                value.copy_(copy)
+        return results
 
     return call
 

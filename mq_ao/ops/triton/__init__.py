@@ -21,6 +21,7 @@ from mq_ao.ops.triton import (
     int8_gate,
     int8_linear,
     int8_rms_norm,
+    int8_steps,
     selective_scan,
     ssd_scan,
     weight_linear,
@@ -48,14 +49,16 @@ class Implementation:
         return launches
 
 
-_FUNCTIONAL: Mapping[str, Implementation] = {
+_OWN: Mapping[str, Implementation] = {
     "causal_conv1d": Implementation(causal_conv1d.run, causal_conv1d.examples),
     "gate": Implementation(int8_gate.run_gate, int8_gate.gate_examples),
     "hadamard": Implementation(int8_gate.run_hadamard, int8_gate.hadamard_examples),
+    "int8_conv_step_": Implementation(int8_steps.run_conv, int8_steps.conv_examples),
     "int8_gate": Implementation(int8_gate.run, int8_gate.examples),
     "int8_linear": Implementation(int8_linear.run, int8_linear.examples),
     "int8_linears": Implementation(int8_linear.run_pieces, int8_linear.pieces_examples),
     "int8_rms_norm": Implementation(int8_rms_norm.run, int8_rms_norm.examples),
+    "int8_scan_step_": Implementation(int8_steps.run_scan, int8_steps.scan_examples),
     "qcausal_conv1d": Implementation(causal_conv1d.run_quantized, causal_conv1d.quantized_examples),
     "weight_linear": Implementation(weight_linear.run, weight_linear.examples),
     "selective_scan": Implementation(selective_scan.run, selective_scan.examples),
@@ -67,7 +70,7 @@ _FUNCTIONAL: Mapping[str, Implementation] = {
 
 def _in_place(name: str) -> Implementation:
     """Of an operator's twin that overwrites the state: the same kernels, for which the operator has examples."""
-    run, index = _FUNCTIONAL[name].run, state_index(name)
+    run, index = _OWN[name].run, state_index(name)
 
     def run_in_place(*args: Any) -> Any:
         state = args[index]
@@ -80,7 +83,7 @@ def _in_place(name: str) -> Implementation:
     return Implementation(run_in_place, tuple)
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = {**_FUNCTIONAL, **{f"{name}_": _in_place(name) for name in STATEFUL}}
+IMPLEMENTATIONS: Mapping[str, Implementation] = {**_OWN, **{f"{name}_": _in_place(name) for name in STATEFUL}}
 """By operator, without the namespace."""
 
 _kernels = Library("mq_ao", "IMPL", "CUDA")

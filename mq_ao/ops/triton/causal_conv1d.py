@@ -22,8 +22,38 @@ from mq_ao.ops.triton.rounding import round_half_even, write
 mq = torch.ops.mq_ao
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_TAPS = 8
+MOST_TAPS = 8
 _MOST_SEQUENCES = 65535
+
+
+@triton.jit
+def on_grid(values, inverse, low, high):
+    """Values of a state in whole steps of x's grid, within its limits."""
+    # The limits are whole numbers: clamping first gives the same, and what comes after is exact.
+    return round_half_even(tl.clamp(values * inverse, low, high, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def epilogue(weight_scale, bias, x_scale, channel, there):
+    """Factor and bias of channels, each None where there is none."""
+    factor, shift = None, None
+    if weight_scale is not None:
+        factor = tl.load(weight_scale + channel, mask=there, other=0.0) * x_scale
+    if bias is not None:
+        shift = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
+    return factor, shift
+
+
+@triton.jit
+def finished(total, factor, shift, SILU: tl.constexpr):
+    """y of sums over taps, with what `epilogue` gave."""
+    if factor is not None:
+        total = total * factor[None, :]
+    if shift is not None:
+        total += shift[None, :]
+    if SILU:
+        total = total * tl.sigmoid(total)
+    return total
 
 
 @triton.jit
@@ -55,9 +85,7 @@ def _inputs(
         before = (step + (TAPS - 1))[:, None] * channels + channel[None, :]
         earlier = tl.load(state + before, mask=inside & (step < 0)[:, None], other=0.0).to(tl.float32)
         if QUANTIZED:
-            # The limits are whole numbers: clamping first gives the same, and what comes after is exact.
-            earlier = tl.clamp(earlier * inverse, low, high, propagate_nan=tl.PropagateNan.ALL)
-            earlier = round_half_even(earlier)
+            earlier = on_grid(earlier, inverse, low, high)
         values += earlier
     return values
 
@@ -84,7 +112,6 @@ def _causal_conv1d(
     out_zero_point,
     TAPS: tl.constexpr,
     QUANTIZED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     STATE: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -106,7 +133,7 @@ def _causal_conv1d(
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     inside = (step < length)[:, None] & there[None, :]
     for tap in tl.static_range(TAPS):
-        factor = tl.load(weight + channel * TAPS + tap, mask=there, other=0).to(tl.float32)
+        of_tap = tl.load(weight + channel * TAPS + tap, mask=there, other=0).to(tl.float32)
         values = _inputs(
             x,
             state,
@@ -123,13 +150,9 @@ def _causal_conv1d(
             STATE,
             QUANTIZED,
         )
-        total += values * factor[None, :]
-    if QUANTIZED:
-        total = total * (tl.load(weight_scale + channel, mask=there, other=0.0) * x_scale)[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)[None, :]
-    if SILU:
-        total = total * tl.sigmoid(total)
+        total += values * of_tap[None, :]
+    factor, shift = epilogue(weight_scale, bias, x_scale, channel, there)
+    total = finished(total, factor, shift, SILU)
     at = y + step[:, None] * channels + channel[None, :]
     write(at, total, inside, out_inverse, out_zero_point)
     if tl.program_id(0) == tl.num_programs(0) - 1:
@@ -226,7 +249,7 @@ def run_quantized(
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    return weight.shape[1] <= _MOST_TAPS and x.shape[0] <= _MOST_SEQUENCES
+    return weight.shape[1] <= MOST_TAPS and x.shape[0] <= _MOST_SEQUENCES
 
 
 def _launch(
@@ -248,7 +271,6 @@ def _launch(
     constants: dict[str, Any] = {
         "TAPS": weight.shape[1],
         "QUANTIZED": weight_scale is not None,
-        "HAS_BIAS": bias is not None,
         "STATE": initial_state is not None and weight.shape[1] > 1,
         "SILU": activation == "silu",
     }

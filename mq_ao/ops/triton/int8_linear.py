@@ -7,7 +7,7 @@ since tensor cores take 16 at least. Larger matrices go through it where `aten._
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.rounding import write
 
 FEW_ROWS = 16
-_ALIGNMENT = 16
+ALIGNMENT = 16
 
 
 @triton.jit
@@ -39,8 +39,118 @@ def halves(weight, group, inside, GROUP: tl.constexpr, INT4: tl.constexpr):
 
 
 @triton.jit
-def _write_piece(out, total, rows, columns, m, start, stop, inverse, zero_point):
-    """Writes the columns start..stop of a tile to a matrix of their own, rounded if that is int8."""
+def _channel_tile(
+    q,
+    token_scale,
+    weight,
+    scale,
+    correction,
+    rows,
+    columns,
+    m,
+    n,
+    k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of q (m, k) times weight (n, k), with one scale a channel."""
+    inner = tl.arange(0, BLOCK_K)
+    left = q + rows[:, None].to(tl.int64) * k + inner[None, :]
+    right = weight + columns[None, :].to(tl.int64) * k + inner[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start in range(0, k, BLOCK_K):
+        more = inner < k - start
+        a = tl.load(left + start, mask=(rows[:, None] < m) & more[None, :], other=0)
+        b = tl.load(right + start, mask=(columns[None, :] < n) & more[:, None], other=0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+    if correction is not None:
+        sums -= tl.load(correction + columns, mask=columns < n, other=0)[None, :]
+    factor = tl.load(scale + columns, mask=columns < n, other=0.0)[None, :]
+    if token_scale is not None:
+        factor = factor * tl.load(token_scale + rows, mask=rows < m, other=0.0)[:, None]
+    return sums.to(tl.float32) * factor
+
+
+@triton.jit
+def _grouped_tile(
+    q,
+    token_scale,
+    weight,
+    scale,
+    correction,
+    rows,
+    columns,
+    m,
+    n,
+    k,
+    GROUP: tl.constexpr,
+    INT4: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of q (m, k) times weight (n, k) or packed (n, k / 2), with a scale for each group of a channel."""
+    HALF: tl.constexpr = GROUP // 2
+    inner = tl.arange(0, HALF)
+    left = q + rows[:, None].to(tl.int64) * k + inner[None, :]
+    right = weight + columns[None, :].to(tl.int64) * (k // 2 if INT4 else k) + inner[:, None]
+    groups = k // GROUP
+    beside = columns.to(tl.int64) * groups
+    factor = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
+    if token_scale is not None:
+        factor = tl.load(token_scale + rows, mask=rows < m, other=0.0)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for group in range(groups):
+        first = tl.load(left + group * GROUP, mask=rows[:, None] < m, other=0)
+        second = tl.load(left + group * GROUP + HALF, mask=rows[:, None] < m, other=0)
+        low, high = halves(right, group, columns[None, :] < n, GROUP, INT4)
+        sums = tl.dot(first, low, out_dtype=tl.int32)
+        sums = tl.dot(second, high, sums, out_dtype=tl.int32)
+        if correction is not None:
+            sums -= tl.load(correction + beside + group, mask=columns < n, other=0)[None, :]
+        step = tl.load(scale + beside + group, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+        if token_scale is not None:
+            step = step * factor[:, None]
+        total += sums.to(tl.float32) * step
+    return total
+
+
+@triton.jit
+def tile(
+    q,
+    token_scale,
+    weight,
+    scale,
+    correction,
+    bias,
+    rows,
+    columns,
+    m,
+    n,
+    k,
+    GROUP: tl.constexpr,
+    INT4: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of outputs in float32, with their bias: of a weight in groups, or with GROUP 0 of one scale a channel."""
+    if GROUP:
+        total = _grouped_tile(
+            q, token_scale, weight, scale, correction, rows, columns, m, n, k, GROUP, INT4, BLOCK_M, BLOCK_N
+        )
+    else:
+        total = _channel_tile(
+            q, token_scale, weight, scale, correction, rows, columns, m, n, k, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    if bias is not None:
+        total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
+    return total
+
+
+@triton.jit
+def write_piece(out, total, rows, columns, m, start, stop, inverse, zero_point):
+    """Writes the columns start..stop of a tile to a matrix of their own, if there is one; rounded if that is int8."""
     if out is not None:
         inside = (rows[:, None] < m) & (columns >= start)[None, :] & (columns < stop)[None, :]
         at = out + rows[:, None].to(tl.int64) * (stop - start) + (columns - start)[None, :]
@@ -69,98 +179,20 @@ def _int8_linear(
     second_zero_point,
     third_inverse,
     third_zero_point,
-    PER_TOKEN: tl.constexpr,
-    CORRECTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """q (m, k) times weight (n, k), with one scale a channel."""
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    left = q + rows[:, None].to(tl.int64) * k + inner[None, :]
-    right = weight + columns[None, :].to(tl.int64) * k + inner[:, None]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for start in range(0, k, BLOCK_K):
-        more = inner < k - start
-        a = tl.load(left + start, mask=(rows[:, None] < m) & more[None, :], other=0)
-        b = tl.load(right + start, mask=(columns[None, :] < n) & more[:, None], other=0)
-        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
-    if CORRECTED:
-        sums -= tl.load(correction + columns, mask=columns < n, other=0)[None, :]
-    factor = tl.load(scale + columns, mask=columns < n, other=0.0)[None, :]
-    if PER_TOKEN:
-        factor = factor * tl.load(token_scale + rows, mask=rows < m, other=0.0)[:, None]
-    total = sums.to(tl.float32) * factor
-    if HAS_BIAS:
-        total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
-    _write_piece(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
-    _write_piece(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
-    _write_piece(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
-
-
-@triton.jit
-def _grouped_linear(
-    q,
-    token_scale,
-    weight,
-    scale,
-    correction,
-    bias,
-    first_out,
-    second_out,
-    third_out,
-    m,
-    n,
-    k,
-    first_stop,
-    second_stop,
-    first_inverse,
-    first_zero_point,
-    second_inverse,
-    second_zero_point,
-    third_inverse,
-    third_zero_point,
-    PER_TOKEN: tl.constexpr,
-    CORRECTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     GROUP: tl.constexpr,
     INT4: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """q (m, k) times weight (n, k) or packed (n, k / 2), with a scale for each group of a channel."""
+    """A tile of outputs, in pieces."""
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    HALF: tl.constexpr = GROUP // 2
-    inner = tl.arange(0, HALF)
-    left = q + rows[:, None].to(tl.int64) * k + inner[None, :]
-    right = weight + columns[None, :].to(tl.int64) * (k // 2 if INT4 else k) + inner[:, None]
-    groups = k // GROUP
-    beside = columns.to(tl.int64) * groups
-    factor = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
-    if PER_TOKEN:
-        factor = tl.load(token_scale + rows, mask=rows < m, other=0.0)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for group in range(groups):
-        first = tl.load(left + group * GROUP, mask=rows[:, None] < m, other=0)
-        second = tl.load(left + group * GROUP + HALF, mask=rows[:, None] < m, other=0)
-        low, high = halves(right, group, columns[None, :] < n, GROUP, INT4)
-        sums = tl.dot(first, low, out_dtype=tl.int32)
-        sums = tl.dot(second, high, sums, out_dtype=tl.int32)
-        if CORRECTED:
-            sums -= tl.load(correction + beside + group, mask=columns < n, other=0)[None, :]
-        step = tl.load(scale + beside + group, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-        if PER_TOKEN:
-            step = step * factor[:, None]
-        total += sums.to(tl.float32) * step
-    if HAS_BIAS:
-        total += tl.load(bias + columns, mask=columns < n, other=0.0)[None, :]
-    _write_piece(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
-    _write_piece(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
-    _write_piece(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
+    operands = (q, token_scale, weight, scale, correction, bias)
+    total = tile(*operands, rows, columns, m, n, k, GROUP, INT4, BLOCK_M, BLOCK_N, BLOCK_K)
+    write_piece(first_out, total, rows, columns, m, 0, first_stop, first_inverse, first_zero_point)
+    write_piece(second_out, total, rows, columns, m, first_stop, second_stop, second_inverse, second_zero_point)
+    write_piece(third_out, total, rows, columns, m, second_stop, n, third_inverse, third_zero_point)
 
 
 # Shared memory of all of them is below the 99 KB of the smallest chips from Ampere on (compute capability 8.6).
@@ -191,8 +223,8 @@ _ODD = (Config(4, 2, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64), Config(4, 2, BLOCK_M=3
 few_rows = Kernel(_int8_linear, _FEW, key=("n", "k"))
 many_rows = Kernel(_int8_linear, _MANY, key=("n", "k"))
 odd_rows = Kernel(_int8_linear, _ODD, key=("n", "k"))
-few_rows_grouped = Kernel(_grouped_linear, _FEW_GROUPED, key=("n", "k"))
-many_rows_grouped = Kernel(_grouped_linear, _MANY_GROUPED, key=("n", "k"))
+few_rows_grouped = Kernel(_int8_linear, _FEW_GROUPED, key=("n", "k"))
+many_rows_grouped = Kernel(_int8_linear, _MANY_GROUPED, key=("n", "k"))
 
 
 def run(
@@ -235,40 +267,51 @@ def run_pieces(
 
 def _launch(operands: tuple[Any, ...], group_size: int, outs: list[Tensor], rounding: list[tuple[float, int]]) -> None:
     """Fills `outs`, the pieces of the outputs in order, each with its scale, 0 for a float one, and zero point."""
-    q, token_scale, weight, *rest = operands
+    q, weight = operands[0], operands[2]
     k, n = q.shape[-1], weight.shape[0]
     m = q.numel() // k
     if m == 0:
         return
     kernels = (few_rows_grouped, many_rows_grouped) if group_size else (few_rows, many_rows)
-    kernel = odd_rows if not group_size and k % _ALIGNMENT else kernels[m > FEW_ROWS]
-    missing = MOST_PIECES - len(outs)
-    stops = list(itertools.accumulate(out.shape[-1] for out in outs))[:2]
-    grids = [value for scale, zero_point in rounding for value in (1.0 / (scale or 1.0), float(zero_point))]
-    constants: dict[str, Any] = {
-        "PER_TOKEN": token_scale is not None,
-        "CORRECTED": rest[1] is not None,
-        "HAS_BIAS": rest[2] is not None,
-    }
-    if group_size:
-        constants |= {"GROUP": group_size, "INT4": weight.dtype == torch.uint8}
+    kernel = odd_rows if not group_size and k % ALIGNMENT else kernels[m > FEW_ROWS]
+    sizes = [out.shape[-1] for out in outs]
     kernel.launch(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"])),
+        *arguments(operands, sizes, outs, rounding),
+        **layout(weight, group_size),
+    )
+
+
+def arguments(
+    operands: tuple[Any, ...], sizes: Sequence[int], outs: Sequence[Tensor | None], rounding: list[tuple[float, int]]
+) -> tuple[Any, ...]:
+    """What kernels of linears take first: operands, `outs` or None of pieces of `sizes`, sizes, and their grids."""
+    q, token_scale, weight, *rest = operands
+    k, n = q.shape[-1], weight.shape[0]
+    missing = MOST_PIECES - len(outs)
+    stops = list(itertools.accumulate(sizes))[:2]
+    grids = [value for scale, zero_point in rounding for value in (1.0 / (scale or 1.0), float(zero_point))]
+    return (
         q.contiguous(),
         None if token_scale is None else token_scale.contiguous(),
         weight,
         *rest,
         *outs,
         *[None] * missing,
-        m,
+        q.numel() // k,
         n,
         k,
         *stops,
         *[n] * (2 - len(stops)),
         *grids,
         *[1.0, 0.0] * missing,
-        **constants,
     )
+
+
+def layout(weight: Tensor, group_size: int) -> dict[str, Any]:
+    """The constants of a kernel that tell how its weight lies; tiles of one in groups take a group at a time."""
+    whole = {"BLOCK_K": 0} if group_size else {}
+    return {"GROUP": group_size, "INT4": weight.dtype == torch.uint8, **whole}
 
 
 def examples() -> Iterator[tuple[Any, ...]]:

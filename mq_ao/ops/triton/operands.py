@@ -78,12 +78,18 @@ def softplus(x):
 
 
 @triton.jit
-def step_size(at, mask, scale, zero_point, bias, SOFTPLUS: tl.constexpr):
-    """Step sizes before any limits; the bias of masked ones counts."""
-    dt = read(at, mask, scale, zero_point) + bias
+def step_size_of(delta, bias, SOFTPLUS: tl.constexpr):
+    """Step sizes before any limits, of values of delta."""
+    dt = delta + bias
     if SOFTPLUS:
         dt = softplus(dt)
     return dt
+
+
+@triton.jit
+def step_size(at, mask, scale, zero_point, bias, SOFTPLUS: tl.constexpr):
+    """Step sizes before any limits; the bias of masked ones counts."""
+    return step_size_of(read(at, mask, scale, zero_point), bias, SOFTPLUS)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from mq_ao.ops.triton.operands import (
     read_state,
     rows,
     step_size,
+    step_size_of,
     write_state,
 )
 from mq_ao.ops.triton.rounding import write
@@ -149,6 +150,88 @@ def _scan(
 
 
 @triton.jit
+def step_operands(
+    u,
+    B,
+    C,
+    A,
+    D,
+    delta_bias,
+    start,
+    state_scale,
+    batch,
+    c,
+    channels,
+    group_channels,
+    u_row,
+    B_row,
+    C_row,
+    u_scale,
+    u_zero_point,
+    B_scale,
+    B_zero_point,
+    C_scale,
+    C_zero_point,
+    D_STATE: tl.constexpr,
+    N: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """What a step of channels c of a sequence reads but for delta; states lie along the last axis, as in memory."""
+    n = tl.arange(0, N)
+    inside = c < channels
+    mask = inside[:, None] & (n < D_STATE)[None, :]
+    states = c[:, None] * D_STATE + n[None, :]
+    if GROUPED:
+        matrix = (c // group_channels)[:, None] * D_STATE + n[None, :]
+        matrix_mask = mask
+    else:
+        matrix = n[None, :]
+        matrix_mask = (n < D_STATE)[None, :]
+    x = read(u + batch * u_row + c, inside, u_scale, u_zero_point)
+    b = read(B + batch * B_row + matrix, matrix_mask, B_scale, B_zero_point)
+    matrix_c = read(C + batch * C_row + matrix, matrix_mask, C_scale, C_zero_point)
+    decay, h = None, None
+    if start is not None:
+        decay = tl.load(A + states, mask=mask, other=0.0)
+        scale_at = None if state_scale is None else state_scale + states
+        h = read_state(start + batch * channels * D_STATE + states, scale_at, mask)
+    return x, b, matrix_c, decay, h, parameter(delta_bias, c, inside), parameter(D, c, inside)
+
+
+@triton.jit
+def finish_step(
+    delta,
+    operands,
+    y,
+    end,
+    state_scale,
+    batch,
+    c,
+    channels,
+    out_inverse,
+    out_zero_point,
+    D_STATE: tl.constexpr,
+    N: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
+    """Writes y and the last state, of values of delta and what `step_operands` gave."""
+    x, b, matrix_c, decay, h, bias, skip = operands
+    n = tl.arange(0, N)
+    inside = c < channels
+    mask = inside[:, None] & (n < D_STATE)[None, :]
+    states = c[:, None] * D_STATE + n[None, :]
+    dt = step_size_of(delta, bias, SOFTPLUS)
+    after = (dt * x)[:, None] * b
+    if h is not None:
+        after += tl.exp(dt[:, None] * decay) * h
+    out = tl.sum(after * matrix_c, axis=1) + skip * x
+    write(y + batch * channels + c, out, inside, out_inverse, out_zero_point)
+    tl.debug_barrier()  # the end may lie over the start
+    scale_at = None if state_scale is None else state_scale + states
+    write_state(end + batch * channels * D_STATE + states, scale_at, after, mask)
+
+
+@triton.jit
 def _step(
     u,
     delta,
@@ -183,34 +266,52 @@ def _step(
     SOFTPLUS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """Some channels of one sequence, one step: states lie along the last axis, as in memory."""
+    """Some channels of one sequence, one step."""
     BLOCK: tl.constexpr = _channels_of(ELEMENTS, N)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, N)
-    inside = c < channels
-    mask = inside[:, None] & (n < D_STATE)[None, :]
-    states = c[:, None] * D_STATE + n[None, :]
-    scale_at = None if state_scale is None else state_scale + states
-    if GROUPED:
-        matrix = (c // group_channels)[:, None] * D_STATE + n[None, :]
-        matrix_mask = mask
-    else:
-        matrix = n[None, :]
-        matrix_mask = (n < D_STATE)[None, :]
-    bias = parameter(delta_bias, c, inside)
-    dt = step_size(delta + batch * delta_row + c, inside, delta_scale, delta_zero_point, bias, SOFTPLUS)
-    x = read(u + batch * u_row + c, inside, u_scale, u_zero_point)
-    b = read(B + batch * B_row + matrix, matrix_mask, B_scale, B_zero_point)
-    h = (dt * x)[:, None] * b
-    if start is not None:
-        decay = tl.load(A + states, mask=mask, other=0.0)
-        h += tl.exp(dt[:, None] * decay) * read_state(start + batch * channels * D_STATE + states, scale_at, mask)
-    out = tl.sum(h * read(C + batch * C_row + matrix, matrix_mask, C_scale, C_zero_point), axis=1)
-    out += parameter(D, c, inside) * x
-    write(y + batch * channels + c, out, inside, out_inverse, out_zero_point)
-    tl.debug_barrier()  # the end may lie over the start
-    write_state(end + batch * channels * D_STATE + states, scale_at, h, mask)
+    operands = step_operands(
+        u,
+        B,
+        C,
+        A,
+        D,
+        delta_bias,
+        start,
+        state_scale,
+        batch,
+        c,
+        channels,
+        group_channels,
+        u_row,
+        B_row,
+        C_row,
+        u_scale,
+        u_zero_point,
+        B_scale,
+        B_zero_point,
+        C_scale,
+        C_zero_point,
+        D_STATE,
+        N,
+        GROUPED,
+    )
+    value = read(delta + batch * delta_row + c, c < channels, delta_scale, delta_zero_point)
+    finish_step(
+        value,
+        operands,
+        y,
+        end,
+        state_scale,
+        batch,
+        c,
+        channels,
+        out_inverse,
+        out_zero_point,
+        D_STATE,
+        N,
+        SOFTPLUS,
+    )
 
 
 # With 16 states, four lanes a channel, and one.
