@@ -117,6 +117,11 @@ def test_a_step_is_what_the_graph_computes_for_one_token(
     copied = targets(step).count(aten.copy_.default)
     assert copied == (recipe == "mambaquant-paper-w8a8" and family == "tiny")
     assert targets(step).count(aten.stack.default) == copied
+    # Convolutions join in_proj, and scans dt_proj, where these are products of integers.
+    layers = model.config.n_layer
+    assert targets(step).count(mq.int8_conv_step_.default) == (layers if str(recipe).endswith("w8a8") else 0)
+    joined = recipe == "mambaquant-w8a8" and family == "tiny"
+    assert targets(step).count(mq.int8_scan_step_.default) == (layers if joined else 0)
 
 
 def test_the_compiler_keeps_it_in_place(tiny: MambaLM, calibration: list[Tensor]) -> None:
@@ -131,8 +136,8 @@ def test_the_compiler_keeps_it_in_place(tiny: MambaLM, calibration: list[Tensor]
     for state, value in zip(after, wanted, strict=True):
         torch.testing.assert_close(state, value, rtol=1e-5, atol=1e-6)
     called = code[code.index("def call") :]
-    assert called.count("mq_ao.qselective_scan_.default(") == called.count("mq_ao.qcausal_conv1d_.default(")
-    assert called.count("mq_ao.qselective_scan_.default(") == tiny.config.n_layer
+    assert called.count("mq_ao.int8_conv_step_.default(") == tiny.config.n_layer
+    assert called.count("mq_ao.int8_scan_step_.default(") == tiny.config.n_layer
     # Kernels of Inductor's own: embedding, and the residual's last sum. None of them copies states.
     assert called.count("cpp_fused") <= 2, called
 

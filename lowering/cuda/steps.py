@@ -1,4 +1,8 @@
-"""The graph of one decode step: states are overwritten where they lie, instead of being gathered anew."""
+"""The graph of one decode step: states are overwritten where they lie, and fewer kernels do the same.
+
+A step waits for memory and for kernels to start, so each kernel less counts: the convolution joins in_proj, which gives
+its input, and the scan dt_proj.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,8 @@ def one_token(module: GraphModule) -> GraphModule:
 
     Returns:
         A graph `(input_ids, conv_state, ssm_state, positions) -> logits` that overwrites the states. Where what carries
-        one has no operator that does so, it is computed and then copied.
+        one has no operator that does so, it is computed and then copied. Where a convolution or a scan does not read a
+        linear on integers, the two stay apart.
     """
     step = flat(module)
     graph = step.graph
@@ -42,6 +47,10 @@ def one_token(module: GraphModule) -> GraphModule:
             with graph.inserting_before(output):
                 graph.call_function(aten.copy_.default, (state, result))
     graph.eliminate_dead_code()
+    for conv in walk.calls(step, {mq.qcausal_conv1d_.default}):
+        _join_convolution(step, conv)
+    for scan in walk.calls(step, {mq.qselective_scan_.default}):
+        _join_scan(step, scan)
     step.recompile()
     return step
 
@@ -72,3 +81,66 @@ def _overwrite(step: GraphModule, carrier: Node) -> None:
         if user.args[1] == 0:
             twin.meta = dict(user.meta)
             user.replace_all_uses_with(twin)
+
+
+def _join_convolution(step: GraphModule, conv: Node) -> None:
+    """`int8_linears` and the convolution of one of its pieces as one operator, in the place of the linear."""
+    rest = list(walk.arguments(conv).values())
+    x, x_scale, x_zero_point, *taps = rest
+    linears: Any = x.args[0] if x.target == walk.getitem else None
+    if linears is None or linears.target != mq.int8_linears.default or walk.only_user(x) is not conv:
+        return
+    piece, given = x.args[1], walk.arguments(linears)
+    if (given["out_scales"][piece], given["out_zero_points"][piece]) != (x_scale, x_zero_point):
+        return
+    operands = [item for item in taps if isinstance(item, Node)]
+    if not all(_depends_on_inputs_alone(item) for item in operands):
+        return
+    for item in operands:
+        linears.prepend(item)
+    with step.graph.inserting_before(linears):
+        joined = step.graph.call_function(mq.int8_conv_step_.default, (*given.values(), piece, *taps))
+    joined.meta = {key: value for key, value in linears.meta.items() if key != "val"}
+    x.meta = dict(conv.meta)
+    conv.replace_all_uses_with(x)
+    linears.replace_all_uses_with(joined)
+    step.graph.erase_node(conv)
+    step.graph.erase_node(linears)
+
+
+def _depends_on_inputs_alone(node: Node) -> bool:
+    """Whether a node is a tensor of the module or a layer of an input, which can be had anywhere."""
+    if node.op == "get_attr":
+        return True
+    return node.target == aten.select.int and walk.argument(node, 0).op == "placeholder"
+
+
+def _join_scan(step: GraphModule, scan: Node) -> None:
+    """dt_proj and the scan as one operator, in the place of the scan."""
+    rest = walk.arguments(scan)
+    linear = rest["delta"]
+    if linear.target != mq.int8_linear.default or walk.only_user(linear) is not scan:
+        return
+    given = walk.arguments(linear)
+    delta_grid = (rest["delta_scale"], rest["delta_zero_point"])
+    if (
+        given["token_scale"] is not None
+        or given["group_size"]
+        or delta_grid
+        != (
+            given["out_scale"],
+            given["out_zero_point"],
+        )
+    ):
+        return
+    before = [given[name] for name in ("q", "weight", "scale", "correction", "bias")]
+    u = [rest.pop(name) for name in ("u", "u_scale", "u_zero_point")]
+    for name in ("delta", "delta_scale", "delta_zero_point"):
+        rest.pop(name)
+    with step.graph.inserting_before(scan):
+        args = (*before, *delta_grid, *u, *rest.values())
+        joined = step.graph.call_function(mq.int8_scan_step_.default, args)
+    joined.meta = {**linear.meta, "val": walk.value(scan)}
+    scan.replace_all_uses_with(joined)
+    step.graph.erase_node(scan)
+    step.graph.erase_node(linear)

@@ -148,7 +148,7 @@ def _linear(call: Call) -> Cost:
         again = max(several - 1, 0)
         cost = call.cost(1 + again, int8=products, fp32=fp32) + Cost(moved=again * moved(x))
         # Of one scale for all, the zero point is 0 by chance alone: what corrects for others is counted in any case.
-        fortunate = call.arguments["token_scale"] is None and call.arguments["correction"] is None
+        fortunate = call.arguments.get("token_scale") is None and call.arguments["correction"] is None
         return cost + Cost(moved=moved(call.arguments["scale"])) if fortunate else cost
     # PyTorch does not round float32 for tensor cores unless it is asked to.
     return call.cost(fp32=products) if x.dtype == torch.float32 else call.cost(fp16=products)
@@ -212,6 +212,19 @@ def _ssd_scan(call: Call) -> Cost:
     return cost + Cost(moved=carried)
 
 
+def _conv_step(call: Call) -> Cost:
+    """A linear, and the convolution of a piece in its epilogue."""
+    taps, values = call.arguments["conv_weight"], call.arguments["q"].shape[0] * len(call.arguments["conv_weight"])
+    fp32, special = values * (2 * taps.shape[-1] + 2 * ROUNDING), values * SIGMOID
+    return _linear(call) + Cost(fp32=fp32, special=special)
+
+
+def _scan_step(call: Call) -> Cost:
+    """A linear, and the scan in its epilogue."""
+    scan = _selective_scan(call)
+    return _linear(call) + Cost(fp32=scan.fp32, special=scan.special)
+
+
 def _scan_states(call: Call) -> Cost:
     return call.cost(fp32=call.y.numel() * 4, special=call.y.numel())
 
@@ -238,6 +251,8 @@ LINEARS = frozenset(
         "mq_ao.int8_linear",
         "mq_ao.int8_linears",
         "mq_ao.weight_linear",
+        "mq_ao.int8_conv_step_",
+        "mq_ao.int8_scan_step_",
     }
 )
 # Each with its twin that overwrites the state.
@@ -252,6 +267,8 @@ _CARRYING: Mapping[str, Rule] = {
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LINEARS, _linear),
     "mq_ao.weight_linear": _weight_linear,
+    "mq_ao.int8_conv_step_": _conv_step,
+    "mq_ao.int8_scan_step_": _scan_step,
     **{f"mq_ao.{name}{ending}": rule for name, rule in _CARRYING.items() for ending in ("", "_")},
     "mq_ao.scan_states": _scan_states,
     "mq_ao.int8_gate": _gate,
