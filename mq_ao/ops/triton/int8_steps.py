@@ -401,11 +401,12 @@ def scan_examples() -> Iterator[tuple[Any, ...]]:
 
     make, floats = partial(blank, dtype=torch.int8), partial(blank, dtype=torch.float32)
     channels, k = 5120, 160
-    for d_state in (16, 128):
+    for d_state, bare in ((16, True), (16, False), (128, False)):
         linear = (make(1, 1, k), make(channels, k), floats(channels))
         A, B = floats(channels, d_state), make(1, 1, d_state)
         grids = (0.1, 3, make(1, 1, channels), 0.1, 3, A, B, 0.1, 3, B, 0.1, 3)
-        yield *linear, None, None, *grids, None, floats(channels), True, floats(1, *A.shape), None, None, 0
-        sums = blank(channels, dtype=torch.int32)
-        rest = (floats(channels), floats(channels), True, make(1, *A.shape), A, 0.1, 3)
-        yield *linear, sums, floats(channels), *grids, *rest
+        if bare:
+            yield *linear, None, None, *grids, None, None, True, floats(1, *A.shape), None, None, 0
+            continue
+        sums, bias = blank(channels, dtype=torch.int32), floats(channels)
+        yield *linear, sums, bias, *grids, bias, bias, True, make(1, *A.shape), A, 0.1, 3
