@@ -98,7 +98,13 @@ BACKENDS: Mapping[str, Backend] = {
         group_scale=torch.bfloat16,
         scans=walk.ANY_SCAN - walk.SSD,
     ),
-    "cuda": Backend("cuda", _INDUCTOR, static=INT8, groups=frozenset({64, 128, 256})),
+    "cuda": Backend(
+        "cuda",
+        _INDUCTOR,
+        static=INT8,
+        groups=frozenset({64, 128, 256}),
+        group_scale=torch.bfloat16,
+    ),
 }
 """The backends by name."""
 

@@ -18,7 +18,7 @@ from mq_ao import MqAoError
 from mq_ao.api import QuantizedProgram, capture
 from mq_ao.graph import walk
 from mq_ao.lowering import cuda
-from mq_ao.lowering.cuda.compiled import product, products
+from mq_ao.lowering.cuda.compiled import norm_of_sum, product, products, summed
 from mq_ao.lowering.cuda.rewrite import INTEGER_LINEARS, Rewriter
 from mq_ao.lowering.patterns import Q_STATIC, Weight
 from mq_ao.models import Mamba2Config, MambaLM, Vim, VimConfig, language_model
@@ -303,9 +303,32 @@ def test_what_the_compiler_makes_of_a_linear_has_the_bits_of_the_operator(
     scale, bias, steps = (torch.rand(shape, generator=gen) for shape in ((8,), (8,), (2, 17, 1)))
     args = (q, steps if per_token else None, weight, scale, weight.sum(1, dtype=torch.int32) * 7, bias, out_scale, 2)
     assert torch.equal(product(*args), mq.int8_linear(*args))
-    pieces = ((8, 8), (out_scale or 0.0, 0.0), (2, 0))
-    args = (q, args[1], weight.repeat(2, 1), scale.repeat(2), None, bias.repeat(2), *map(list, pieces))
+    # So many outputs that the pieces are products of their own.
+    pieces = ((160, 160), (out_scale or 0.0, 0.0), (2, 0))
+    args = (q, args[1], weight.repeat(40, 1), scale.repeat(40), None, bias.repeat(40), *map(list, pieces))
     for got, expected in zip(products(*args), mq.int8_linears(*args), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("mambaquant-w8a8", 2), ("mambaquant-w4a8", 0)])
+def test_sums_before_norms_are_left_to_products_that_can_add(
+    name: str, expected: int, tiny: MambaLM, calibration: list[Tensor]
+) -> None:
+    module = cuda.lower(mq_ao.quantize(tiny, calibration, name, backend="cuda").converted).module
+    norms = walk.calls(module, {mq.int8_rms_norm.default})
+    # The first of three has no residual; int4 products in groups are kernels of ours.
+    assert sum(summed(norm) is not None for norm in norms) == expected
+
+
+@pytest.mark.parametrize("rows", [16, 17])
+@pytest.mark.parametrize("out_scale", [None, 0.1])
+def test_a_sum_outside_the_norm_has_the_bits_of_one_inside(rows: int, out_scale: float | None) -> None:
+    gen = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, rows, 32, generator=gen).unbind(0)
+    args = (x, residual, torch.rand(32, generator=gen), 1e-5, out_scale, 3)
+    graph = make_fx(lambda *sides: norm_of_sum(*sides, *args[2:]))(*args[:2])
+    assert len(walk.calls(graph, walk.ADD)) == (rows > 16)
+    for got, expected in zip(graph(*args[:2]), mq.int8_rms_norm(*args), strict=True):
         assert torch.equal(got, expected)
 
 

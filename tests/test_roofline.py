@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mq_ao import MqAoError
+from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.models import MambaConfig
 from mq_ao.models.config import Mamba2Config
 from mq_ao.models.mamba2 import language_model
@@ -23,7 +24,7 @@ from mq_ao.roofline.cost import RULES, moved, rotation
 from mq_ao.roofline.extrapolate import count, role_of
 from mq_ao.roofline.fusing import Kernel, kernels
 from mq_ao.roofline.lowered import float_graph, integer_graph
-from mq_ao.roofline.values import record
+from mq_ao.roofline.values import record, values
 from tests.conftest import CommandLine, error
 
 aten = torch.ops.aten
@@ -184,6 +185,22 @@ def test_operators_of_unknown_cost_are_named() -> None:
         cost_of_call(aten.sort.default, empty(3))
 
 
+@pytest.mark.parametrize("name", [None, "mambaquant-w8a8"])
+@pytest.mark.parametrize("length", [8, 40])
+def test_products_of_many_rows_add_what_norms_follow(name: str | None, length: int) -> None:
+    graph = float_graph(MAMBA) if name is None else integer_graph(MAMBA, at_run_time(RECIPES[name]))
+    found = kernels(graph, values(graph, 1, length))
+    _, norm, *_ = [kernel for kernel in found if role_of(kernel) == "norm"]
+    x, d_model, many = 2 if name is None else 4, MAMBA.d_model, length > 16
+    # The sum alone is read, or its two operands, and it is written; normed, it is fp16, or int8 with a scale a row.
+    each = (1 if many else 3) * x * d_model + (2 * d_model if name is None else d_model + 4)
+    assert norm.cost.moved == length * each + (2 * d_model if name is None else 0)
+    out_proj = next(kernel for kernel in found if role_of(kernel) == "out_proj")
+    weight = (2 if name is None else 1) * d_model * 2 * d_model + (0 if name is None else 4 * d_model)
+    given = (2 if name is None else 1) * 2 * d_model + (0 if name is None else 4)
+    assert out_proj.cost.moved == weight + length * (given + (2 if many else 1) * x * d_model)
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [(MAMBA, None), (MAMBA, "mambaquant-w8a8"), (MAMBA, "rtn-w4a8"), (MAMBA2, "mambaquant-w4a16")],
@@ -194,7 +211,7 @@ def test_few_layers_say_the_cost_of_many(config: Any, name: str | None) -> None:
     whole = float_graph(config) if recipe is None else integer_graph(config, recipe)
     counted = count_model(config, recipe, 2, 40)
     assert counted.prefill == count(whole, 2, 40)
-    assert counted.decode == count(whole, 2, 1)
+    assert counted.decode == count(one_token(whole), 2, 1)
 
 
 @pytest.mark.parametrize("name", ["rtn-w8a8-dynamic", "mambaquant-paper-w8a8", "quarot-w4a8", "mambaquant-w8a16"])

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
 from mq_ao.ops.int8_linear import MOST_PIECES, finished, scaled
 
 mq = torch.ops.mq_ao
 
-# What the CUDA kernel behind `aten._int_mm` asks for.
-_MORE_ROWS_THAN = 16
+# The CUDA kernel behind `aten._int_mm` asks for more rows than these, and for sizes that are such multiples.
+FEW_ROWS = 16
 _MULTIPLE = 8
+# Outputs up to which a linear waits for its input: its pieces come from one kernel, which reads that once.
+_FEW_OUTPUTS = 256
 
 
 def product(
@@ -56,8 +58,8 @@ def products(
     out_zero_points: list[int],
     group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`int8_linears` likewise: for many rows a product for each piece, which an epilogue of its own can follow."""
-    if not _taken(q, weight, group_size, *sizes):
+    """`int8_linears` likewise: of many rows and outputs a product for each piece, which an epilogue can follow."""
+    if weight.shape[0] <= _FEW_OUTPUTS or not _taken(q, weight, group_size, *sizes):
         pieces = (sizes, out_scales, out_zero_points, group_size)
         return mq.int8_linears(q, token_scale, weight, scale, correction, bias, *pieces)
     given, start = [], 0
@@ -70,11 +72,38 @@ def products(
     return first, second, third
 
 
+def norm_of_sum(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`int8_rms_norm` with a residual: of many rows, the sum is left to the epilogue of the product before it."""
+    if x.numel() // x.shape[-1] <= FEW_ROWS:
+        return mq.int8_rms_norm(x, residual, weight, eps, out_scale, out_zero_point)
+    total = x + residual
+    q, scale, _ = mq.int8_rms_norm(total, None, weight, eps, out_scale, out_zero_point)
+    return q, scale, total
+
+
+def summed(node: Node) -> Node | None:
+    """The product that an `int8_rms_norm` adds to a residual, if it is one for `aten._int_mm`; else None."""
+    arguments = walk.arguments(node)
+    if arguments["residual"] is None:
+        return None
+    for operand in (arguments["x"], arguments["residual"]):
+        if operand.target == mq.int8_linear.default and not walk.arguments(operand)["group_size"]:
+            return operand
+    return None
+
+
 def _taken(q: Tensor, weight: Tensor, group_size: int, *sizes: int) -> bool:
     """Whether `aten._int_mm` takes products of these sizes."""
     if group_size or weight.dtype != torch.int8 or any(size % _MULTIPLE for size in (*sizes, q.shape[-1])):
         return False
-    return q.numel() // q.shape[-1] > _MORE_ROWS_THAN
+    return q.numel() // q.shape[-1] > FEW_ROWS
 
 
 _INLINED: dict[Any, Any] = {mq.int8_linear.default: product, mq.int8_linears.default: products}
@@ -94,6 +123,9 @@ def compiled(module: GraphModule, mode: str = "default", dynamic: bool | None = 
     graph = copy.deepcopy(module.graph)
     # On the same weights, with code of its own: dynamo keeps what it compiled by code.
     inlined = GraphModule(module, graph)
+    for node in walk.calls(inlined, {mq.int8_rms_norm.default}):
+        if summed(node) is not None:
+            node.target = norm_of_sum
     for node in walk.calls(inlined, _INLINED):
         node.target = _INLINED[node.target]
     inlined.recompile()

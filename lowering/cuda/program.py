@@ -21,6 +21,7 @@ from mq_ao.graph import walk
 from mq_ao.lowering import archive
 from mq_ao.lowering.cuda.compiled import compiled
 from mq_ao.lowering.cuda.device import require_cuda
+from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.lowering.program import StatefulProgram, States
 
 FORMAT = 1
@@ -36,11 +37,17 @@ class Mode(StrEnum):
     MAX_AUTOTUNE = "max-autotune"
 
 
+_WITH_GRAPHS = (Mode.CUDA_GRAPHS, Mode.MAX_AUTOTUNE)
+
+
 class CudaProgram(StatefulProgram):
     """A language model for GPUs. On the CPU it runs the operators' references, for checking and not for speed.
 
     Compiled, prefill serves any batch and length; decode is compiled for each batch size, and in the modes
     "reduce-overhead" and "max-autotune" replayed as one CUDA graph. None of this was run on a GPU.
+
+    Decode keeps the states of each batch size in memory of its own and overwrites them: the states that it returns are
+    those, and hold until the next step. Clone them to come back to them later.
 
     Args:
         exported: `(input_ids, conv_state, ssm_state, positions) -> (logits, conv_state, ssm_state)`.
@@ -76,12 +83,16 @@ class CudaProgram(StatefulProgram):
             module = copy.deepcopy(module).to(wanted)
         self._module = module
         self._last = torch.zeros(1, dtype=torch.int64, device=wanted)
-        self._methods: dict[str, Any] = {"prefill": module, "decode": module}
+        self._held: dict[int, _Held] = {}
+        self._prefill: Any = module
+        self._decode: Any = one_token(module)
+        if self.mode in _WITH_GRAPHS:
+            # Kernels are tuned, and constants that they keep are made, outside of a CUDA graph's memory.
+            with torch.no_grad():
+                self._decode(self._last[None], *self._shapes.zeros(1, wanted), self._last)
         if self.mode is not Mode.EAGER:
-            self._methods = {
-                "prefill": compiled(module, _without_graphs(self.mode), dynamic=True),
-                "decode": compiled(module, str(self.mode), dynamic=False),
-            }
+            self._prefill = compiled(self._prefill, _without_graphs(self.mode), dynamic=True)
+            self._decode = compiled(self._decode, str(self.mode), dynamic=False)
 
     @classmethod
     def load(
@@ -114,12 +125,15 @@ class CudaProgram(StatefulProgram):
 
     def run(self, name: str, *inputs: Tensor) -> States:
         """See `StatefulProgram.run`."""
-        args = (*inputs, self._last) if name == "decode" else inputs
         with torch.no_grad():
-            logits, conv, ssm = self._methods[name](*args)
-            if name == "decode" and self.mode in (Mode.CUDA_GRAPHS, Mode.MAX_AUTOTUNE):
-                # The next replay writes to the same memory.
-                logits, conv, ssm = logits.clone(), conv.clone(), ssm.clone()
+            if name == "prefill":
+                return self._prefill(*inputs)
+            ids, *given = inputs
+            held = self._held.setdefault(len(ids), _Held([torch.empty_like(state) for state in given]))
+            logits = self._decode(ids, *held.take(given), self._last)
+            if self.mode in _WITH_GRAPHS:
+                logits = logits.clone()  # the next replay writes to the same memory
+            conv, ssm = held.give()
         return logits, conv, ssm
 
     def save(self, path: str | Path) -> None:
@@ -131,6 +145,38 @@ class CudaProgram(StatefulProgram):
         described = json.dumps({**self._info, **_versions()})
         with replacing(check_output(path, SUFFIX)) as temporary, temporary.open("wb") as file:
             torch.export.save(self._exported, file, extra_files={archive.INFO: described})
+
+
+class _Held:
+    """States that steps overwrite, at addresses that stay: a CUDA graph need not copy them."""
+
+    def __init__(self, states: list[Tensor]) -> None:
+        self._states = states
+        self._latest: list[Tensor] = states
+        for state in states:
+            torch._dynamo.mark_static_address(state)
+
+    def take(self, given: list[Tensor]) -> list[Tensor]:
+        """The memory, with these states in it.
+
+        Raises:
+            MqAoError: they were there before, and a later step has overwritten them.
+        """
+        for state, value, latest in zip(self._states, given, self._latest, strict=True):
+            if value is latest:
+                continue
+            if value.untyped_storage().data_ptr() == state.untyped_storage().data_ptr():
+                raise MqAoError(
+                    "these states of an earlier step were overwritten by a later one: clone the states that decode "
+                    "returns to come back to them."
+                )
+            state.copy_(value)
+        return self._states
+
+    def give(self) -> list[Tensor]:
+        """The states as they are now, as tensors that `take` knows again until it gives others."""
+        self._latest = [state.view_as(state) for state in self._states]
+        return self._latest
 
 
 def parse_mode(mode: Mode | str | None, device: torch.device) -> Mode:

@@ -107,7 +107,7 @@ class Rewriter(GraphRewriter):
         with self.graph.inserting_before(at):
             if operands is None:
                 values, scale, group_size = self._layout(at, weight)
-                args = (x, self.store("weight", values), self.store("scale", scale), bias, group_size)
+                args = (x, self.store("weight", values), self._scale(scale, group_size), bias, group_size)
                 return self.graph.call_function(mq.weight_linear.default, args)
             *first, group_size = operands
             following = self.following(at)
@@ -133,7 +133,7 @@ class Rewriter(GraphRewriter):
                     groups = weight.values.unflatten(1, (-1, group_size or weight.values.shape[1]))
                     sums = groups.sum(-1, dtype=torch.int32).view(scale.shape) * operand.zero_point
                     correction = self.store("correction", sums)
-            return q, token_scale, self.store("weight", values), self.store("scale", scale), correction, group_size
+            return q, token_scale, self.store("weight", values), self._scale(scale, group_size), correction, group_size
 
     def _layout(self, at: Node, weight: Weight) -> tuple[Tensor, Tensor, int]:
         """Integers, scales and group size as the kernels read them."""
@@ -148,6 +148,11 @@ class Rewriter(GraphRewriter):
                 "need: choose another group_size, or None for one scale a channel."
             )
         return nibbles.pack(weight.values, group_size) if packed else weight.values, scale, group_size
+
+    def _scale(self, scale: Tensor, group_size: int) -> Node:
+        """Scales of groups in half the bytes, where they are bfloat16 numbers as the quantizer makes them."""
+        half = scale.to(torch.bfloat16)
+        return self.store("scale", half if group_size and torch.equal(half.to(scale.dtype), scale) else scale)
 
     def _gate(self, quantize: Node) -> None:
         """Gate, rotation and quantize step of out_proj's input as one operator."""

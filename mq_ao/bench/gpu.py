@@ -111,7 +111,7 @@ def run(
 
     label = str(plan.dtype).removeprefix("torch.")
     add(f"{label} eager", lambda: Eager(_floats(model, plan.dtype, device)))
-    add(f"{label} compiled", lambda: _compiled(_floats(model, plan.dtype, device)))
+    add(f"{label} compiled", lambda: _compiled(_floats(model, plan.dtype, torch.device("cpu")), device, plan.mode))
     if (missing := peer_mamba_ssm.missing(model.config)) is None:
         add(f"{label} mamba_ssm", lambda: peer_mamba_ssm.MambaSsm(model.config, plan.dtype, device))
     else:
@@ -196,9 +196,11 @@ def _program(program: CudaProgram, device: torch.device, mode: Mode) -> Program:
     return Program(program.on(device, mode))
 
 
-def _compiled(model: MambaLM) -> Eager:
-    model.backbone.compile(dynamic=True)
-    return Eager(model)
+def _compiled(model: MambaLM, device: torch.device, mode: Mode) -> Program:
+    """The float graph, made a program as the integer graphs are."""
+    program = api.compile_float(model, "cuda")
+    assert isinstance(program, CudaProgram)
+    return _program(program, device, mode)
 
 
 def _distance(one: Contender, other: Contender, ids: Tensor) -> float:

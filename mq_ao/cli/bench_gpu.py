@@ -50,7 +50,7 @@ def _table(source: str, rows: list[Row], plan: Plan) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"{source}: medians of {plan.repeats} rounds in turns; x: against the first; int8 in mode {plan.mode}",
+        title=f"{source}: medians of {plan.repeats} rounds in turns; x: against the first; compiled: {plan.mode}",
         title_justify="left",
     )
     lengths = [f"prefill {tokens}, ms" for tokens in plan.tokens]

@@ -88,6 +88,16 @@ def padded(node: Node, count: int) -> list[Any]:
     return [*node.args, *[None] * (count - len(node.args))]
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """All arguments of an operator's node by their names in its schema, in order, defaults included."""
+    target: Any = node.target
+    found = {}
+    for index, argument in enumerate(target._schema.arguments):
+        positional = node.args[index] if index < len(node.args) else argument.default_value
+        found[argument.name] = node.kwargs.get(argument.name, positional)
+    return found
+
+
 def upstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Node:
     """Follows first inputs from `node` (included) while the operator is in `through`; returns where it ends."""
     while node.op == "call_function" and node.target in through and isinstance(node.args[0], Node):

@@ -35,9 +35,11 @@ def check_weight(k: int, weight: Tensor, scale: Tensor, bias: Tensor | None, gro
         f"groups of {group_size} weights do not divide the {k} inputs: choose a size that does.",
     )
     shape = (weight.shape[0], k // group_size) if group_size else (weight.shape[0],)
+    good = scale.dtype == torch.float32 or (group_size > 0 and scale.dtype == torch.bfloat16)
     require(
-        scale.dtype == torch.float32 and tuple(scale.shape) == shape and scale.is_contiguous(),
-        f"the weight's scale must be contiguous float32 {shape}, it is {scale.dtype} {tuple(scale.shape)}.",
+        good and tuple(scale.shape) == shape and scale.is_contiguous(),
+        f"the weight's scale must be contiguous float32 {shape}, or bfloat16 with groups, it is {scale.dtype} "
+        f"{tuple(scale.shape)}.",
     )
     if bias is not None:
         require(
@@ -99,7 +101,7 @@ def int8_linear(
         q: int8 (..., K), K up to 65536.
         token_scale: float32 (..., 1), the step of each token of q; None: it is in `scale`.
         weight: int8 (N, K), or uint8 (N, K / 2) from `nibbles.pack`; contiguous.
-        scale: float32 (N,), or (N, K / group_size) with groups.
+        scale: float32 (N,); with groups float32 or bfloat16 (N, K / group_size).
         correction: int32 of the shape of `scale`: q's zero point times the sums of the weight's rows, in each group;
             None: the zero point is 0.
         bias: float32 (N,), or None.
@@ -118,7 +120,8 @@ def int8_linear(
     values = integers(weight, group_size).to(torch.float64)
     size = group_size or q.shape[-1]
     # One column for each group.
-    scales, corrections = scale.view(len(scale), -1), None if correction is None else correction.view(len(scale), -1)
+    scales = scale.to(torch.float32).view(len(scale), -1)
+    corrections = None if correction is None else correction.view(len(scale), -1)
     y = None
     for group, (part, columns) in enumerate(zip(q.split(size, -1), values.split(size, 1), strict=True)):
         sums = (part.to(torch.float64) @ columns.t()).to(torch.int32)

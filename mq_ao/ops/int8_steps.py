@@ -15,6 +15,8 @@ from mq_ao.ops import causal_conv1d, int8_linear, library, qcausal_conv1d, qsele
 from mq_ao.ops.grids import output_dtype
 from mq_ao.ops.library import require
 
+mq = torch.ops.mq_ao
+
 
 def _check_step(name: str, q: Tensor, state_name: str, state: Tensor, dtype: torch.dtype) -> None:
     require(q.dim() == 3, f"{name}: q must be (batch, 1, K), it has {q.dim()} dimensions.")
@@ -81,7 +83,7 @@ def int8_conv_step_(
     conv_out_scale: float | None,
     conv_out_zero_point: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference: `int8_linears`, `qcausal_conv1d` of one piece, and the last state over `conv_state`.
+    """The operators `int8_linears`, `qcausal_conv1d` of one piece, and the last state over `conv_state`.
 
     Args:
         q: int8 (batch, 1, K).
@@ -124,10 +126,8 @@ def int8_conv_step_(
         conv_out_zero_point,
     ]
     fake_conv_step(*operands, piece, *taps)
-    given = list(int8_linear.int8_linears(*operands))
-    given[piece], last_state = qcausal_conv1d.qcausal_conv1d(
-        given[piece], out_scales[piece], out_zero_points[piece], *taps
-    )
+    given = list(mq.int8_linears(*operands))
+    given[piece], last_state = mq.qcausal_conv1d(given[piece], out_scales[piece], out_zero_points[piece], *taps)
     conv_state.copy_(last_state)
     first, second, third = given
     return first, second, third
@@ -215,7 +215,7 @@ def int8_scan_step_(
     out_scale: float | None,
     out_zero_point: int,
 ) -> Tensor:
-    """Reference: `int8_linear`, rounded, `qselective_scan` with it as delta, and the last state over `state`.
+    """The operators `int8_linear`, rounded, `qselective_scan` with it as delta, and the last state over `state`.
 
     Args:
         q: int8 (batch, 1, dt_rank).
@@ -239,9 +239,8 @@ def int8_scan_step_(
     rest = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
     everything: list[Any] = [q, *linear, *grid, *first, *second, *rest]
     fake_scan_step(*everything)
-    delta = int8_linear.int8_linear(q, None, *linear, *grid)
-    scanned: list[Any] = [*first, delta, *grid, *second, *rest]
-    y, last_state = qselective_scan.qselective_scan(*scanned)
+    delta = mq.int8_linear(q, None, *linear, *grid)
+    y, last_state = mq.qselective_scan(*first, delta, *grid, *second, *rest)
     state.copy_(last_state)
     return y
 

@@ -54,8 +54,8 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
 
     Args:
         name: operator name without namespace.
-        schema: argument and return part of the schema, for example `(Tensor x) -> Tensor`; an argument that the operator
-            changes is a `Tensor(a!)`.
+        schema: argument and return part of the schema, for example `(Tensor x) -> Tensor`; an argument that is
+            changed is a `Tensor(a!)`.
         fake: shape function for FakeTensors.
         reference: obviously right implementation in PyTorch; runs on any device and dtype.
     """

@@ -23,7 +23,7 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group_
 
 def dequantized(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """The weight in float32, (N, K)."""
-    values = integers(weight, group_size)
+    values, scale = integers(weight, group_size), scale.to(torch.float32)
     return values * (scale.repeat_interleave(group_size, 1) if group_size else scale[:, None])
 
 
@@ -33,7 +33,7 @@ def weight_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None 
     Args:
         x: float32 or bfloat16 (..., K), K up to 65536.
         weight: int8 (N, K), or uint8 (N, K / 2) from `nibbles.pack`; contiguous.
-        scale: float32 (N,), or (N, K / group_size) with groups.
+        scale: float32 (N,); with groups float32 or bfloat16 (N, K / group_size).
         bias: float32 (N,), or None.
         group_size: inputs that share a scale; it divides K. 0: all of them.
 

@@ -24,11 +24,12 @@ ROUNDING = 4
 
 _ROWS = 128
 """Rows of a product that share one unpacking of int4 weights."""
-_FEW_ROWS = 16
-"""Rows up to which `weight_linear` has a kernel of its own (mq_ao/ops/triton/weight_linear.py)."""
-_SHORTEST, _THREADS = 32, 2**17
-"""Steps of a chunk of the selective scan, and the threads up to which it is cut into chunks
-(mq_ao/ops/triton/selective_scan.py)."""
+_FEW_ROWS, _FEW_OUTPUTS = 16, 256
+"""Rows up to which linears have kernels of their own (mq_ao/ops/triton), and outputs up to which pieces of many rows
+come from one (lowering/cuda/compiled.py)."""
+_SHORTEST, _THREADS, _LANES, _ENOUGH = 32, 2**17, 4, 2**14
+"""Steps of a chunk of the selective scan, the threads up to which it is cut into chunks, the lanes that share a channel
+otherwise, and the threads from which on it is not cut (mq_ao/ops/triton/selective_scan.py)."""
 _CHUNK = 64
 """Tokens of a chunk of the SSD scan; below two chunks, it is a plain recurrence."""
 
@@ -73,7 +74,7 @@ class Call:
     Attributes:
         operator: its name with its namespace, such as `mq_ao.int8_linear`.
         arguments: all of them by name.
-        outputs: what it gives.
+        outputs: what it gives, and then what it overwrites.
     """
 
     operator: str
@@ -141,12 +142,13 @@ def _linear(call: Call) -> Cost:
     if weight.dtype == torch.uint8:
         fp32 += ROUNDING * inputs * channels * math.ceil(rows / _ROWS)
     if x.dtype == torch.int8:
-        # Compiled, pieces of many rows are products of their own, which read x again.
-        several = len(call.arguments.get("sizes", ())) if rows > _FEW_ROWS else 1
+        # Compiled, pieces of many rows and outputs are products of their own, which read x again.
+        apart = rows > _FEW_ROWS and channels > _FEW_OUTPUTS and not groups
+        several = len(call.arguments.get("sizes", ())) if apart else 1
         again = max(several - 1, 0)
         cost = call.cost(1 + again, int8=products, fp32=fp32) + Cost(moved=again * moved(x))
         # Of one scale for all, the zero point is 0 by chance alone: what corrects for others is counted in any case.
-        fortunate = call.arguments["token_scale"] is None and call.arguments["correction"] is None
+        fortunate = call.arguments.get("token_scale") is None and call.arguments["correction"] is None
         return cost + Cost(moved=moved(call.arguments["scale"])) if fortunate else cost
     # PyTorch does not round float32 for tensor cores unless it is asked to.
     return call.cost(fp32=products) if x.dtype == torch.float32 else call.cost(fp16=products)
@@ -173,7 +175,7 @@ def _convolution(call: Call) -> Cost:
 
 
 def _selective_scan(call: Call) -> Cost:
-    """The recurrence; where sequences are too few to fill a GPU, all but the outputs twice, in chunks side by side.
+    """The recurrence; where channels are too few for a GPU, all but the outputs twice, in chunks side by side.
 
     Of each state: step times A, exponential, step times u times B, a multiply-add, and another one for y; of each
     channel: softplus.
@@ -184,7 +186,7 @@ def _selective_scan(call: Call) -> Cost:
     special = u.numel() * (states + 2)
     outputs = u.numel() * 2 * states
     chunk = max(_SHORTEST, length * batch * channels // _THREADS)
-    if 2 * chunk >= length:
+    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH:
         return call.cost(fp32=once + outputs, special=special)
     again = moved(u) + moved(call.arguments["delta"]) + moved(b)
     # Written, carried over by reading and writing again, and read.
@@ -208,6 +210,19 @@ def _ssd_scan(call: Call) -> Cost:
     cost = call.cost(kernels=4, fp16=scores + within + across, fp32=3 * decays + x.numel() * 3 * ROUNDING)
     cost += Cost(special=decays)
     return cost + Cost(moved=carried)
+
+
+def _conv_step(call: Call) -> Cost:
+    """A linear, and the convolution of a piece in its epilogue."""
+    taps, values = call.arguments["conv_weight"], call.arguments["q"].shape[0] * len(call.arguments["conv_weight"])
+    fp32, special = values * (2 * taps.shape[-1] + 2 * ROUNDING), values * SIGMOID
+    return _linear(call) + Cost(fp32=fp32, special=special)
+
+
+def _scan_step(call: Call) -> Cost:
+    """A linear, and the scan in its epilogue."""
+    scan = _selective_scan(call)
+    return _linear(call) + Cost(fp32=scan.fp32, special=scan.special)
 
 
 def _scan_states(call: Call) -> Cost:
@@ -236,17 +251,25 @@ LINEARS = frozenset(
         "mq_ao.int8_linear",
         "mq_ao.int8_linears",
         "mq_ao.weight_linear",
+        "mq_ao.int8_conv_step_",
+        "mq_ao.int8_scan_step_",
     }
 )
+# Each with its twin that overwrites the state.
+_CARRYING: Mapping[str, Rule] = {
+    "causal_conv1d": _convolution,
+    "qcausal_conv1d": _convolution,
+    "selective_scan": _selective_scan,
+    "qselective_scan": _selective_scan,
+    "ssd_scan": _ssd_scan,
+    "qssd_scan": _ssd_scan,
+}
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LINEARS, _linear),
     "mq_ao.weight_linear": _weight_linear,
-    "mq_ao.causal_conv1d": _convolution,
-    "mq_ao.qcausal_conv1d": _convolution,
-    "mq_ao.selective_scan": _selective_scan,
-    "mq_ao.qselective_scan": _selective_scan,
-    "mq_ao.ssd_scan": _ssd_scan,
-    "mq_ao.qssd_scan": _ssd_scan,
+    "mq_ao.int8_conv_step_": _conv_step,
+    "mq_ao.int8_scan_step_": _scan_step,
+    **{f"mq_ao.{name}{ending}": rule for name, rule in _CARRYING.items() for ending in ("", "_")},
     "mq_ao.scan_states": _scan_states,
     "mq_ao.int8_gate": _gate,
     "mq_ao.hadamard": _rotation,

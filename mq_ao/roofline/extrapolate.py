@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
+from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.recipes import Recipe
 from mq_ao.roofline.cost import LINEARS, Cost
@@ -85,7 +86,7 @@ def count_model(config: Config, recipe: Recipe | None, batch: int, tokens: int) 
     for layers, vocabulary in ((2, 1), (3, 1), (2, 2)):
         graph = build(replace(config, n_layer=layers, vocab_size=vocabulary * _VOCABULARY))
         prompts.append(count(graph, batch, tokens))
-        steps.append(count(graph, batch, 1))
+        steps.append(count(one_token(graph), batch, 1))
     return Counted(_affine(config, *prompts), _affine(config, *steps))
 
 
@@ -107,7 +108,7 @@ def role_of(kernel: Kernel) -> str:
     for found, role in ((NORMS, "norm"), (ACTIVATIONS, "gate"), ({"aten.embedding"}, "embedding"), (JOINS, "states")):
         if names & found:
             return role
-    return _ROLES.get(kernel.operators[0], "linear" if names & LINEARS else "pointwise")
+    return _ROLES.get(kernel.operators[0].removesuffix("_"), "linear" if names & LINEARS else "pointwise")
 
 
 def _affine(config: Config, base: Counts, layer: Counts, rows: Counts) -> Counts:

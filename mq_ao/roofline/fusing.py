@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.lowering.cuda.compiled import FEW_ROWS, summed
 from mq_ao.roofline.cost import ROUNDING, RULES, SIGMOID, Call, Cost, cost_of, moved, tensors
 
 GATHERS = frozenset({"aten.embedding", "aten.index_select"})
@@ -82,8 +83,32 @@ def kernels(module: GraphModule, seen: Mapping[Node, Any]) -> list[Kernel]:
         MqAoError: there is an operator that is neither pointwise nor one whose cost is known.
     """
     chains = _Chains(module, seen)
-    own = [Kernel((node,), (name,), cost_of(_call(node, name, seen))) for node, name in chains.own.items()]
-    return own + [chains.kernel(chain) for chain in chains.groups()]
+    found = [Kernel((node,), (name,), cost_of(_call(node, name, seen))) for node, name in chains.own.items()]
+    found += [chains.kernel(chain) for chain in chains.groups()]
+    # Where a norm follows the sum of a product of many rows and a residual, the product reads the residual and writes
+    # the sum, which is then all that the norm reads.
+    products = {product: moved(seen[product]) for kernel in found for product in _products_summed(kernel, chains)}
+    products = {node: size for node, size in products.items() if seen[node].numel() // seen[node].shape[-1] > FEW_ROWS}
+    return [_with_sums_outside(kernel, products, chains) for kernel in found]
+
+
+def _products_summed(kernel: Kernel, chains: _Chains) -> Iterator[Node]:
+    """The products that a norm adds to a residual, which products can do in their epilogue."""
+    if kernel.operators == ("mq_ao.int8_rms_norm",):
+        product = summed(kernel.nodes[0])
+        yield from () if product is None else (product,)
+    elif not NORMS.isdisjoint(kernel.operators):
+        for node in kernel.nodes:
+            if node.target in walk.ADD:
+                roots = map(chains._root, walk.inputs(node))
+                yield from (root for root in roots if chains.own.get(root) == "aten.linear")
+
+
+def _with_sums_outside(kernel: Kernel, products: Mapping[Node, int], chains: _Chains) -> Kernel:
+    """The kernel as it is when these products, of so many bytes, add what norms after them would."""
+    taken = sum(products.get(product, 0) for product in _products_summed(kernel, chains))
+    added = products.get(kernel.nodes[0], 0)
+    return replace(kernel, cost=kernel.cost + Cost(moved=added - 2 * taken))
 
 
 def operator_name(node: Node) -> str:
@@ -209,11 +234,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _call(node: Node, name: str, seen: Mapping[Node, Any]) -> Call:
-    """An operator's arguments by their names in its schema, defaults included."""
     target: Any = node.target
-    given = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: seen[item])
-    arguments: dict[str, Any] = {}
-    for index, argument in enumerate(target._schema.arguments):
-        positional = given[0][index] if index < len(given[0]) else argument.default_value
-        arguments[argument.name] = given[1].get(argument.name, positional)
-    return Call(name, arguments, tuple(tensors(seen[node])))
+    arguments = torch.fx.node.map_arg(walk.arguments(node), lambda item: seen[item])
+    changed = [item.name for item in target._schema.arguments if item.alias_info and item.alias_info.is_write]
+    return Call(name, arguments, (*tensors(seen[node]), *(arguments[key] for key in changed)))

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.library import Library
 
+from mq_ao.ops.in_place import STATEFUL, check_state, state_index
 from mq_ao.ops.triton import (
     causal_conv1d,
     int8_gate,
@@ -48,7 +49,7 @@ class Implementation:
         return launches
 
 
-IMPLEMENTATIONS: Mapping[str, Implementation] = {
+_OWN: Mapping[str, Implementation] = {
     "causal_conv1d": Implementation(causal_conv1d.run, causal_conv1d.examples),
     "gate": Implementation(int8_gate.run_gate, int8_gate.gate_examples),
     "hadamard": Implementation(int8_gate.run_hadamard, int8_gate.hadamard_examples),
@@ -65,6 +66,24 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "ssd_scan": Implementation(ssd_scan.run, ssd_scan.examples),
     "qssd_scan": Implementation(ssd_scan.run_quantized, ssd_scan.quantized_examples),
 }
+
+
+def _in_place(name: str) -> Implementation:
+    """Of an operator's twin that overwrites the state: the same kernels, for which the operator has examples."""
+    run, index = _OWN[name].run, state_index(name)
+
+    def run_in_place(*args: Any) -> Any:
+        state = args[index]
+        y, last_state = run(*args, into=state)
+        if last_state is not state:
+            check_state(name, state, last_state)
+            state.copy_(last_state)
+        return y
+
+    return Implementation(run_in_place, tuple)
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {**_OWN, **{f"{name}_": _in_place(name) for name in STATEFUL}}
 """By operator, without the namespace."""
 
 _kernels = Library("mq_ao", "IMPL", "CUDA")

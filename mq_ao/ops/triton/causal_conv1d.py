@@ -16,6 +16,7 @@ from torch import Tensor
 from mq_ao.ops import causal_conv1d as float_conv
 from mq_ao.ops import qcausal_conv1d as int8_conv
 from mq_ao.ops.triton.launch import Config, Kernel
+from mq_ao.ops.triton.operands import destination
 from mq_ao.ops.triton.rounding import round_half_even, write
 
 mq = torch.ops.mq_ao
@@ -155,6 +156,7 @@ def _causal_conv1d(
     at = y + step[:, None] * channels + channel[None, :]
     write(at, total, inside, out_inverse, out_zero_point)
     if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.debug_barrier()  # of one step, the last state may lie over the first
         for entry in tl.static_range(TAPS - 1):
             ending = tl.full((1,), entry - (TAPS - 1), tl.int64) + length
             kept = _inputs(
@@ -178,7 +180,11 @@ def _causal_conv1d(
             tl.store(last + entry * channels + channel[None, :], kept, mask=there[None, :])
 
 
-one_step = Kernel(_causal_conv1d, (Config(2, 1, BLOCK_T=1, BLOCK_C=256), Config(4, 1, BLOCK_T=1, BLOCK_C=128)))
+one_step = Kernel(
+    _causal_conv1d,
+    (Config(2, 1, BLOCK_T=1, BLOCK_C=256), Config(4, 1, BLOCK_T=1, BLOCK_C=128)),
+    changes=("last",),
+)
 many_steps = Kernel(
     _causal_conv1d,
     (
@@ -196,9 +202,12 @@ def run(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     activation: str | None = None,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.causal_conv1d.causal_conv1d`."""
+    """See `mq_ao.ops.causal_conv1d.causal_conv1d`; the last state goes `into` a tensor if it is given and suits."""
     y, last = float_conv.fake(x, weight, bias, initial_state, activation)
+    last = destination(last, into, x.shape[1])
     floats = [value for value in (x, weight, bias, initial_state) if value is not None]
     if any(value.dtype not in _FLOATS for value in floats) or not _fits(x, weight):
         return mq.causal_conv1d_reference(x, weight, bias, initial_state, activation)
@@ -217,14 +226,17 @@ def run_quantized(
     activation: str | None = None,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.qcausal_conv1d.qcausal_conv1d`."""
+    """See `mq_ao.ops.qcausal_conv1d.qcausal_conv1d`; the last state goes `into` a tensor if it is given and suits."""
     operands = (
         *(x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation),
         *(out_scale, out_zero_point),
     )
     float_conv.check_shapes(x, weight, bias, initial_state, activation)
     y, last = int8_conv.fake(*operands)
+    last = destination(last, into, x.shape[1])
     floats = [value for value in (bias, initial_state) if value is not None]
     if any(value.dtype != torch.float32 for value in floats) or not _fits(x, weight):
         return mq.qcausal_conv1d_reference(*operands)

@@ -98,6 +98,15 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def destination(last_state: Tensor, into: Tensor | None, length: int) -> Tensor:
+    """Where a scan or convolution writes its last state: over the initial one if it is asked to and can.
+
+    The kernels of one step can: a state is read and written by one thread.
+    """
+    fits = into is not None and length == 1 and into.is_contiguous() and into.dtype == last_state.dtype
+    return into if into is not None and fits else last_state
+
+
 def float32(x: Tensor | None) -> Tensor | None:
     """A parameter or state as a dense float32 tensor."""
     return None if x is None else x.to(torch.float32).contiguous()

@@ -1,12 +1,12 @@
 """`mq_ao::selective_scan` and `mq_ao::qselective_scan` on CUDA.
 
-One step is one kernel (`_step`). For more, a warp takes 32 channels and walks over time: each lane has a channel with
-all its states in registers, so that nothing but operands and outputs moves. That leaves most of a GPU idle for few
-sequences; so time is then cut into chunks that are scanned side by side, twice: the first time from zero and without
-outputs, to learn what each adds to the state (its decay is that of the sum of its step sizes), and after `carry` from
-the states that they really start from. That costs twice the arithmetic and reads u, delta and B twice, and needs no
-communication between programs; `tl.associative_scan` over time would hold decays and inputs of all states and steps
-in registers at once.
+One step is one kernel (`_step`). For more, a warp takes some channels and walks over time with their states in
+registers, so that nothing but operands and outputs moves: 32 channels, one for each lane, or 8, each with its states
+spread over four lanes. Where that leaves most of a GPU idle, time is cut into chunks that are scanned side by side,
+twice: the first time from zero and without outputs, to learn what each adds to the state (its decay is that of the sum
+of its step sizes), and after `carry` from the states that they really start from. That costs twice the arithmetic and
+reads u, delta and B twice, and needs no communication between programs; `tl.associative_scan` over time would hold
+decays and inputs of all states and steps in registers at once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from mq_ao.ops.selective_scan import _fake
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.operands import (
+    centred,
+    destination,
     float32,
     parameter,
     read,
@@ -39,6 +41,12 @@ from mq_ao.ops.triton.rounding import write
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 _SHORTEST = 32  # steps of a chunk
 _THREADS = 2**17  # that keep a GPU busy: about a thousand for each of its multiprocessors
+_LANES = 4  # over which the states of a channel can be spread
+_ENOUGH = 2**14  # threads with which once over all of time is not slower than twice over chunks: a warp a scheduler
+
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+AHEAD: tl.constexpr = tl.constexpr(_LANES)
 
 
 @triton.constexpr_function
@@ -94,7 +102,8 @@ def _scan(
     # Channels lie along the last axis, which Triton spreads over lanes: sums over n stay within a lane.
     mask = (n < D_STATE)[:, None] & inside[None, :]
     states = c[None, :] * D_STATE + n[:, None]
-    decay = tl.load(A + states, mask=mask, other=0.0)
+    # exp(step A) = 2^(step A log2(e)), and powers of two are what the chip has.
+    decay = tl.load(A + states, mask=mask, other=0.0) * LOG2_E
     of_chunk = (batch * tl.num_programs(1) + tl.program_id(1)) * channels
     scale_at = None if state_scale is None else state_scale + states
     h = tl.zeros((N, BLOCK), dtype=tl.float32)
@@ -108,29 +117,32 @@ def _scan(
     else:
         matrix = n[:, None]
         matrix_mask = (n < D_STATE)[:, None]
+    start_of_sequence = batch * length
     first = tl.program_id(1) * chunk
-    row = batch * length + first
-    u_at = u + row * u_row + c
-    delta_at = delta + row * delta_row + c
-    B_at = B + row * B_row + matrix
-    C_at = C + row * C_row + matrix
-    if y is not None:
-        y_at = y + row * channels + c
+    stop = tl.minimum(first + chunk, length)
+    ahead = tl.arange(0, AHEAD)[:, None]
     steps = tl.zeros((BLOCK,), dtype=tl.float32)
-    for _ in range(first, tl.minimum(first + chunk, length)):
-        dt = step_size(delta_at, inside, delta_scale, delta_zero_point, bias, SOFTPLUS)
-        x = read(u_at, inside, u_scale, u_zero_point)
-        b = read(B_at, matrix_mask, B_scale, B_zero_point)
-        h = tl.exp(dt[None, :] * decay) * h + (dt * x)[None, :] * b
-        if y is not None:
-            out = tl.sum(h * read(C_at, matrix_mask, C_scale, C_zero_point), axis=0)
-            write(y_at, out + skip * x, inside, out_inverse, out_zero_point)
-            y_at += channels
-            C_at += C_row
-        steps += dt
-        u_at += u_row
-        delta_at += delta_row
-        B_at += B_row
+    # Some steps at a time, so that lanes that share a channel do not all compute the same softplus.
+    for t in range(first, stop, AHEAD):
+        some = (t + ahead < stop) & inside[None, :]
+        at = start_of_sequence + t + ahead
+        sizes = step_size(delta + at * delta_row + c[None, :], some, delta_scale, delta_zero_point, bias, SOFTPLUS)
+        inputs = read(u + at * u_row + c[None, :], some, u_scale, u_zero_point)
+        for i in tl.static_range(AHEAD):
+            row = start_of_sequence + t + i
+            # Vectors, since the interpreter takes no mask that a single truth was spread for.
+            there = inside & (t + i + tl.zeros_like(c) < stop)
+            matrix_there = matrix_mask & (t + i + tl.zeros_like(matrix) < stop)
+            # A step of 0 after the last one leaves the state as it is.
+            dt = tl.sum(tl.where((ahead == i) & some, sizes, 0.0), axis=0)
+            x = tl.sum(tl.where(ahead == i, inputs, 0.0), axis=0)
+            # B and C less their zero points; their scales are those of whole channels.
+            b = centred(B + row * B_row + matrix, matrix_there, B_zero_point)
+            h = tl.exp2(dt[None, :] * decay) * h + (dt * x * B_scale)[None, :] * b
+            if y is not None:
+                out = tl.sum(h * centred(C + row * C_row + matrix, matrix_there, C_zero_point), axis=0)
+                write(y + row * channels + c, out * C_scale + skip * x, there, out_inverse, out_zero_point)
+            steps += dt
     if end is not None:
         write_state(end + of_chunk * D_STATE + states, scale_at, h, mask)
     if total is not None:
@@ -302,10 +314,11 @@ def _step(
     )
 
 
-_SCANS = (Config(1, 2, ELEMENTS=512), Config(4, 2, ELEMENTS=2048))
+# With 16 states, four lanes a channel, and one.
+_SCANS = (Config(1, 2, ELEMENTS=128), Config(1, 2, ELEMENTS=512), Config(4, 2, ELEMENTS=2048))
 _STEPS = (Config(2, 2, ELEMENTS=256), Config(4, 2, ELEMENTS=1024))
 scan = Kernel(_scan, _SCANS, key=("channels", "D_STATE"))
-step = Kernel(_step, _STEPS, key=("channels", "D_STATE"))
+step = Kernel(_step, _STEPS, key=("channels", "D_STATE"), changes=("end",))
 
 
 def _launch(
@@ -330,7 +343,9 @@ def _launch(
     N = triton.next_power_of_2(d_state)
     groups = B[0].shape[2] if B[0].dim() == 4 else 1
     operands = [rows(grid[0]) for grid in (u, delta, B, C)]
-    grids = [float(value) for grid in (u, delta, B, C) for value in grid[1:]]
+    # The kernels multiply by scales whatever the type.
+    unit = (1.0, 0)
+    grids = [float(value) for grid in (u, delta, B, C) for value in (unit if grid[0].is_floating_point() else grid[1:])]
     out = (1.0 if out_scale is None else 1.0 / out_scale, float(out_zero_point))
     A = A.to(torch.float32).contiguous()
     D, delta_bias, scale = (float32(x) for x in (D, delta_bias, state_scale))
@@ -362,7 +377,8 @@ def _launch(
         )
 
     chunk = max(_SHORTEST, length * batch * channels // _THREADS)
-    if 2 * chunk >= length:  # two chunks scanned twice take as long as all of it once
+    # Two chunks scanned twice take as long as all of it once.
+    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH:
         scan_chunks(length, start, last_state, scale, y, None)
         return
     states = A.new_empty(batch, triton.cdiv(length, chunk), channels, d_state)
@@ -382,9 +398,12 @@ def run(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     initial_state: Tensor | None = None,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.selective_scan.selective_scan`."""
+    """See `mq_ao.ops.selective_scan.selective_scan`; the last state goes `into` a tensor if it is given and suits."""
     y, last_state = _fake(u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state)
+    last_state = destination(last_state, into, u.shape[1])
     if u.dtype == torch.float64:
         return torch.ops.mq_ao.selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state)
     if last_state.numel():
@@ -415,8 +434,10 @@ def run_quantized(
     state_scale: Tensor | None = None,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.qselective_scan.qselective_scan`."""
+    """See `mq_ao.ops.qselective_scan.qselective_scan`; the last state goes `into` a tensor if it is given and suits."""
     grids = (
         (u, u_scale, u_zero_point),
         (delta, delta_scale, delta_zero_point),
@@ -427,6 +448,7 @@ def run_quantized(
     rest: list[Any] = [D, delta_bias, delta_softplus, initial_state, state_scale, out_scale, out_zero_point]
     x, dt, _, b, c = grids
     y, last_state = _qfake(*x, *dt, A, *b, *c, *rest)
+    last_state = destination(last_state, into, u.shape[1])
     if last_state.numel():
         _launch(y, last_state, *grids, *rest)
     return y, last_state

@@ -15,7 +15,7 @@ from mq_ao.ops.qssd_scan import _fake as _qfake
 from mq_ao.ops.ssd_scan import _fake
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.launch import blank
-from mq_ao.ops.triton.operands import float32, rows
+from mq_ao.ops.triton.operands import destination, float32, rows
 from mq_ao.ops.triton.ssd_kernels import add_up, add_up_float32, outputs, outputs_float32, step
 
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
@@ -110,10 +110,13 @@ def run(
     dt_max: float | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.ssd_scan.ssd_scan`."""
+    """See `mq_ao.ops.ssd_scan.ssd_scan`; the last state goes `into` a tensor if it is given and suits."""
     rest = (D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx)
     y, last_state = _fake(x, dt, A, B, C, *rest)
+    last_state = destination(last_state, into, x.shape[1])
     if x.dtype == torch.float64:
         y, last_state = torch.ops.mq_ao.ssd_scan_reference(x, dt, A, B, C, *rest)
     elif last_state.numel():
@@ -144,12 +147,15 @@ def run_quantized(
     seq_idx: Tensor | None = None,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `mq_ao.ops.qssd_scan.qssd_scan`."""
+    """See `mq_ao.ops.qssd_scan.qssd_scan`; the last state goes `into` a tensor if it is given and suits."""
     values, steps = (x, x_scale, x_zero_point), (dt, dt_scale, dt_zero_point)
     b, c = (B, B_scale, B_zero_point), (C, C_scale, C_zero_point)
     rest: list[Any] = [D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, out_scale, out_zero_point]
     y, last_state = _qfake(*values, *steps, A, *b, *c, *rest)
+    last_state = destination(last_state, into, x.shape[1])
     if last_state.numel():
         # Kernels multiply by scales whatever the type.
         x_, dt_, b, c = (q if q[0].dtype != torch.float32 else (q[0], 1.0, 0) for q in (values, steps, b, c))

@@ -68,7 +68,7 @@ def _grouped_weight_linear(
         first = tl.load(left + group * GROUP).to(tl.float32)
         second = tl.load(left + group * GROUP + HALF).to(tl.float32)
         low, high = halves(right, group, columns[:, None] < n, GROUP, INT4)
-        step = tl.load(scale + columns.to(tl.int64) * groups + group, mask=columns < n, other=0.0)
+        step = tl.load(scale + columns.to(tl.int64) * groups + group, mask=columns < n, other=0.0).to(tl.float32)
         sums += (low.to(tl.float32) * first[None, :] + high.to(tl.float32) * second[None, :]) * step[:, None]
     total = tl.sum(sums, axis=1)
     if HAS_BIAS:
@@ -118,5 +118,6 @@ def examples() -> Iterator[tuple[Any, ...]]:
     yield x, blank(n, k, dtype=torch.int8), blank(n)
     yield blank(1, 1532), blank(81, 1532, dtype=torch.int8), blank(81), blank(81)
     for group in (64, 128):
-        yield x, blank(n, k // 2, dtype=torch.uint8), blank(n, k // group), None, group
+        scale = blank(n, k // group, dtype=torch.bfloat16)
+        yield x, blank(n, k // 2, dtype=torch.uint8), scale, None, group
     yield x, blank(n, k, dtype=torch.int8), blank(n, k // group), blank(n), group

@@ -1,0 +1,160 @@
+"""Decoding one token: states are overwritten where they lie, by the same operators' twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+import mq_ao
+from mq_ao import MqAoError
+from mq_ao.api import capture, compile_float
+from mq_ao.lowering.cuda import CudaProgram, lower
+from mq_ao.lowering.cuda.steps import one_token
+from mq_ao.lowering.graphs import with_positions
+from mq_ao.models import Mamba2Config, Mamba2LM, MambaLM
+from mq_ao.ops.in_place import STATEFUL, state_index
+from tests.conftest import tokens
+
+mq = torch.ops.mq_ao
+aten = torch.ops.aten
+
+
+def operands(name: str) -> list[Any]:
+    """Arguments for a step of an operator, with a state."""
+    gen = torch.Generator().manual_seed(0)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen)
+
+    def grid(*shape: int) -> list[Any]:
+        return [torch.randint(-128, 128, shape, dtype=torch.int8, generator=gen), 0.03, 3]
+
+    decay = -torch.rand(6, 4, generator=gen)
+    taps = torch.randint(-127, 128, (6, 4), dtype=torch.int8, generator=gen)
+    calls: dict[str, list[Any]] = {
+        "causal_conv1d": [floats(3, 1, 6), floats(6, 4), None, floats(3, 3, 6), "silu"],
+        "qcausal_conv1d": [*grid(3, 1, 6), taps, floats(6).abs(), None, floats(3, 3, 6), "silu", 0.1, 3],
+        "selective_scan": [*(floats(3, 1, 6) for _ in "ud"), decay, *(floats(3, 1, 4) for _ in "BC")],
+        "qselective_scan": [*grid(3, 1, 6), *grid(3, 1, 6), decay, *grid(3, 1, 4), *grid(3, 1, 4)],
+        "ssd_scan": [floats(3, 1, 2, 8), floats(3, 1, 2), decay[:2, 0], *(floats(3, 1, 1, 4) for _ in "BC")],
+        "qssd_scan": [*grid(3, 1, 2, 8), *grid(3, 1, 2), decay[:2, 0], *grid(3, 1, 1, 4), *grid(3, 1, 1, 4)],
+    }
+    rest: dict[str, list[Any]] = {
+        "selective_scan": [None, None, True, floats(3, 6, 4)],
+        "qselective_scan": [None, None, True, floats(3, 6, 4), None, None, 0],
+        "ssd_scan": [None, None, True, 0.0, None, floats(3, 2, 8, 4), None],
+        "qssd_scan": [None, None, True, 0.0, None, floats(3, 2, 8, 4), None, 0.1, 3],
+    }
+    return calls[name] + rest.get(name, [])
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_last_state_takes_the_place_of_the_first(name: str) -> None:
+    args, twin = operands(name), getattr(mq, f"{name}_")
+    expected, last_state = getattr(mq, name)(*args)
+    torch.library.opcheck(twin.default, tuple(operands(name)))
+    assert torch.equal(twin(*args), expected)
+    assert torch.equal(args[state_index(name)], last_state)
+    args[state_index(name)] = last_state.double()
+    with pytest.raises(MqAoError, match=rf"{name}_: initial_state must be torch\.float32, as the last state is"):
+        twin(*args)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_kernel_of_a_step_writes_over_the_state(name: str) -> None:
+    pytest.importorskip("triton")
+    from mq_ao.ops.triton import IMPLEMENTATIONS
+
+    args = operands(name)
+    expected, last_state = getattr(mq, name)(*args)
+    state = args[state_index(name)]
+    y = IMPLEMENTATIONS[f"{name}_"].run(*args)
+    # Integers may be a step off where float32 rounds otherwise.
+    torch.testing.assert_close(y.float(), expected.float(), rtol=1e-5, atol=1e-5 if y.is_floating_point() else 1)
+    torch.testing.assert_close(state, last_state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny2() -> Mamba2LM:
+    torch.manual_seed(0)
+    return Mamba2LM(Mamba2Config(vocab_size=256, d_model=64, n_layer=2, d_state=8, headdim=16)).eval()
+
+
+def targets(module: torch.fx.GraphModule) -> list[object]:
+    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+def step_of(model: MambaLM | Mamba2LM, recipe: str | None, batches: list[Tensor]) -> tuple[Any, Any]:
+    """The graph of any length, and that of a step."""
+    if recipe is None:
+        whole = with_positions(capture(model, ()))
+    else:
+        whole = lower(with_positions(mq_ao.quantize(model, batches, recipe, backend="cuda").converted)).module
+    return whole, one_token(whole)
+
+
+@pytest.mark.parametrize("recipe", [None, "mambaquant-w8a8", "mambaquant-w4a16", "mambaquant-paper-w8a8"])
+@pytest.mark.parametrize("family", ["tiny", "tiny2"])
+def test_a_step_is_what_the_graph_computes_for_one_token(
+    recipe: str | None, family: str, calibration: list[Tensor], request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(family)
+    whole, step = step_of(model, recipe, calibration)
+    ids, positions = tokens(3, 4), torch.zeros(1, dtype=torch.int64)
+    states = [state.clone() for state in model.initial_states(3)]
+    kept = [state.clone() for state in states]
+    with torch.no_grad():
+        for index in range(4):
+            expected, *kept = whole(ids[:, index : index + 1], *kept, positions)
+            assert torch.equal(step(ids[:, index : index + 1], *states, positions), expected)
+    for state, wanted in zip(states, kept, strict=True):
+        assert torch.equal(state, wanted)
+    # The states of the paper's recipe pass through a simulated rounding, so they are copied.
+    copied = targets(step).count(aten.copy_.default)
+    assert copied == (recipe == "mambaquant-paper-w8a8" and family == "tiny")
+    assert targets(step).count(aten.stack.default) == copied
+    # Convolutions join in_proj, and scans dt_proj, where these are products of integers.
+    layers = model.config.n_layer
+    assert targets(step).count(mq.int8_conv_step_.default) == (layers if str(recipe).endswith("w8a8") else 0)
+    joined = recipe == "mambaquant-w8a8" and family == "tiny"
+    assert targets(step).count(mq.int8_scan_step_.default) == (layers if joined else 0)
+
+
+def test_the_compiler_keeps_it_in_place(tiny: MambaLM, calibration: list[Tensor]) -> None:
+    program = mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").lower()
+    assert isinstance(program, CudaProgram)
+    compiled = program.on("cpu", "reduce-overhead")
+    ids = tokens(2, 5)
+    _, *states = program.prefill(ids)
+    (logits, *after), (code,) = run_and_get_code(lambda: compiled.decode(ids[:, :1], *states))
+    expected, *wanted = program.decode(ids[:, :1], *states)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    for state, value in zip(after, wanted, strict=True):
+        torch.testing.assert_close(state, value, rtol=1e-5, atol=1e-6)
+    called = code[code.index("def call") :]
+    assert called.count("mq_ao.int8_conv_step_.default(") == tiny.config.n_layer
+    assert called.count("mq_ao.int8_scan_step_.default(") == tiny.config.n_layer
+    # Kernels of Inductor's own: embedding, and the residual's last sum. None of them copies states.
+    assert called.count("cpp_fused") <= 2, called
+
+
+def test_states_that_a_later_step_overwrote_are_refused(tiny: MambaLM) -> None:
+    program = compile_float(tiny, "cuda")
+    ids = tokens(2, 5)
+    _, *start = program.prefill(ids)
+    first, *one = program.decode(ids[:, :1], *start)
+    kept = [state.clone() for state in one]
+    second, *two = program.decode(ids[:, 1:2], *one)
+    with pytest.raises(MqAoError, match="overwritten by a later one: clone the states that decode returns"):
+        program.decode(ids[:, 1:2], *one)
+    again, *_ = program.decode(ids[:, 1:2], *kept)
+    assert torch.equal(again, second)
+    assert torch.equal(program.decode(ids[:, :1], *start)[0], first)
+    # Another batch size has states of its own, and both go on.
+    other, *_ = program.decode(ids[:1, :1], *(state[:, :1] for state in start))
+    torch.testing.assert_close(other, first[:1], rtol=1e-5, atol=1e-5)
+    del two
