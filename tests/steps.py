@@ -18,12 +18,16 @@ def integers(gen: torch.Generator, *shape: int, low: int = -128, high: int = 127
 
 @dataclass(frozen=True)
 class ConvCase:
-    """A drawn call of `int8_conv_step_`; `options`: token scales, correction, bias, bias of the convolution."""
+    """A drawn call of `int8_conv_step_`; `options`: token scales, correction, bias, bias of the convolution.
+
+    Scales of groups are in bfloat16 if they are `narrow`.
+    """
 
     batch: int = 3
     inputs: int = 48
     group: int = 0
     int4: bool = False
+    narrow: bool = False
     sizes: tuple[int, ...] = (40, 37)
     piece: int = 0
     taps: int = 4
@@ -39,11 +43,12 @@ class ConvCase:
         n, k, size = sum(self.sizes), self.group * 2 or self.inputs, self.sizes[self.piece]
         weight = integers(gen, n, k, low=-8, high=7) if self.int4 else integers(gen, n, k)
         shape = (n, k // self.group) if self.group else (n,)
+        weight_scale = torch.rand(shape, generator=gen) * 1e-3 + 1e-4
         linear = {
             "q": integers(gen, self.batch, 1, 2 * k)[..., ::2],
             "token_scale": torch.rand(self.batch, 1, 1, generator=gen) + 0.5 if per_token else None,
             "weight": nibbles.pack(weight, self.group) if self.int4 else weight,
-            "scale": torch.rand(shape, generator=gen) * 1e-3 + 1e-4,
+            "scale": weight_scale.to(torch.bfloat16) if self.narrow else weight_scale,
             "correction": weight.view(*shape, -1).sum(-1, dtype=torch.int32) * 5 if corrected else None,
             "bias": torch.randn(n, generator=gen) if biased else None,
         }

@@ -48,6 +48,7 @@ def conv_cases(draw: st.DrawFn) -> ConvCase:
         inputs=draw(st.sampled_from([16, 48, 272, 48, 70])),
         group=group,
         int4=group > 0 and draw(st.booleans()),
+        narrow=group > 0 and draw(st.booleans()),
         sizes=sizes,
         piece=draw(st.integers(0, len(sizes) - 1)),
         taps=draw(st.integers(1, 4)),

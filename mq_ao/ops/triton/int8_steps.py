@@ -270,11 +270,7 @@ def run_conv(
         and (conv_bias is None or conv_bias.dtype == torch.float32)
     )
     if not fits:
-        given = list(mq.int8_linears(*linear, *pieces))
-        given[piece], last_state = mq.qcausal_conv1d(given[piece], x_scale, x_zero_point, *conv)
-        conv_state.copy_(last_state)
-        first, second, third = given
-        return first, second, third
+        return mq.int8_conv_step__reference(*linear, *pieces, piece, *conv)
     others = [out if index != piece else None for index, out in enumerate(outs[: len(sizes)])]
     rounding = list(zip(out_scales, out_zero_points, strict=True))
     (grouped_conv_step if group_size else conv_step).launch(
@@ -333,10 +329,7 @@ def run_scan(
     y = fake_scan_step(*everything)
     channels, d_state = A.shape
     if not _fits(q, state, whole=True) or d_state > _MOST_STATES:
-        delta = mq.int8_linear(q, None, *linear, *delta_grid)
-        y, last_state = mq.qselective_scan(*x, delta, *delta_grid, A, *b, *c, *rest)
-        state.copy_(last_state)
-        return y
+        return mq.int8_scan_step__reference(*everything)
     groups = B.shape[2] if B.dim() == 4 else 1
     u_rows, B_rows, C_rows = (rows(operand) for operand in (u, B, C))
     scan_step.launch(
@@ -387,7 +380,8 @@ def conv_examples() -> Iterator[tuple[Any, ...]]:
     sums = blank(n, dtype=torch.int32)
     yield q, tokens, make(n, k), floats(n), None, None, *pieces, 0, 0, *conv
     yield q, None, make(n, k), floats(n), sums, floats(n), *pieces, 0, 0, *conv
-    packed, scales, sums = blank(n, k // 2, dtype=torch.uint8), floats(n, k // 64), blank(n, k // 64, dtype=torch.int32)
+    packed, scales = blank(n, k // 2, dtype=torch.uint8), blank(n, k // 64, dtype=torch.bfloat16)
+    sums = blank(n, k // 64, dtype=torch.int32)
     yield q, tokens, packed, scales, None, None, *pieces, 64, 0, *conv
     yield q, None, packed, scales, sums, None, *pieces, 64, 0, *conv
     sizes = [5120, 5376, 80]
@@ -401,11 +395,12 @@ def scan_examples() -> Iterator[tuple[Any, ...]]:
 
     make, floats = partial(blank, dtype=torch.int8), partial(blank, dtype=torch.float32)
     channels, k = 5120, 160
-    for d_state in (16, 128):
+    for d_state, bare in ((16, True), (16, False), (128, False)):
         linear = (make(1, 1, k), make(channels, k), floats(channels))
         A, B = floats(channels, d_state), make(1, 1, d_state)
         grids = (0.1, 3, make(1, 1, channels), 0.1, 3, A, B, 0.1, 3, B, 0.1, 3)
-        yield *linear, None, None, *grids, None, floats(channels), True, floats(1, *A.shape), None, None, 0
-        sums = blank(channels, dtype=torch.int32)
-        rest = (floats(channels), floats(channels), True, make(1, *A.shape), A, 0.1, 3)
-        yield *linear, sums, floats(channels), *grids, *rest
+        if bare:
+            yield *linear, None, None, *grids, None, None, True, floats(1, *A.shape), None, None, 0
+            continue
+        sums, bias = blank(channels, dtype=torch.int32), floats(channels)
+        yield *linear, sums, bias, *grids, bias, bias, True, make(1, *A.shape), A, 0.1, 3
