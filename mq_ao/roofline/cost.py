@@ -155,9 +155,9 @@ def _linear(call: Call) -> Cost:
 
 
 def _weight_linear(call: Call) -> Cost:
-    """For few rows a multiply-add on fp32 units for each weight and row; for more a bfloat16 matrix and product.
+    """For few rows a multiply-add on fp32 units for each weight and row; for more a bfloat16 product.
 
-    The matrix is a kernel, which writes what the product reads; x is rounded, and y made float32, by two more.
+    A kernel rounds x for it; the product unpacks its weights for every so many rows.
     """
     x = call.arguments["x"]
     outputs, inputs = call.y.shape[-1], x.shape[-1]
@@ -165,8 +165,9 @@ def _weight_linear(call: Call) -> Cost:
     products, size = 2 * rows * outputs * inputs, outputs * inputs
     if rows <= _FEW_ROWS:
         return call.cost(fp32=products + ROUNDING * size * rows)
-    rounded = 2 * 2 * x.numel() + 2 * 2 * call.y.numel()
-    return call.cost(kernels=4, fp16=products, fp32=ROUNDING * size) + Cost(moved=2 * 2 * size + rounded)
+    return call.cost(kernels=2, fp16=products, fp32=ROUNDING * size * math.ceil(rows / _ROWS)) + Cost(
+        moved=2 * 2 * x.numel()
+    )
 
 
 def _convolution(call: Call) -> Cost:

@@ -39,6 +39,24 @@ def halves(weight, group, inside, GROUP: tl.constexpr, INT4: tl.constexpr):
 
 
 @triton.jit
+def _no_sums(q, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeros of the type that sums of products with q have."""
+    if q.dtype.element_ty == tl.int8:
+        return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    else:  # noqa: RET505 (what the compiler tells apart)
+        return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+
+@triton.jit
+def _add_products(a, b, sums):
+    """sums plus a, int8 or bfloat16, times integers b, which bfloat16 holds exactly."""
+    if a.dtype == tl.int8:
+        return tl.dot(a, b, sums, out_dtype=tl.int32)
+    else:  # noqa: RET505
+        return tl.dot(a, b.to(tl.float32).to(a.dtype), sums)
+
+
+@triton.jit
 def _channel_tile(
     q,
     token_scale,
@@ -58,12 +76,12 @@ def _channel_tile(
     inner = tl.arange(0, BLOCK_K)
     left = q + rows[:, None].to(tl.int64) * k + inner[None, :]
     right = weight + columns[None, :].to(tl.int64) * k + inner[:, None]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    sums = _no_sums(q, BLOCK_M, BLOCK_N)
     for start in range(0, k, BLOCK_K):
         more = inner < k - start
         a = tl.load(left + start, mask=(rows[:, None] < m) & more[None, :], other=0)
         b = tl.load(right + start, mask=(columns[None, :] < n) & more[:, None], other=0)
-        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        sums = _add_products(a, b, sums)
     if correction is not None:
         sums -= tl.load(correction + columns, mask=columns < n, other=0)[None, :]
     factor = tl.load(scale + columns, mask=columns < n, other=0.0)[None, :]
@@ -104,8 +122,8 @@ def _grouped_tile(
         first = tl.load(left + group * GROUP, mask=rows[:, None] < m, other=0)
         second = tl.load(left + group * GROUP + HALF, mask=rows[:, None] < m, other=0)
         low, high = halves(right, group, columns[None, :] < n, GROUP, INT4)
-        sums = tl.dot(first, low, out_dtype=tl.int32)
-        sums = tl.dot(second, high, sums, out_dtype=tl.int32)
+        sums = _add_products(first, low, _no_sums(q, BLOCK_M, BLOCK_N))
+        sums = _add_products(second, high, sums)
         if correction is not None:
             sums -= tl.load(correction + beside + group, mask=columns < n, other=0)[None, :]
         step = tl.load(scale + beside + group, mask=columns < n, other=0.0).to(tl.float32)[None, :]
@@ -158,7 +176,7 @@ def write_piece(out, total, rows, columns, m, start, stop, inverse, zero_point):
 
 
 @triton.jit
-def _int8_linear(
+def linear(
     q,
     token_scale,
     weight,
@@ -220,11 +238,11 @@ _MANY_GROUPED = (
 )
 # Rows that do not begin at multiples of 16 bytes are read byte by byte, which takes registers.
 _ODD = (Config(4, 2, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64), Config(4, 2, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32))
-few_rows = Kernel(_int8_linear, _FEW, key=("n", "k"))
-many_rows = Kernel(_int8_linear, _MANY, key=("n", "k"))
-odd_rows = Kernel(_int8_linear, _ODD, key=("n", "k"))
-few_rows_grouped = Kernel(_int8_linear, _FEW_GROUPED, key=("n", "k"))
-many_rows_grouped = Kernel(_int8_linear, _MANY_GROUPED, key=("n", "k"))
+few_rows = Kernel(linear, _FEW, key=("n", "k"))
+many_rows = Kernel(linear, _MANY, key=("n", "k"))
+odd_rows = Kernel(linear, _ODD, key=("n", "k"))
+few_rows_grouped = Kernel(linear, _FEW_GROUPED, key=("n", "k"))
+many_rows_grouped = Kernel(linear, _MANY_GROUPED, key=("n", "k"))
 
 
 def run(
@@ -241,7 +259,7 @@ def run(
     """See `mq_ao.ops.int8_linear.int8_linear`."""
     out = fake(q, token_scale, weight, scale, correction, bias, out_scale, out_zero_point, group_size)
     rounding = [(out_scale or 0.0, out_zero_point)]
-    _launch((q, token_scale, weight, scale, correction, bias), group_size, [out], rounding)
+    _run((q, token_scale, weight, scale, correction, bias), group_size, [out], rounding)
     return out
 
 
@@ -261,19 +279,31 @@ def run_pieces(
     operands = (q, token_scale, weight, scale, correction, bias)
     outs = fake_pieces(*operands, sizes, out_scales, out_zero_points, group_size)
     rounding = list(zip(out_scales, out_zero_points, strict=True))
-    _launch(operands, group_size, list(outs[: len(sizes)]), rounding)
+    _run(operands, group_size, list(outs[: len(sizes)]), rounding)
     return outs
 
 
-def _launch(operands: tuple[Any, ...], group_size: int, outs: list[Tensor], rounding: list[tuple[float, int]]) -> None:
-    """Fills `outs`, the pieces of the outputs in order, each with its scale, 0 for a float one, and zero point."""
-    q, weight = operands[0], operands[2]
-    k, n = q.shape[-1], weight.shape[0]
+def _run(operands: tuple[Any, ...], group_size: int, outs: list[Tensor], rounding: list[tuple[float, int]]) -> None:
+    """Fills `outs` by the kernel for that many rows."""
+    q, k = operands[0], operands[0].shape[-1]
     m = q.numel() // k
     if m == 0:
         return
     kernels = (few_rows_grouped, many_rows_grouped) if group_size else (few_rows, many_rows)
     kernel = odd_rows if not group_size and k % ALIGNMENT else kernels[m > FEW_ROWS]
+    launch(kernel, operands, group_size, outs, rounding)
+
+
+def launch(
+    kernel: Kernel,
+    operands: tuple[Any, ...],
+    group_size: int,
+    outs: list[Tensor],
+    rounding: list[tuple[float, int]],
+) -> None:
+    """Fills `outs`, the pieces of the outputs in order, each with its scale, 0 for a float one, and zero point."""
+    q, weight = operands[0], operands[2]
+    m, n = q.numel() // q.shape[-1], weight.shape[0]
     sizes = [out.shape[-1] for out in outs]
     kernel.launch(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"])),

@@ -315,7 +315,7 @@ def _step(
 
 
 # With 16 states, four lanes a channel, and one.
-_SCANS = (Config(1, 2, ELEMENTS=128), Config(1, 2, ELEMENTS=512), Config(4, 2, ELEMENTS=2048))
+_SCANS = (Config(1, 2, ELEMENTS=128), Config(1, 2, ELEMENTS=512))
 _STEPS = (Config(2, 2, ELEMENTS=256), Config(4, 2, ELEMENTS=1024))
 scan = Kernel(_scan, _SCANS, key=("channels", "D_STATE"))
 step = Kernel(_step, _STEPS, key=("channels", "D_STATE"), changes=("end",))

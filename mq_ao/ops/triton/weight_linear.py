@@ -1,7 +1,7 @@
 """`mq_ao::weight_linear` on CUDA: for few rows each weight is read once and becomes a float in registers.
 
-Many rows are bound by arithmetic, not by weights: there the weight becomes a bfloat16 matrix first, and the library's
-product takes it and the activations, rounded to bfloat16 too, on tensor cores.
+Many rows are bound by arithmetic, not by weights: there activations are rounded to bfloat16, and tensor cores take them
+and the integers, which bfloat16 holds exactly; scales multiply their float32 sums.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mq_ao.ops.triton.int8_linear import FEW_ROWS, halves
+from mq_ao.ops.triton.int8_linear import ALIGNMENT, FEW_ROWS, halves, launch, linear
 from mq_ao.ops.triton.launch import Config, Kernel, blank
-from mq_ao.ops.weight_linear import dequantized, fake
+from mq_ao.ops.weight_linear import fake
 
 
 @triton.jit
@@ -76,6 +76,25 @@ def _grouped_weight_linear(
     tl.store(out + row.to(tl.int64) * n + columns, total, mask=columns < n)
 
 
+many_rows = Kernel(
+    linear,
+    (
+        Config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
+        Config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64),
+        Config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64),
+    ),
+    key=("n", "k"),
+)
+many_rows_grouped = Kernel(
+    linear,
+    (
+        Config(8, 2, BLOCK_M=64, BLOCK_N=64),
+        Config(8, 2, BLOCK_M=64, BLOCK_N=128),
+        Config(4, 2, BLOCK_M=64, BLOCK_N=32),
+    ),
+    key=("n", "k"),
+)
+odd_rows = Kernel(linear, (Config(4, 1, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32),), key=("n", "k"))
 few_rows = Kernel(
     _weight_linear,
     (
@@ -97,10 +116,12 @@ def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gr
     k, n = x.shape[-1], weight.shape[0]
     m = x.numel() // max(k, 1)
     out = fake(x, weight, scale, bias, group_size)
-    if m > FEW_ROWS or m == 0:
-        matrix = dequantized(weight, scale, group_size).to(torch.bfloat16)
-        y = torch.nn.functional.linear(x.to(torch.bfloat16), matrix).to(torch.float32)
-        return y if bias is None else y + bias
+    if m == 0:
+        return out
+    if m > FEW_ROWS:
+        kernel = many_rows_grouped if group_size else odd_rows if k % ALIGNMENT else many_rows
+        launch(kernel, (x.to(torch.bfloat16), None, weight, scale, None, bias), group_size, [out], [(0.0, 0)])
+        return out
     operands = (x.contiguous(), weight, scale, bias, out, n, k)
     constants: dict[str, Any] = {"HAS_BIAS": bias is not None}
     if group_size:
@@ -111,13 +132,14 @@ def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gr
 
 
 def examples() -> Iterator[tuple[Any, ...]]:
-    """One token; plain, and with a bias."""
+    """One token and a prompt; plain, and with a bias."""
 
     n, k = 10240, 2560
-    x = blank(1, k)
-    yield x, blank(n, k, dtype=torch.int8), blank(n)
-    yield blank(1, 1532), blank(81, 1532, dtype=torch.int8), blank(81), blank(81)
-    for group in (64, 128):
-        scale = blank(n, k // group, dtype=torch.bfloat16)
-        yield x, blank(n, k // 2, dtype=torch.uint8), scale, None, group
-    yield x, blank(n, k, dtype=torch.int8), blank(n, k // group), blank(n), group
+    for rows in (1, 1024):
+        x = blank(rows, k)
+        yield x, blank(n, k, dtype=torch.int8), blank(n)
+        yield blank(rows, 1532), blank(81, 1532, dtype=torch.int8), blank(81), blank(81)
+        for group in (64, 128):
+            scale = blank(n, k // group, dtype=torch.bfloat16)
+            yield x, blank(n, k // 2, dtype=torch.uint8), scale, None, group
+        yield x, blank(n, k, dtype=torch.int8), blank(n, k // group), blank(n), group
