@@ -83,6 +83,13 @@ def test_the_file_without_r2_is_the_production_recipe_but_for_it() -> None:
     assert len(written.passes) == len(production.passes) - 1
 
 
+def test_the_file_with_gates_is_the_production_recipe_but_for_them() -> None:
+    production = RECIPES["mambaquant-w8a8"]
+    written = read_recipe(Path(__file__).parents[1] / "examples" / "mambaquant-w8a8-gate.yaml")
+    assert written.passes == production.passes
+    assert written.scheme == production.scheme.replaced(gate=RoleSpec()) != production.scheme
+
+
 def test_a_recipe_prints_as_a_table() -> None:
     text = str(RECIPES["mambaquant-w4a8"])
     assert text.startswith("recipe mambaquant-w4a8\npasses     fold_norm\n")
