@@ -36,6 +36,12 @@ class ConvCase:
     rounded: bool = True
     seed: int = 0
 
+    def _state(self, gen: torch.Generator, size: int) -> Tensor:
+        """In steps of its grid, and more than that has; not next to halves, where kernels may round in two ways."""
+        shape = (self.batch, self.taps - 1, size)
+        whole = torch.randint(-160, 161, shape, generator=gen)
+        return whole + (torch.rand(shape, generator=gen) - 0.5) * 0.9
+
     def arguments(self) -> dict[str, Any]:
         """By name; the piece that the convolution reads fills its grid and more."""
         gen = torch.Generator().manual_seed(self.seed)
@@ -64,7 +70,7 @@ class ConvCase:
             "conv_weight": integers(gen, size, self.taps, low=-127),
             "conv_weight_scale": torch.rand(size, generator=gen) * 0.01 + 1e-3,
             "conv_bias": torch.randn(size, generator=gen) if shifted else None,
-            "conv_state": torch.randn(self.batch, self.taps - 1, size, generator=gen) * 80 * scale,
+            "conv_state": self._state(gen, size) * scale,
             "activation": self.activation,
             "conv_out_scale": 0.05 if self.rounded else None,
             "conv_out_zero_point": 3,
