@@ -30,9 +30,12 @@ def test_everything_compiles_and_nothing_spills(tmp_path: Path) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     rows = json.loads(target.read_text())
+    from mq_ao.ops.in_place import STATEFUL
     from mq_ao.ops.triton import IMPLEMENTATIONS
 
-    chips = [(operator, chip) for operator in IMPLEMENTATIONS for chip in (80, 90, 100)]
+    # The operators that overwrite a state run the kernels of those that do not.
+    operators = set(IMPLEMENTATIONS) - {f"{name}_" for name in STATEFUL}
+    chips = [(operator, chip) for operator in operators for chip in (80, 90, 100)]
     assert {(row["operator"], row["architecture"]) for row in rows} == set(chips)
     assert all(row["spilled"] == 0 and row["registers"] <= 255 for row in rows)
     assert "not run" in run.stdout

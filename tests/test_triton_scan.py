@@ -64,13 +64,13 @@ class Case:
         }
 
 
-# Interpretation takes a millisecond for each step of a program: 32 channels or fewer of d_state 16 or more are one.
+# Interpretation takes a millisecond for each step of a program, which has from one channel on.
 cases = st.builds(
     Case,
     batch=st.sampled_from([1, 1, 3]),
     length=st.sampled_from([1, 1, 2, 7, 13]),
     groups=st.sampled_from([None, None, 1, 2]),
-    channels=st.sampled_from([1, 7, 16, 40]),
+    channels=st.sampled_from([1, 7, 12, 20]),
     d_state=st.sampled_from([1, 5, 8, 16, 64, 128]),
     options=st.tuples(*[st.booleans()] * 4),
     sliced=st.booleans(),

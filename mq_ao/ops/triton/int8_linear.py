@@ -350,15 +350,16 @@ def examples() -> Iterator[tuple[Any, ...]]:
     make = partial(blank, dtype=torch.int8)
     n, k = 10240, 2560
     bias, sums = make(n, dtype=torch.float32), make(n, dtype=torch.int32)
+    packed = make(n, k // 2, dtype=torch.uint8)
     for rows in (1, 1024):
         q, token_scale = make(rows, k), make(rows, 1, dtype=torch.float32)
-        yield q, token_scale, make(n, k), make(n, dtype=torch.float32)
-        yield q, None, make(n, k), make(n, dtype=torch.float32), sums, bias, 0.1, 3
-        scales = make(n, k // 64, dtype=torch.float32)
-        yield q, token_scale, make(n, k // 2, dtype=torch.uint8), scales, None, None, None, 0, 64
+        scales = make(n, k // 64, dtype=torch.bfloat16)
+        yield q, token_scale, packed, scales, None, None, None, 0, 64
         scales, corrections = (make(n, k // 128, dtype=dtype) for dtype in (torch.float32, torch.int32))
-        yield q, None, make(n, k // 2, dtype=torch.uint8), scales, corrections, bias, 0.1, 3, 128
-        yield q, token_scale, make(n, k), scales, None, None, None, 0, 128
+        yield q, None, packed, scales, corrections, bias, 0.1, 3, 128
+        yield q, None, make(n, k), make(n, dtype=torch.float32), sums, bias, 0.1, 3
+    yield q, token_scale, make(n, k), make(n, dtype=torch.float32)
+    yield q, token_scale, make(n, k), scales, None, None, None, 0, 128
     n, k = 81, 1532
     bias, sums = make(n, dtype=torch.float32), make(n, dtype=torch.int32)
     yield make(1024, k), None, make(n, k), make(n, dtype=torch.float32), sums, bias, 0.1, 3

@@ -378,11 +378,10 @@ def conv_examples() -> Iterator[tuple[Any, ...]]:
     pieces = ([size, size], [0.1, 0.0], [3, 0])
     conv: Any = (make(size, 4), floats(size), floats(size), floats(1, 3, size), "silu", 0.1, 3)
     sums = blank(n, dtype=torch.int32)
-    yield q, tokens, make(n, k), floats(n), None, None, *pieces, 0, 0, *conv
     yield q, None, make(n, k), floats(n), sums, floats(n), *pieces, 0, 0, *conv
     packed, scales = blank(n, k // 2, dtype=torch.uint8), blank(n, k // 64, dtype=torch.bfloat16)
     sums = blank(n, k // 64, dtype=torch.int32)
-    yield q, tokens, packed, scales, None, None, *pieces, 64, 0, *conv
+    yield q, tokens, packed, scales.to(torch.bfloat16), None, None, *pieces, 64, 0, *conv
     yield q, None, packed, scales, sums, None, *pieces, 64, 0, *conv
     sizes = [5120, 5376, 80]
     conv = (make(5376, 4), floats(5376), floats(5376), floats(1, 3, 5376), "silu", None, 0)

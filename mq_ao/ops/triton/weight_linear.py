@@ -132,14 +132,13 @@ def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, gr
 
 
 def examples() -> Iterator[tuple[Any, ...]]:
-    """One token and a prompt; plain, and with a bias."""
+    """One token and a prompt."""
 
     n, k = 10240, 2560
-    for rows in (1, 1024):
-        x = blank(rows, k)
-        yield x, blank(n, k, dtype=torch.int8), blank(n)
-        yield blank(rows, 1532), blank(81, 1532, dtype=torch.int8), blank(81), blank(81)
-        for group in (64, 128):
-            scale = blank(n, k // group, dtype=torch.bfloat16)
-            yield x, blank(n, k // 2, dtype=torch.uint8), scale, None, group
-        yield x, blank(n, k, dtype=torch.int8), blank(n, k // group), blank(n), group
+    whole, packed = blank(n, k, dtype=torch.int8), blank(n, k // 2, dtype=torch.uint8)
+    for rows, group in ((1, 64), (1024, 128)):
+        x, scale = blank(rows, k), blank(n, k // group, dtype=torch.bfloat16)
+        yield x, whole, blank(n)
+        yield x, packed, scale, None, group
+    yield blank(1, k), whole, blank(n, k // 128), blank(n), 128
+    yield blank(1024, 1532), blank(81, 1532, dtype=torch.int8), blank(81), blank(81)
