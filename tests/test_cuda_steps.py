@@ -157,4 +157,39 @@ def test_states_that_a_later_step_overwrote_are_refused(tiny: MambaLM) -> None:
     # Another batch size has states of its own, and both go on.
     other, *_ = program.decode(ids[:1, :1], *(state[:, :1] for state in start))
     torch.testing.assert_close(other, first[:1], rtol=1e-5, atol=1e-5)
-    del two
+    # Prefill goes on from states too.
+    with pytest.raises(MqAoError, match="overwritten by a later one"):
+        program.prefill(ids, *two)
+
+
+def test_a_refused_step_changes_nothing(tiny: MambaLM) -> None:
+    program = compile_float(tiny, "cuda")
+    ids = tokens(2, 5)
+    _, *start = program.prefill(ids)
+    _, *one = program.decode(ids[:, :1], *start)
+    _, *two = program.decode(ids[:, 1:2], *one)
+    kept = [state.clone() for state in two]
+    _, *single = program.prefill(ids[:1])
+    for states, message in (((start[0], one[1]), "overwritten by a later one"), (single, r"takes \(2, 2,")):
+        with pytest.raises(MqAoError, match=message):
+            program.decode(ids[:, :1], *states)
+        for state, wanted in zip(two, kept, strict=True):
+            assert torch.equal(state, wanted)
+    # Nor does one that is the first of its batch size.
+    with pytest.raises(MqAoError, match=r"takes \(2, 3,"):
+        program.decode(tokens(3, 1), *single)
+    program.decode(tokens(3, 1), *program.prefill(tokens(3, 5))[1:])
+
+
+def test_memory_is_made_once_and_outlives_inference_mode(tiny: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = compile_float(tiny, "cuda")
+    ids, marked = tokens(2, 5), []
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", marked.append)
+    with torch.inference_mode():
+        _, *states = program.prefill(ids)
+        _, *states = program.decode(ids[:, :1], *states)
+    expected, *_ = program.prefill(ids[:, 1:3], *states)
+    for token in ids[:, 1:3].split(1, dim=1):
+        logits, *states = program.decode(token, *states)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(marked) == len(states)
