@@ -12,6 +12,7 @@ from torch._inductor.utils import run_and_get_code
 import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import capture, compile_float
+from mq_ao.graph import walk
 from mq_ao.lowering.cuda import CudaProgram, lower
 from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.lowering.graphs import with_positions
@@ -122,6 +123,19 @@ def test_a_step_is_what_the_graph_computes_for_one_token(
     assert targets(step).count(mq.int8_conv_step_.default) == (layers if str(recipe).endswith("w8a8") else 0)
     joined = recipe == "mambaquant-w8a8" and family == "tiny"
     assert targets(step).count(mq.int8_scan_step_.default) == (layers if joined else 0)
+
+
+def test_layers_may_share_taps(tiny: MambaLM, calibration: list[Tensor]) -> None:
+    whole, _ = step_of(tiny, "mambaquant-w8a8", calibration)
+    first, second, *_ = walk.calls(whole, {mq.qcausal_conv1d.default})
+    shared = walk.arguments(first)["weight"]
+    second.replace_input_with(walk.arguments(second)["weight"], shared)
+    whole.recompile()
+    step = one_token(whole)
+    states, positions = tiny.initial_states(2), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        expected, *_ = whole(tokens(2, 1), *states, positions)
+        assert torch.equal(step(tokens(2, 1), *states, positions), expected)
 
 
 def test_the_compiler_keeps_it_in_place(tiny: MambaLM, calibration: list[Tensor]) -> None:
