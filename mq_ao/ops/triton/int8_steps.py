@@ -271,8 +271,7 @@ def run_conv(
     )
     if not fits:
         given = list(mq.int8_linears(*linear, *pieces))
-        given[piece], last_state = mq.qcausal_conv1d(given[piece], x_scale, x_zero_point, *conv)
-        conv_state.copy_(last_state)
+        given[piece] = mq.qcausal_conv1d_(given[piece], x_scale, x_zero_point, *conv)
         first, second, third = given
         return first, second, third
     others = [out if index != piece else None for index, out in enumerate(outs[: len(sizes)])]
@@ -334,9 +333,7 @@ def run_scan(
     channels, d_state = A.shape
     if not _fits(q, state, whole=True) or d_state > _MOST_STATES:
         delta = mq.int8_linear(q, None, *linear, *delta_grid)
-        y, last_state = mq.qselective_scan(*x, delta, *delta_grid, A, *b, *c, *rest)
-        state.copy_(last_state)
-        return y
+        return mq.qselective_scan_(*x, delta, *delta_grid, A, *b, *c, *rest)
     groups = B.shape[2] if B.dim() == 4 else 1
     u_rows, B_rows, C_rows = (rows(operand) for operand in (u, B, C))
     scan_step.launch(
