@@ -72,6 +72,9 @@ def test_the_kernel_of_a_step_writes_over_the_state(name: str) -> None:
 
     args = operands(name)
     expected, last_state = getattr(mq, name)(*args)
+    # In place, and not by a copy.
+    copies = [value.clone() if isinstance(value, Tensor) else value for value in args]
+    assert IMPLEMENTATIONS[name].run(*copies, into=copies[state_index(name)])[1] is copies[state_index(name)]
     state = args[state_index(name)]
     y = IMPLEMENTATIONS[f"{name}_"].run(*args)
     # Integers may be a step off where float32 rounds otherwise.
