@@ -12,6 +12,7 @@ from torch._inductor.utils import run_and_get_code
 import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import capture, compile_float
+from mq_ao.graph import walk
 from mq_ao.lowering.cuda import CudaProgram, lower
 from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.lowering.graphs import with_positions
@@ -71,6 +72,9 @@ def test_the_kernel_of_a_step_writes_over_the_state(name: str) -> None:
 
     args = operands(name)
     expected, last_state = getattr(mq, name)(*args)
+    # In place, and not by a copy.
+    copies = [value.clone() if isinstance(value, Tensor) else value for value in args]
+    assert IMPLEMENTATIONS[name].run(*copies, into=copies[state_index(name)])[1] is copies[state_index(name)]
     state = args[state_index(name)]
     y = IMPLEMENTATIONS[f"{name}_"].run(*args)
     # Integers may be a step off where float32 rounds otherwise.
@@ -124,6 +128,19 @@ def test_a_step_is_what_the_graph_computes_for_one_token(
     assert targets(step).count(mq.int8_scan_step_.default) == (layers if joined else 0)
 
 
+def test_layers_may_share_taps(tiny: MambaLM, calibration: list[Tensor]) -> None:
+    whole, _ = step_of(tiny, "mambaquant-w8a8", calibration)
+    first, second, *_ = walk.calls(whole, {mq.qcausal_conv1d.default})
+    shared = walk.arguments(first)["weight"]
+    second.replace_input_with(walk.arguments(second)["weight"], shared)
+    whole.recompile()
+    step = one_token(whole)
+    states, positions = tiny.initial_states(2), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        expected, *_ = whole(tokens(2, 1), *states, positions)
+        assert torch.equal(step(tokens(2, 1), *states, positions), expected)
+
+
 def test_the_compiler_keeps_it_in_place(tiny: MambaLM, calibration: list[Tensor]) -> None:
     program = mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").lower()
     assert isinstance(program, CudaProgram)
@@ -157,4 +174,39 @@ def test_states_that_a_later_step_overwrote_are_refused(tiny: MambaLM) -> None:
     # Another batch size has states of its own, and both go on.
     other, *_ = program.decode(ids[:1, :1], *(state[:, :1] for state in start))
     torch.testing.assert_close(other, first[:1], rtol=1e-5, atol=1e-5)
-    del two
+    # Prefill goes on from states too.
+    with pytest.raises(MqAoError, match="overwritten by a later one"):
+        program.prefill(ids, *two)
+
+
+def test_a_refused_step_changes_nothing(tiny: MambaLM) -> None:
+    program = compile_float(tiny, "cuda")
+    ids = tokens(2, 5)
+    _, *start = program.prefill(ids)
+    _, *one = program.decode(ids[:, :1], *start)
+    _, *two = program.decode(ids[:, 1:2], *one)
+    kept = [state.clone() for state in two]
+    _, *single = program.prefill(ids[:1])
+    for states, message in (((start[0], one[1]), "overwritten by a later one"), (single, r"takes \(2, 2,")):
+        with pytest.raises(MqAoError, match=message):
+            program.decode(ids[:, :1], *states)
+        for state, wanted in zip(two, kept, strict=True):
+            assert torch.equal(state, wanted)
+    # Nor does one that is the first of its batch size.
+    with pytest.raises(MqAoError, match=r"takes \(2, 3,"):
+        program.decode(tokens(3, 1), *single)
+    program.decode(tokens(3, 1), *program.prefill(tokens(3, 5))[1:])
+
+
+def test_memory_is_made_once_and_outlives_inference_mode(tiny: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = compile_float(tiny, "cuda")
+    ids, marked = tokens(2, 5), []
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", marked.append)
+    with torch.inference_mode():
+        _, *states = program.prefill(ids)
+        _, *states = program.decode(ids[:, :1], *states)
+    expected, *_ = program.prefill(ids[:, 1:3], *states)
+    for token in ids[:, 1:3].split(1, dim=1):
+        logits, *states = program.decode(token, *states)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(marked) == len(states)

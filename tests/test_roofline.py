@@ -201,6 +201,14 @@ def test_products_of_many_rows_add_what_norms_follow(name: str | None, length: i
     assert out_proj.cost.moved == weight + length * (given + (2 if many else 1) * x * d_model)
 
 
+@pytest.mark.parametrize(("batch", "each"), [(16, 1), (17, 2)])
+def test_steps_of_many_rows_are_two_kernels(batch: int, each: int) -> None:
+    graph = one_token(integer_graph(MAMBA, at_run_time(RECIPES["mambaquant-w8a8"])))
+    counted = count(graph, batch, 1)
+    for key in (("in_proj", "mq_ao.int8_conv_step_"), ("dt_proj", "mq_ao.int8_scan_step_")):
+        assert counted[key].kernels == each * MAMBA.n_layer
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [(MAMBA, None), (MAMBA, "mambaquant-w8a8"), (MAMBA, "rtn-w4a8"), (MAMBA2, "mambaquant-w4a16")],

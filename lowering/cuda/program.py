@@ -125,16 +125,26 @@ class CudaProgram(StatefulProgram):
 
     def run(self, name: str, *inputs: Tensor) -> States:
         """See `StatefulProgram.run`."""
+        ids, *given = inputs[:3]
+        for held in self._held.values():
+            held.check(given)
         with torch.no_grad():
             if name == "prefill":
                 return self._prefill(*inputs)
-            ids, *given = inputs
-            held = self._held.setdefault(len(ids), _Held([torch.empty_like(state) for state in given]))
+            held = self._memory(len(ids))
             logits = self._decode(ids, *held.take(given), self._last)
             if self.mode in _WITH_GRAPHS:
                 logits = logits.clone()  # the next replay writes to the same memory
             conv, ssm = held.give()
         return logits, conv, ssm
+
+    def _memory(self, batch: int) -> _Held:
+        """The memory of so many sequences, which is made once."""
+        if batch not in self._held:
+            # What is made in inference mode could not be overwritten outside of it.
+            with torch.inference_mode(False):
+                self._held[batch] = _Held(self._shapes.zeros(batch, self._device))
+        return self._held[batch]
 
     def save(self, path: str | Path) -> None:
         """Writes the program to a `.ptc` file, under a temporary name that is renamed when it is complete.
@@ -150,33 +160,47 @@ class CudaProgram(StatefulProgram):
 class _Held:
     """States that steps overwrite, at addresses that stay: a CUDA graph need not copy them."""
 
-    def __init__(self, states: list[Tensor]) -> None:
+    def __init__(self, states: tuple[Tensor, Tensor]) -> None:
         self._states = states
-        self._latest: list[Tensor] = states
+        self._latest: tuple[Tensor, ...] = ()
         for state in states:
             torch._dynamo.mark_static_address(state)
 
-    def take(self, given: list[Tensor]) -> list[Tensor]:
-        """The memory, with these states in it.
-
-        Raises:
-            MqAoError: they were there before, and a later step has overwritten them.
-        """
-        for state, value, latest in zip(self._states, given, self._latest, strict=True):
-            if value is latest:
-                continue
-            if value.untyped_storage().data_ptr() == state.untyped_storage().data_ptr():
+    def check(self, given: list[Tensor]) -> None:
+        """Raises MqAoError if states lie here that a later step has overwritten."""
+        for state, value in zip(self._states, given, strict=True):
+            here = value.numel() and value.untyped_storage().data_ptr() == state.untyped_storage().data_ptr()
+            if here and not self._knows(value):
                 raise MqAoError(
                     "these states of an earlier step were overwritten by a later one: clone the states that decode "
                     "returns to come back to them."
                 )
-            state.copy_(value)
+
+    def take(self, given: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The memory, with these states in it.
+
+        Raises:
+            MqAoError: they are not of its shapes; it is as it was.
+        """
+        for state, value in zip(self._states, given, strict=True):
+            if value.shape != state.shape:
+                raise MqAoError(
+                    f"a state has shape {tuple(value.shape)} where a step of these sequences takes "
+                    f"{tuple(state.shape)}: give the states of the same sequences."
+                )
+        for state, value in zip(self._states, given, strict=True):
+            if not self._knows(value):
+                state.copy_(value)
+        self._latest = ()  # until the step is done
         return self._states
 
-    def give(self) -> list[Tensor]:
+    def give(self) -> tuple[Tensor, ...]:
         """The states as they are now, as tensors that `take` knows again until it gives others."""
-        self._latest = [state.view_as(state) for state in self._states]
+        self._latest = tuple(state.view_as(state) for state in self._states)
         return self._latest
+
+    def _knows(self, value: Tensor) -> bool:
+        return any(value is latest for latest in self._latest)
 
 
 def parse_mode(mode: Mode | str | None, device: torch.device) -> Mode:

@@ -97,7 +97,8 @@ def _join_convolution(step: GraphModule, conv: Node) -> None:
     if not all(_depends_on_inputs_alone(item) for item in operands):
         return
     for item in operands:
-        linears.prepend(item)
+        if item > linears:  # what comes before it may have other readers in between
+            linears.prepend(item)
     with step.graph.inserting_before(linears):
         joined = step.graph.call_function(mq.int8_conv_step_.default, (*given.values(), piece, *taps))
     joined.meta = {key: value for key, value in linears.meta.items() if key != "val"}

@@ -83,7 +83,7 @@ def int8_conv_step_(
     conv_out_scale: float | None,
     conv_out_zero_point: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operators `int8_linears`, `qcausal_conv1d` of one piece, and the last state over `conv_state`.
+    """The operators `int8_linears`, and `qcausal_conv1d_` of one piece, which overwrites `conv_state`.
 
     Args:
         q: int8 (batch, 1, K).
@@ -127,8 +127,7 @@ def int8_conv_step_(
     ]
     fake_conv_step(*operands, piece, *taps)
     given = list(mq.int8_linears(*operands))
-    given[piece], last_state = mq.qcausal_conv1d(given[piece], out_scales[piece], out_zero_points[piece], *taps)
-    conv_state.copy_(last_state)
+    given[piece] = mq.qcausal_conv1d_(given[piece], out_scales[piece], out_zero_points[piece], *taps)
     first, second, third = given
     return first, second, third
 
@@ -215,7 +214,7 @@ def int8_scan_step_(
     out_scale: float | None,
     out_zero_point: int,
 ) -> Tensor:
-    """The operators `int8_linear`, rounded, `qselective_scan` with it as delta, and the last state over `state`.
+    """The operators `int8_linear`, rounded, and `qselective_scan_` with it as delta, which overwrites `state`.
 
     Args:
         q: int8 (batch, 1, dt_rank).
@@ -240,9 +239,7 @@ def int8_scan_step_(
     everything: list[Any] = [q, *linear, *grid, *first, *second, *rest]
     fake_scan_step(*everything)
     delta = mq.int8_linear(q, None, *linear, *grid)
-    y, last_state = mq.qselective_scan(*first, delta, *grid, *second, *rest)
-    state.copy_(last_state)
-    return y
+    return mq.qselective_scan_(*first, delta, *grid, *second, *rest)
 
 
 library.define(

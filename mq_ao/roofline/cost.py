@@ -142,8 +142,8 @@ def _linear(call: Call) -> Cost:
     if weight.dtype == torch.uint8:
         fp32 += ROUNDING * inputs * channels * math.ceil(rows / _ROWS)
     if x.dtype == torch.int8:
-        # Compiled, pieces of many rows and outputs are products of their own, which read x again.
-        apart = rows > _FEW_ROWS and channels > _FEW_OUTPUTS and not groups
+        # Compiled, pieces of many rows and outputs are products of their own, which read x again; not those of steps.
+        apart = rows > _FEW_ROWS and channels > _FEW_OUTPUTS and not groups and "piece" not in call.arguments
         several = len(call.arguments.get("sizes", ())) if apart else 1
         again = max(several - 1, 0)
         cost = call.cost(1 + again, int8=products, fp32=fp32) + Cost(moved=again * moved(x))
@@ -217,13 +217,18 @@ def _conv_step(call: Call) -> Cost:
     """A linear, and the convolution of a piece in its epilogue."""
     taps, values = call.arguments["conv_weight"], call.arguments["q"].shape[0] * len(call.arguments["conv_weight"])
     fp32, special = values * (2 * taps.shape[-1] + 2 * ROUNDING), values * SIGMOID
-    return _linear(call) + Cost(fp32=fp32, special=special)
+    return _linear(call) + Cost(fp32=fp32, special=special) + _between(call, values)
 
 
 def _scan_step(call: Call) -> Cost:
     """A linear, and the scan in its epilogue."""
     scan = _selective_scan(call)
-    return _linear(call) + Cost(fp32=scan.fp32, special=scan.special)
+    return _linear(call) + Cost(fp32=scan.fp32, special=scan.special) + _between(call, call.y.numel())
+
+
+def _between(call: Call, values: int) -> Cost:
+    """What a step of many rows, which are two kernels, writes with one and reads with the other, in int8."""
+    return Cost(1, 2 * values) if call.arguments["q"].shape[0] > _FEW_ROWS else Cost()
 
 
 def _scan_states(call: Call) -> Cost:

@@ -128,10 +128,10 @@ def _scan(
         at = start_of_sequence + t + ahead
         sizes = step_size(delta + at * delta_row + c[None, :], some, delta_scale, delta_zero_point, bias, SOFTPLUS)
         inputs = read(u + at * u_row + c[None, :], some, u_scale, u_zero_point)
+        outs: tl.tuple = ()
         for i in tl.static_range(AHEAD):
             row = start_of_sequence + t + i
-            # Vectors, since the interpreter takes no mask that a single truth was spread for.
-            there = inside & (t + i + tl.zeros_like(c) < stop)
+            # A vector, since the interpreter takes no mask that a single truth was spread for.
             matrix_there = matrix_mask & (t + i + tl.zeros_like(matrix) < stop)
             # A step of 0 after the last one leaves the state as it is.
             dt = tl.sum(tl.where((ahead == i) & some, sizes, 0.0), axis=0)
@@ -141,8 +141,15 @@ def _scan(
             h = tl.exp2(dt[None, :] * decay) * h + (dt * x * B_scale)[None, :] * b
             if y is not None:
                 out = tl.sum(h * centred(C + row * C_row + matrix, matrix_there, C_zero_point), axis=0)
-                write(y + row * channels + c, out * C_scale + skip * x, there, out_inverse, out_zero_point)
+                outs = outs + (out * C_scale + skip * x,)  # noqa: RUF005
             steps += dt
+        # Together, since no load is moved before a store, and each step would wait for its own B and C.
+        if y is not None:
+            for i in tl.static_range(AHEAD):
+                # A vector, as above.
+                there = inside & (t + i + tl.zeros_like(c) < stop)
+                to = y + (start_of_sequence + t + i) * channels + c
+                write(to, outs[i], there, out_inverse, out_zero_point)
     if end is not None:
         write_state(end + of_chunk * D_STATE + states, scale_at, h, mask)
     if total is not None:
