@@ -165,8 +165,8 @@ def test_states_that_a_later_step_overwrote_are_refused(tiny: MambaLM) -> None:
     _, *start = program.prefill(ids)
     first, *one = program.decode(ids[:, :1], *start)
     kept = [state.clone() for state in one]
-    second, *two = program.decode(ids[:, 1:2], *one)
-    with pytest.raises(MqAoError, match="overwritten by a later one: clone the states that decode returns"):
+    second, *_ = program.decode(ids[:, 1:2], *one)
+    with pytest.raises(MqAoError, match="a later one has overwritten them, or they are a part of others"):
         program.decode(ids[:, 1:2], *one)
     again, *_ = program.decode(ids[:, 1:2], *kept)
     assert torch.equal(again, second)
@@ -174,9 +174,28 @@ def test_states_that_a_later_step_overwrote_are_refused(tiny: MambaLM) -> None:
     # Another batch size has states of its own, and both go on.
     other, *_ = program.decode(ids[:1, :1], *(state[:, :1] for state in start))
     torch.testing.assert_close(other, first[:1], rtol=1e-5, atol=1e-5)
-    # Prefill goes on from states too.
-    with pytest.raises(MqAoError, match="overwritten by a later one"):
-        program.prefill(ids, *two)
+    # Prefill goes on from states too, and parts of them are made tensors before they are looked at.
+    for stale in (one, [state[:, :1] for state in one]):
+        with pytest.raises(MqAoError, match="a later one has overwritten them"):
+            program.prefill(ids[: stale[0].shape[1]], *stale)
+
+
+def test_sequences_of_one_batch_size_take_turns(tiny: MambaLM) -> None:
+    program = compile_float(tiny, "cuda")
+    prompts = [tokens(1, 6, seed=seed) for seed in range(2)]
+    expected = [program.generate(prompt, 8) for prompt in prompts]
+    streams = [program.stream(prompt, 8) for prompt in prompts]
+    turns = list(zip(*streams, strict=True))
+    for got, prompt, wanted in zip(zip(*turns, strict=True), prompts, expected, strict=True):
+        assert torch.equal(torch.stack([prompt[0].new_tensor(token.flatten()[0]) for token in got]), wanted[0, 6:])
+    # The states of the one that had to go are as they were, and nobody else's.
+    _, *first = program.decode(prompts[0][:, :1], *program.prefill(prompts[0])[1:])
+    kept = [state.clone() for state in first]
+    program.decode(prompts[1][:, :1], *program.prefill(prompts[1])[1:])
+    for state, wanted in zip(first, kept, strict=True):
+        assert torch.equal(state, wanted)
+    again, *_ = program.decode(prompts[0][:, 1:2], *first)
+    assert torch.equal(again, program.decode(prompts[0][:, 1:2], *kept)[0])
 
 
 def test_a_refused_step_changes_nothing(tiny: MambaLM) -> None:
@@ -187,7 +206,7 @@ def test_a_refused_step_changes_nothing(tiny: MambaLM) -> None:
     _, *two = program.decode(ids[:, 1:2], *one)
     kept = [state.clone() for state in two]
     _, *single = program.prefill(ids[:1])
-    for states, message in (((start[0], one[1]), "overwritten by a later one"), (single, r"takes \(2, 2,")):
+    for states, message in (((start[0], one[1]), "a later one has overwritten them"), (single, r"takes \(2, 2,")):
         with pytest.raises(MqAoError, match=message):
             program.decode(ids[:, :1], *states)
         for state, wanted in zip(two, kept, strict=True):

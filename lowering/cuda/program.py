@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ class CudaProgram(StatefulProgram):
     "reduce-overhead" and "max-autotune" replayed as one CUDA graph. None of this was run on a GPU.
 
     Decode keeps the states of each batch size in memory of its own and overwrites them: the states that it returns are
-    those, and hold until the next step. Clone them to come back to them later.
+    those, and hold until the next step of the same sequences. Clone them to come back to them later. Sequences of one
+    batch size may take turns, which costs a copy of their states each.
 
     Args:
         exported: `(input_ids, conv_state, ssm_state, positions) -> (logits, conv_state, ssm_state)`.
@@ -123,14 +124,18 @@ class CudaProgram(StatefulProgram):
         """Where it runs."""
         return self._device
 
+    def _call(self, name: str, *inputs: Tensor) -> States:
+        # Before parts of states become tensors of their own.
+        for held in self._held.values():
+            held.check(inputs[1:3])
+        return super()._call(name, *inputs)
+
     def run(self, name: str, *inputs: Tensor) -> States:
         """See `StatefulProgram.run`."""
-        ids, *given = inputs[:3]
-        for held in self._held.values():
-            held.check(given)
         with torch.no_grad():
             if name == "prefill":
                 return self._prefill(*inputs)
+            ids, *given = inputs
             held = self._memory(len(ids))
             logits = self._decode(ids, *held.take(given), self._last)
             if self.mode in _WITH_GRAPHS:
@@ -166,17 +171,17 @@ class _Held:
         for state in states:
             torch._dynamo.mark_static_address(state)
 
-    def check(self, given: list[Tensor]) -> None:
-        """Raises MqAoError if states lie here that a later step has overwritten."""
+    def check(self, given: Sequence[Tensor]) -> None:
+        """Raises MqAoError if states lie here that are not those of the last step."""
         for state, value in zip(self._states, given, strict=True):
             here = value.numel() and value.untyped_storage().data_ptr() == state.untyped_storage().data_ptr()
             if here and not self._knows(value):
                 raise MqAoError(
-                    "these states of an earlier step were overwritten by a later one: clone the states that decode "
-                    "returns to come back to them."
+                    "these states are of an earlier step, and a later one has overwritten them, or they are a part of "
+                    "others: clone what decode returns to come back to it or to take parts of it."
                 )
 
-    def take(self, given: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def take(self, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The memory, with these states in it.
 
         Raises:
@@ -188,15 +193,21 @@ class _Held:
                     f"a state has shape {tuple(value.shape)} where a step of these sequences takes "
                     f"{tuple(state.shape)}: give the states of the same sequences."
                 )
-        for state, value in zip(self._states, given, strict=True):
-            if not self._knows(value):
-                state.copy_(value)
+        if not all(map(self._knows, given)):
+            # Those of other sequences, which may go on later, in memory of their own from now on.
+            with torch.inference_mode(False):
+                given = [value.clone() if self._knows(value) else value for value in given]
+                for latest in self._latest:
+                    latest.data = latest.clone()
+                for state, value in zip(self._states, given, strict=True):
+                    state.copy_(value)
         self._latest = ()  # until the step is done
         return self._states
 
     def give(self) -> tuple[Tensor, ...]:
         """The states as they are now, as tensors that `take` knows again until it gives others."""
-        self._latest = tuple(state.view_as(state) for state in self._states)
+        with torch.inference_mode(False):
+            self._latest = tuple(state.view_as(state) for state in self._states)
         return self._latest
 
     def _knows(self, value: Tensor) -> bool:

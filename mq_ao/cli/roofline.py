@@ -64,7 +64,7 @@ def roofline(
             advance(0, f"counting {name}")
             same = next((other for other in found if chosen[other] == item), None)
             if same is None:
-                counted = count_model(config, item, batch, tokens)
+                counted = count_model(config, item, batch, tokens, gpu)
                 found[name] = {phase: predict(getattr(counted, phase), gpu) for phase in PHASES}
             else:
                 found[name] = found[same]

@@ -27,9 +27,9 @@ _ROWS = 128
 _FEW_ROWS, _FEW_OUTPUTS = 16, 256
 """Rows up to which linears have kernels of their own (mq_ao/ops/triton), and outputs up to which pieces of many rows
 come from one (lowering/cuda/compiled.py)."""
-_SHORTEST, _THREADS, _LANES, _ENOUGH = 32, 2**17, 4, 2**14
+_SHORTEST, _THREADS, _LANES, _ENOUGH = 32, 2**17, 4, 256
 """Steps of a chunk of the selective scan, the threads up to which it is cut into chunks, the lanes that share a channel
-otherwise, and the threads from which on it is not cut (mq_ao/ops/triton/selective_scan.py)."""
+otherwise, and the threads of a multiprocessor from which on it is not cut (mq_ao/ops/triton/selective_scan.py)."""
 _CHUNK = 64
 """Tokens of a chunk of the SSD scan; below two chunks, it is a plain recurrence."""
 
@@ -75,11 +75,13 @@ class Call:
         operator: its name with its namespace, such as `mq_ao.int8_linear`.
         arguments: all of them by name.
         outputs: what it gives, and then what it overwrites.
+        multiprocessors: of the device.
     """
 
     operator: str
     arguments: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
+    multiprocessors: int
 
     @property
     def y(self) -> Tensor:
@@ -187,7 +189,7 @@ def _selective_scan(call: Call) -> Cost:
     special = u.numel() * (states + 2)
     outputs = u.numel() * 2 * states
     chunk = max(_SHORTEST, length * batch * channels // _THREADS)
-    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH:
+    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH * call.multiprocessors:
         return call.cost(fp32=once + outputs, special=special)
     again = moved(u) + moved(call.arguments["delta"]) + moved(b)
     # Written, carried over by reading and writing again, and read.

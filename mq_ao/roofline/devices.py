@@ -18,6 +18,7 @@ class Device:
 
     Attributes:
         title: the product.
+        multiprocessors: how many it has.
         bandwidth: of the memory, bytes a second.
         fp16: of the tensor cores on fp16 with sums in fp32, operations a second.
         int8: of the tensor cores on int8 with sums in int32.
@@ -31,6 +32,7 @@ class Device:
     """
 
     title: str
+    multiprocessors: int
     bandwidth: float
     fp16: float
     int8: float
@@ -54,15 +56,15 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
     {
         # NVIDIA H100 Tensor Core GPU data sheet, SXM5 80 GB: 3.35 TB/s, fp16 1,979 and int8 3,958 with sparsity,
         # fp32 67.
-        "h100": Device("H100 SXM5 80 GB", 3.35e12, 989.5e12, 1979e12, 67e12, 67e12 / 16, 1.5e-6),
+        "h100": Device("H100 SXM5 80 GB", 132, 3.35e12, 989.5e12, 1979e12, 67e12, 67e12 / 16, 1.5e-6),
         # NVIDIA A100 data sheet, SXM4 80 GB: 2,039 GB/s, fp16 312 (624 with sparsity), int8 624 (1,248), fp32 19.5.
-        "a100": Device("A100 SXM4 80 GB", 2.039e12, 312e12, 624e12, 19.5e12, 19.5e12 / 8, 1.5e-6),
+        "a100": Device("A100 SXM4 80 GB", 108, 2.039e12, 312e12, 624e12, 19.5e12, 19.5e12 / 8, 1.5e-6),
         # NVIDIA RTX A5000 data sheet: 768 GB/s, fp32 27.8, tensor 222.2 with sparsity. Dense that is fp16 111.1, with
         # sums in fp32 as fast as in fp16, and int8 twice as much (NVIDIA Ampere GA102 whitepaper, on the RTX A6000).
-        "a5000": Device("RTX A5000", 768e9, 111.1e12, 222.2e12, 27.8e12, 27.8e12 / 16, 1.5e-6),
+        "a5000": Device("RTX A5000", 64, 768e9, 111.1e12, 222.2e12, 27.8e12, 27.8e12 / 16, 1.5e-6),
         # NVIDIA Jetson AGX Orin Series Technical Brief v1.2, 64 GB, the GPU alone without its DLAs: 204.8 GB/s, int8
         # 170 with sparsity, fp16 half of that, fp32 5.3.
-        "orin": Device("Jetson AGX Orin 64 GB", 204.8e9, 42.5e12, 85e12, 5.3e12, 5.3e12 / 16, 2.5e-6),
+        "orin": Device("Jetson AGX Orin 64 GB", 16, 204.8e9, 42.5e12, 85e12, 5.3e12, 5.3e12 / 16, 2.5e-6),
     }
 )
 """The devices by name."""

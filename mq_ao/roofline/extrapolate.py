@@ -16,6 +16,7 @@ from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.recipes import Recipe
 from mq_ao.roofline.cost import LINEARS, Cost
+from mq_ao.roofline.devices import Device
 from mq_ao.roofline.fusing import ACTIVATIONS, JOINS, NORMS, Kernel, kernels
 from mq_ao.roofline.lowered import ROLE, float_graph, integer_graph
 from mq_ao.roofline.values import values
@@ -69,7 +70,7 @@ class Counted:
     decode: Counts
 
 
-def count_model(config: Config, recipe: Recipe | None, batch: int, tokens: int) -> Counted:
+def count_model(config: Config, recipe: Recipe | None, batch: int, tokens: int, device: Device) -> Counted:
     """Counts a model of any size.
 
     Args:
@@ -77,6 +78,7 @@ def count_model(config: Config, recipe: Recipe | None, batch: int, tokens: int) 
         recipe: how it is quantized for CUDA, from `at_run_time`; None: fp16.
         batch: sequences.
         tokens: of the prompt.
+        device: what it runs on: kernels may depend on its size.
 
     Raises:
         MqAoError: the backend has no kernel for what the recipe asks for, or the graph has an operator of unknown cost.
@@ -85,15 +87,15 @@ def count_model(config: Config, recipe: Recipe | None, batch: int, tokens: int) 
     prompts, steps = [], []
     for layers, vocabulary in ((2, 1), (3, 1), (2, 2)):
         graph = build(replace(config, n_layer=layers, vocab_size=vocabulary * _VOCABULARY))
-        prompts.append(count(graph, batch, tokens))
-        steps.append(count(one_token(graph), batch, 1))
+        prompts.append(count(graph, batch, tokens, device))
+        steps.append(count(one_token(graph), batch, 1, device))
     return Counted(_affine(config, *prompts), _affine(config, *steps))
 
 
-def count(module: GraphModule, batch: int, length: int) -> Counts:
+def count(module: GraphModule, batch: int, length: int, device: Device) -> Counts:
     """Cost of every kind of kernel in one graph."""
     found: dict[tuple[str, str], Cost] = {}
-    for kernel in kernels(module, values(module, batch, length)):
+    for kernel in kernels(module, values(module, batch, length), device):
         key = role_of(kernel), kernel.operators[0] if len(kernel.operators) == 1 else "fused"
         found[key] = found.get(key, Cost()) + kernel.cost
     return found

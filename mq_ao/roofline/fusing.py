@@ -19,6 +19,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.lowering.cuda.compiled import FEW_ROWS, summed
 from mq_ao.roofline.cost import ROUNDING, RULES, SIGMOID, Call, Cost, cost_of, moved, tensors
+from mq_ao.roofline.devices import Device
 
 GATHERS = frozenset({"aten.embedding", "aten.index_select"})
 """Operators that read only those rows of their first input that they give."""
@@ -72,18 +73,19 @@ class Kernel:
     cost: Cost
 
 
-def kernels(module: GraphModule, seen: Mapping[Node, Any]) -> list[Kernel]:
+def kernels(module: GraphModule, seen: Mapping[Node, Any], device: Device) -> list[Kernel]:
     """The kernels of a lowered graph.
 
     Args:
         module: the graph.
         seen: value of every node, from `values.values`.
+        device: what they run on.
 
     Raises:
         MqAoError: there is an operator that is neither pointwise nor one whose cost is known.
     """
     chains = _Chains(module, seen)
-    found = [Kernel((node,), (name,), cost_of(_call(node, name, seen))) for node, name in chains.own.items()]
+    found = [Kernel((node,), (name,), cost_of(_call(node, name, seen, device))) for node, name in chains.own.items()]
     found += [chains.kernel(chain) for chain in chains.groups()]
     # Where a norm follows the sum of a product of many rows and a residual, the product reads the residual and writes
     # the sum, which is then all that the norm reads.
@@ -233,8 +235,9 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _call(node: Node, name: str, seen: Mapping[Node, Any]) -> Call:
+def _call(node: Node, name: str, seen: Mapping[Node, Any], device: Device) -> Call:
     target: Any = node.target
     arguments = torch.fx.node.map_arg(walk.arguments(node), lambda item: seen[item])
     changed = [item.name for item in target._schema.arguments if item.alias_info and item.alias_info.is_write]
-    return Call(name, arguments, (*tensors(seen[node]), *(arguments[key] for key in changed)))
+    outputs = (*tensors(seen[node]), *(arguments[key] for key in changed))
+    return Call(name, arguments, outputs, device.multiprocessors)

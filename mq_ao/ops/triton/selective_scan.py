@@ -42,7 +42,8 @@ _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 _SHORTEST = 32  # steps of a chunk
 _THREADS = 2**17  # that keep a GPU busy: about a thousand for each of its multiprocessors
 _LANES = 4  # over which the states of a channel can be spread
-_ENOUGH = 2**14  # threads with which once over all of time is not slower than twice over chunks: a warp a scheduler
+_ENOUGH = 256  # threads of a multiprocessor with which once over all of time is not slower than twice over chunks
+_MULTIPROCESSORS = 64  # of the chip that is thought of where there is none
 
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -385,7 +386,7 @@ def _launch(
 
     chunk = max(_SHORTEST, length * batch * channels // _THREADS)
     # Two chunks scanned twice take as long as all of it once.
-    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH:
+    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH * _multiprocessors(A.device):
         scan_chunks(length, start, last_state, scale, y, None)
         return
     states = A.new_empty(batch, triton.cdiv(length, chunk), channels, d_state)
@@ -393,6 +394,12 @@ def _launch(
     scan_chunks(chunk, None, states, None, None, total)
     carry(states, total, A, start, last_state, scale)
     scan_chunks(chunk, states, None, None, y, None)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def run(
@@ -474,8 +481,8 @@ def _arguments(
 
 def examples() -> Iterator[tuple[Any, ...]]:
     """bfloat16 decode and prefill with everything; float32 with many states, in groups, and too short for chunks."""
-    for length in (1, 2048):
-        operands = _arguments(torch.bfloat16, length, 5120, 16)
+    for length, channels in ((1, 5120), (2048, 5120), (2048, 1536)):
+        operands = _arguments(torch.bfloat16, length, channels, 16)
         A = operands[2]
         yield *operands, A[:, 0], A[:, 0], True, A[None]
     yield _arguments(torch.float32, 40, 1536, 128, 3)
@@ -483,8 +490,8 @@ def examples() -> Iterator[tuple[Any, ...]]:
 
 def quantized_examples() -> Iterator[tuple[Any, ...]]:
     """int8 decode and prefill: bare, and with everything that the epilogue can have and int8 states."""
-    for length in (1, 2048):
-        u, delta, A, B, C = _arguments(torch.int8, length, 5120, 16)
+    for length, channels in ((1, 5120), (2048, 5120), (2048, 1536)):
+        u, delta, A, B, C = _arguments(torch.int8, length, channels, 16)
         grids = (u, 0.1, 3, delta, 0.1, 3, A, B, 0.1, 3, C, 0.1, 3)
         yield *grids, None, None, True
         state = torch.empty(1, *A.shape, dtype=torch.int8, device="meta")
