@@ -199,7 +199,8 @@ def quantize(
 
 def compile_float(model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None) -> Program:
     """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
-    info = {"recipe": "float32", "vocab_size": model.config.vocab_size}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    info = {"recipe": dtype, "vocab_size": model.config.vocab_size}
     check_backend(backend)
     if backend == "executorch":
         return executorch.lower_float(capture(model, ()), info, options)

@@ -124,15 +124,8 @@ def _join_scan(step: GraphModule, scan: Node) -> None:
         return
     given = walk.arguments(linear)
     delta_grid = (rest["delta_scale"], rest["delta_zero_point"])
-    if (
-        given["token_scale"] is not None
-        or given["group_size"]
-        or delta_grid
-        != (
-            given["out_scale"],
-            given["out_zero_point"],
-        )
-    ):
+    static = given["token_scale"] is None and not given["group_size"]
+    if not static or delta_grid != (given["out_scale"], given["out_zero_point"]):
         return
     before = [given[name] for name in ("q", "weight", "scale", "correction", "bias")]
     u = [rest.pop(name) for name in ("u", "u_scale", "u_zero_point")]

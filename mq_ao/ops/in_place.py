@@ -6,7 +6,6 @@ They are for decoding, where states are most of what moves besides weights. On t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,23 +45,23 @@ def check_state(name: str, state: Tensor, last_state: Tensor) -> None:
 def _define(name: str) -> None:
     operator, index = getattr(torch.ops.mq_ao, name).default, state_index(name)
 
-    def both(run: Callable[..., Any]) -> Callable[..., Tensor]:
-        def run_in_place(*args: Any) -> Tensor:
-            y, last_state = run(*args)
-            check_state(name, args[index], last_state)
-            args[index].copy_(last_state)
-            return y
-
-        return run_in_place
-
-    def fake(*args: Any) -> Tensor:
+    def results(*args: Any) -> tuple[Tensor, Tensor]:
         y, last_state = operator(*args)
         check_state(name, args[index], last_state)
+        return y, last_state
+
+    def fake(*args: Any) -> Tensor:
+        y, _ = results(*args)
+        return y
+
+    def reference(*args: Any) -> Tensor:
+        y, last_state = results(*args)
+        args[index].copy_(last_state)
         return y
 
     arguments = str(operator._schema).partition("(")[2].rpartition(" -> ")[0]
     arguments = _DEFAULT.sub("", arguments).replace("Tensor? initial_state", "Tensor(a!) initial_state")
-    library.define(f"{name}_", f"({arguments} -> Tensor", fake=fake, reference=both(operator))
+    library.define(f"{name}_", f"({arguments} -> Tensor", fake=fake, reference=reference)
 
 
 for _name in STATEFUL:

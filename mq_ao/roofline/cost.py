@@ -173,8 +173,11 @@ def _weight_linear(call: Call) -> Cost:
 
 
 def _convolution(call: Call) -> Cost:
-    taps = call.arguments["weight"].shape[-1]
-    return call.cost(fp32=call.y.numel() * (2 * taps + 2 * ROUNDING), special=call.y.numel() * SIGMOID)
+    return call.cost() + _convolved(call.y.numel(), call.arguments["weight"].shape[-1])
+
+
+def _convolved(values: int, taps: int) -> Cost:
+    return Cost(fp32=values * (2 * taps + 2 * ROUNDING), special=values * SIGMOID)
 
 
 def _selective_scan(call: Call) -> Cost:
@@ -217,9 +220,9 @@ def _ssd_scan(call: Call) -> Cost:
 
 def _conv_step(call: Call) -> Cost:
     """A linear, and the convolution of a piece in its epilogue."""
-    taps, values = call.arguments["conv_weight"], call.arguments["q"].shape[0] * len(call.arguments["conv_weight"])
-    fp32, special = values * (2 * taps.shape[-1] + 2 * ROUNDING), values * SIGMOID
-    return _linear(call) + Cost(fp32=fp32, special=special) + _between(call, values)
+    channels, taps = call.arguments["conv_weight"].shape
+    values = call.arguments["q"].shape[0] * channels
+    return _linear(call) + _convolved(values, taps) + _between(call, values)
 
 
 def _scan_step(call: Call) -> Cost:

@@ -100,7 +100,7 @@ def _scan(
     batch = tl.program_id(2).to(tl.int64)
     n = tl.arange(0, N)
     inside = c < channels
-    # Channels lie along the last axis, which Triton spreads over lanes: sums over n stay within a lane.
+    # Channels lie along the last axis, over which Triton spreads lanes first: sums over n stay within a lane or a warp.
     mask = (n < D_STATE)[:, None] & inside[None, :]
     states = c[None, :] * D_STATE + n[:, None]
     # exp(step A) = 2^(step A log2(e)), and powers of two are what the chip has.
