@@ -70,7 +70,7 @@ cases = st.builds(
     batch=st.sampled_from([1, 1, 3]),
     length=st.sampled_from([1, 1, 2, 7, 13]),
     groups=st.sampled_from([None, None, 1, 2]),
-    channels=st.sampled_from([1, 7, 12, 20]),
+    channels=st.sampled_from([1, 5, 9]),
     d_state=st.sampled_from([1, 5, 8, 16, 64, 128]),
     options=st.tuples(*[st.booleans()] * 4),
     sliced=st.booleans(),
@@ -109,7 +109,7 @@ def assert_near(got: Tensor, exact: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=tolerance)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases, st.integers(0, 1))
 def test_float32_is_near_float64(case: Case, config: int) -> None:
     arguments = case.arguments()
@@ -186,7 +186,7 @@ def assert_rounded(q: Tensor, steps: Tensor, low: int, high: int, near: float) -
     assert float((q.double() - steps.clamp(low, high)).abs().max()) <= 0.5 + near
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(qcases, st.integers(0, 1))
 def test_quantized_is_near_float64_and_rounded(qcase: QCase, config: int) -> None:
     arguments = qcase.arguments()
