@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from mq_ao.models.program import check_ids
 States = tuple[Tensor, Tensor, Tensor]
 
 
-class StatefulProgram:
+class StatefulProgram(ABC):
     """A language model whose states are inputs and outputs.
 
     Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. States
@@ -33,12 +34,12 @@ class StatefulProgram:
         self._shapes = StateShapes.read(info["states"])
         self._vocab_size = int(info["vocab_size"])
 
+    @abstractmethod
     def run(self, name: str, *inputs: Tensor) -> States:
         """Calls "prefill" on ids, both states and the positions of wanted logits, or "decode" on the first three.
 
         All are contiguous, of the right types, and on the program's device.
         """
-        raise NotImplementedError
 
     @property
     def info(self) -> Mapping[str, Any]:

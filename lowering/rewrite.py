@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -45,10 +46,6 @@ class GraphRewriter:
         self._names: Counter[str] = Counter()
         self._tokens: dict[Node, tuple[Node, Node]] = {}
 
-    def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
-        """The backend's product before `at`, which it stands for."""
-        raise NotImplementedError
-
     def operand(self, node: Any) -> Operand:
         """What a kernel of the backend reads at `node`."""
         return Operand.of(node, self.limits)
@@ -56,21 +53,6 @@ class GraphRewriter:
     def following(self, value: Node | None) -> Node | None:
         """The one static quantize that is all that reads `value`, or None."""
         return None if value is None else requantize(value, self.limits)
-
-    def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
-        """Replaces the pieces (value, start, stop) of a linear by what quantizes its own output; False: stays whole."""
-        raise NotImplementedError
-
-    def linear(self, node: Node) -> None:
-        """A linear with an integer weight; where only pieces of it are read, these pieces."""
-        x, weight_node, bias = walk.padded(node, 3)
-        weight = Weight.of(self.module, weight_node)
-        known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
-        if weight is None or not known:
-            return
-        bounds = pieces(node)
-        if bounds is None or not self.in_pieces(x, weight, bias, bounds):
-            self.replace(node, self.product(node, x, weight, bias))
 
     def gate(self, quantize: Node) -> tuple[Any, ...] | None:
         """What an operator for gate, rotation and this quantize step takes: y, z, smoothing, whether it rotates."""
@@ -180,6 +162,29 @@ class GraphRewriter:
         self._names[kind] += 1
         self.module.register_buffer(name, value.contiguous())
         return self.graph.get_attr(name)
+
+
+class LinearRewriter(GraphRewriter, ABC):
+    """One whose backend has products of its own, which can give the pieces of a linear."""
+
+    @abstractmethod
+    def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
+        """The backend's product before `at`, which it stands for."""
+
+    @abstractmethod
+    def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
+        """Replaces the pieces (value, start, stop) of a linear by what quantizes its own output; False: stays whole."""
+
+    def linear(self, node: Node) -> None:
+        """A linear with an integer weight; where only pieces of it are read, these pieces."""
+        x, weight_node, bias = walk.padded(node, 3)
+        weight = Weight.of(self.module, weight_node)
+        known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
+        if weight is None or not known:
+            return
+        bounds = pieces(node)
+        if bounds is None or not self.in_pieces(x, weight, bias, bounds):
+            self.replace(node, self.product(node, x, weight, bias))
 
 
 def _output(node: Node, index: int) -> Node | None:

@@ -13,7 +13,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.lowering.integer_graph import count_kernels
 from mq_ao.lowering.patterns import INT8, Q_STATIC, Weight, merge_dequantize, per_token_source
-from mq_ao.lowering.rewrite import GraphRewriter
+from mq_ao.lowering.rewrite import LinearRewriter
 from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import MOST_PIECES
 from mq_ao.ops.qlinear import quantize_per_token
@@ -36,7 +36,7 @@ INTEGER_KERNELS: frozenset[object] = INTEGER_LINEARS | {
 _GROUP = 64
 
 
-class Rewriter(GraphRewriter):
+class Rewriter(LinearRewriter):
     """Edits one converted GraphModule in place; each method handles one pattern.
 
     Args:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import walk
 from mq_ao.lowering.integer_graph import count_kernels
 from mq_ao.lowering.patterns import Q_STATIC, UINT8, Weight, merge_dequantize, per_token_source
-from mq_ao.lowering.rewrite import GraphRewriter
+from mq_ao.lowering.rewrite import LinearRewriter
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -32,7 +32,7 @@ INTEGER_KERNELS = frozenset(
 _PANEL = 64
 
 
-class Rewriter(GraphRewriter):
+class Rewriter(LinearRewriter):
     """Edits one converted GraphModule in place; each method handles one pattern.
 
     Args:
