@@ -17,7 +17,7 @@ from mq_ao.ops import causal_conv1d as float_conv
 from mq_ao.ops import qcausal_conv1d as int8_conv
 from mq_ao.ops.triton.launch import Config, Kernel
 from mq_ao.ops.triton.operands import destination
-from mq_ao.ops.triton.rounding import round_half_even, write
+from mq_ao.ops.triton.rounding import round_half_even, rounded, write
 
 mq = torch.ops.mq_ao
 
@@ -27,7 +27,7 @@ _MOST_SEQUENCES = 65535
 
 
 @triton.jit
-def on_grid(values, inverse, low, high):
+def in_steps(values, inverse, low, high):
     """Values of a state in whole steps of x's grid, within its limits."""
     # The limits are whole numbers: clamping first gives the same, and what comes after is exact.
     return round_half_even(tl.clamp(values * inverse, low, high, propagate_nan=tl.PropagateNan.ALL))
@@ -85,7 +85,7 @@ def _inputs(
         before = (step + (TAPS - 1))[:, None] * channels + channel[None, :]
         earlier = tl.load(state + before, mask=inside & (step < 0)[:, None], other=0.0).to(tl.float32)
         if QUANTIZED:
-            earlier = on_grid(earlier, inverse, low, high)
+            earlier = in_steps(earlier, inverse, low, high)
         values += earlier
     return values
 
@@ -243,7 +243,7 @@ def run_quantized(
     limits = torch.iinfo(x.dtype)
     low, high = float(limits.min - x_zero_point), float(limits.max - x_zero_point)
     grid = (float(x_scale), 1 / x_scale, float(x_zero_point), low, high)
-    rounding = (1.0 if out_scale is None else 1 / out_scale, float(out_zero_point))
+    rounding = rounded(out_scale, out_zero_point)
     _launch(x, weight, weight_scale, bias, initial_state, activation, y, last, grid, rounding)
     return y, last
 

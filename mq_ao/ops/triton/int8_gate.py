@@ -18,7 +18,7 @@ from mq_ao.ops import hadamard as float_hadamard
 from mq_ao.ops.int8_gate import fake
 from mq_ao.ops.triton.launch import Config, Kernel
 from mq_ao.ops.triton.rotation import Rotation, rotate_rows, rotation
-from mq_ao.ops.triton.rounding import rows_to_int8, write
+from mq_ao.ops.triton.rounding import rounded, rows_to_int8, write
 from mq_ao.ops.triton.rows import LARGEST_ROW, LONG, TILE, matrix
 
 mq = torch.ops.mq_ao
@@ -108,7 +108,7 @@ def run(
     if plan is None:
         return mq.int8_gate_reference(*operands)
     grids = (float(y_scale), float(y_zero_point), float(z_scale), float(z_zero_point))
-    rounding = (1.0 if out_scale is None else 1.0 / out_scale, float(out_zero_point))
+    rounding = rounded(out_scale, out_zero_point)
     _launch(y, z, s, q, scale if out_scale is None else None, plan, hadamard, grids, rounding)
     return q, scale
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mq_ao.ops.int8_linear import MOST_PIECES, fake, fake_pieces
 from mq_ao.ops.triton.launch import Config, Kernel, blank
-from mq_ao.ops.triton.rounding import write
+from mq_ao.ops.triton.rounding import rounded, write
 
 FEW_ROWS = 16
 ALIGNMENT = 16
@@ -41,19 +41,18 @@ def halves(weight, group, inside, GROUP: tl.constexpr, INT4: tl.constexpr):
 @triton.jit
 def _no_sums(q, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Zeros of the type that sums of products with q have."""
-    if q.dtype.element_ty == tl.int8:
-        return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    else:  # noqa: RET505 (what the compiler tells apart)
-        return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    sums: tl.constexpr = tl.int32 if q.dtype.element_ty == tl.int8 else tl.float32
+    return tl.zeros((BLOCK_M, BLOCK_N), dtype=sums)
 
 
 @triton.jit
 def _add_products(a, b, sums):
     """sums plus a, int8 or bfloat16, times integers b, which bfloat16 holds exactly."""
     if a.dtype == tl.int8:
-        return tl.dot(a, b, sums, out_dtype=tl.int32)
-    else:  # noqa: RET505
-        return tl.dot(a, b.to(tl.float32).to(a.dtype), sums)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+    else:
+        sums = tl.dot(a, b.to(tl.float32).to(a.dtype), sums)
+    return sums
 
 
 @triton.jit
@@ -320,7 +319,7 @@ def arguments(
     k, n = q.shape[-1], weight.shape[0]
     missing = MOST_PIECES - len(outs)
     stops = list(itertools.accumulate(sizes))[:2]
-    grids = [value for scale, zero_point in rounding for value in (1.0 / (scale or 1.0), float(zero_point))]
+    grids = [value for grid in rounding for value in rounded(*grid)]
     return (
         q.contiguous(),
         None if token_scale is None else token_scale.contiguous(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mq_ao.ops.int8_rms_norm import fake
 from mq_ao.ops.triton.launch import Config, Kernel
-from mq_ao.ops.triton.rounding import rows_to_int8, write
+from mq_ao.ops.triton.rounding import rounded, rows_to_int8, write
 from mq_ao.ops.triton.rows import LARGEST_ROW, LONG, TILE, matrix
 
 
@@ -103,8 +103,7 @@ def run(
         left.stride(0),
         0 if right is None else right.stride(0),
         float(eps),
-        1.0 if out_scale is None else 1.0 / out_scale,
-        float(out_zero_point),
+        *rounded(out_scale, out_zero_point),
         **constants,
     )
     return q, scale, total

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mq_ao.ops.int8_steps import fake_conv_step, fake_scan_step
 from mq_ao.ops.triton import int8_linear
-from mq_ao.ops.triton.causal_conv1d import MOST_TAPS, epilogue, finished, on_grid
+from mq_ao.ops.triton.causal_conv1d import MOST_TAPS, epilogue, finished, in_steps
 from mq_ao.ops.triton.int8_linear import ALIGNMENT, FEW_ROWS, tile, write_piece
 from mq_ao.ops.triton.launch import Config, Kernel, blank
-from mq_ao.ops.triton.operands import float32, rows
-from mq_ao.ops.triton.rounding import to_bytes, write
-from mq_ao.ops.triton.selective_scan import finish_step, step_operands
+from mq_ao.ops.triton.operands import float32, on_grid, rows
+from mq_ao.ops.triton.rounding import rounded, to_bytes, write
+from mq_ao.ops.triton.scan_kernels import finish_step, step_operands
 
 mq = torch.ops.mq_ao
 
@@ -79,13 +79,12 @@ def _int8_conv_step(
     inside = (rows < m)[:, None] & there[None, :]
     sequence = rows[:, None].to(tl.int64) * channels
     state_at = conv_state + sequence * (TAPS - 1) + channel[None, :]
-    # Triton adds tuples, and takes no stars in them.
     window: tl.tuple = ()
     taps: tl.tuple = ()
     for tap in tl.static_range(TAPS - 1):
-        window = window + (tl.load(state_at + tap * channels, mask=inside, other=0.0),)  # noqa: RUF005
+        window += (tl.load(state_at + tap * channels, mask=inside, other=0.0),)
     for tap in tl.static_range(TAPS):
-        taps = taps + (tl.load(conv_weight + channel * TAPS + tap, mask=there, other=0),)  # noqa: RUF005
+        taps += (tl.load(conv_weight + channel * TAPS + tap, mask=there, other=0),)
     factor, shift = epilogue(conv_weight_scale, conv_bias, x_scale, channel, there)
 
     operands = (q, token_scale, weight, scale, correction, bias)
@@ -98,10 +97,10 @@ def _int8_conv_step(
     sums = newest * taps[TAPS - 1].to(tl.float32)[None, :]
     inputs: tl.tuple = ()
     for tap in tl.static_range(TAPS - 1):
-        value = on_grid(window[tap], x_inverse, -128.0 - x_zero_point, 127.0 - x_zero_point)
+        value = in_steps(window[tap], x_inverse, -128.0 - x_zero_point, 127.0 - x_zero_point)
         sums += value * taps[tap].to(tl.float32)[None, :]
-        inputs = inputs + (value,)  # noqa: RUF005
-    inputs = inputs + (newest,)  # noqa: RUF005
+        inputs += (value,)
+    inputs += (newest,)
     y = finished(sums, factor, shift, SILU)
     write(conv_out + sequence + channel[None, :], y, inside, out_inverse, out_zero_point)
     tl.debug_barrier()  # one thread may write what another has read
@@ -284,7 +283,7 @@ def run_conv(
         sum(sizes[:piece]),
         sizes[piece],
         *_grid(x_scale, x_zero_point),
-        *_rounding(conv_out_scale, conv_out_zero_point),
+        *rounded(conv_out_scale, conv_out_zero_point),
         TAPS=taps,
         SILU=activation == "silu",
         **int8_linear.layout(weight, group_size),
@@ -346,8 +345,8 @@ def run_scan(
         channels // groups,
         *(operand.stride(0) for operand in (u_rows, B_rows, C_rows)),
         *_grid(*delta_grid),
-        *(float(value) for _, *grid in (x, b, c) for value in grid),
-        *_rounding(out_scale, out_zero_point),
+        *(value for grid in (x, b, c) for value in on_grid(*grid)),
+        *rounded(out_scale, out_zero_point),
         D_STATE=d_state,
         N=triton.next_power_of_2(d_state),
         GROUPED=groups > 1,
@@ -363,10 +362,6 @@ def _fits(q: Tensor, state: Tensor, whole: bool) -> bool:
 
 def _grid(scale: float, zero_point: int) -> tuple[float, float, float]:
     return float(scale), 1.0 / scale, float(zero_point)
-
-
-def _rounding(scale: float | None, zero_point: int) -> tuple[float, float]:
-    return 1.0 if scale is None else 1.0 / scale, float(zero_point)
 
 
 def conv_examples() -> Iterator[tuple[Any, ...]]:

@@ -92,6 +92,11 @@ def step_size(at, mask, scale, zero_point, bias, SOFTPLUS: tl.constexpr):
     return step_size_of(read(at, mask, scale, zero_point), bias, SOFTPLUS)
 
 
+def on_grid(x: Tensor, scale: float, zero_point: int) -> tuple[float, float]:
+    """An operand's scale and zero point as kernels take them, which multiply by scales whatever the type."""
+    return (1.0, 0.0) if x.is_floating_point() else (float(scale), float(zero_point))
+
+
 def rows(x: Tensor) -> Tensor:
     """x (batch, length, ...) as (batch * length, width) whose last axis is dense: a view where that can be."""
     flat = x.flatten(0, 1).flatten(1)
@@ -103,8 +108,9 @@ def destination(last_state: Tensor, into: Tensor | None, length: int) -> Tensor:
 
     The kernels of one step can: a state is read and written by one thread.
     """
-    fits = into is not None and length == 1 and into.is_contiguous() and into.dtype == last_state.dtype
-    return into if into is not None and fits else last_state
+    if into is None or length > 1 or not into.is_contiguous() or into.dtype != last_state.dtype:
+        return last_state
+    return into
 
 
 def float32(x: Tensor | None) -> Tensor | None:

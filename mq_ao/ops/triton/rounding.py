@@ -37,6 +37,11 @@ def write(at, x, mask, inverse, zero_point):
         tl.store(at, x.to(at.dtype.scalar.element_ty), mask=mask)
 
 
+def rounded(scale: float | None, zero_point: int) -> tuple[float, float]:
+    """inverse and zero_point of `write` for an output on this grid; of no scale, or 0, for one that stays in float."""
+    return 1.0 / (scale or 1.0), float(zero_point)
+
+
 @triton.jit
 def rows_to_int8(x):
     """Rows of x (rows, n) each on a grid of its own, as by `mq_ao.ops.qlinear.quantize_per_token`: (q, scale)."""

@@ -15,7 +15,8 @@ from mq_ao.ops.qssd_scan import _fake as _qfake
 from mq_ao.ops.ssd_scan import _fake
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.launch import blank
-from mq_ao.ops.triton.operands import destination, float32, rows
+from mq_ao.ops.triton.operands import destination, float32, on_grid, rows
+from mq_ao.ops.triton.rounding import rounded
 from mq_ao.ops.triton.ssd_kernels import add_up, add_up_float32, outputs, outputs_float32, step
 
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
@@ -59,8 +60,8 @@ def _launch(
     A = A.to(torch.float32).contiguous()
     bias, start = float32(dt_bias), float32(initial_state)
     limits = (float(dt_min), float("inf") if dt_max is None else float(dt_max))
-    x_grid, dt_grid, b_grid, c_grid = ((float(scale), float(zero)) for _, scale, zero in (x, dt, B, C))
-    out_grid = (1.0 if out_scale is None else 1.0 / out_scale, float(out_zero_point))
+    x_grid, dt_grid, b_grid, c_grid = (on_grid(*grid) for grid in (x, dt, B, C))
+    out_grid = rounded(out_scale, out_zero_point)
     grids = (*dt_grid, *limits, *x_grid, *b_grid)
     constants: dict[str, Any] = {"HEADDIM": headdim, "D_STATE": d_state, "SOFTPLUS": dt_softplus}
     if length == 1:
@@ -157,9 +158,7 @@ def run_quantized(
     y, last_state = _qfake(*values, *steps, A, *b, *c, *rest)
     last_state = destination(last_state, into, x.shape[1])
     if last_state.numel():
-        # Kernels multiply by scales whatever the type.
-        x_, dt_, b, c = (q if q[0].dtype != torch.float32 else (q[0], 1.0, 0) for q in (values, steps, b, c))
-        _launch(y, last_state, x_, dt_, A, b, c, *rest)
+        _launch(y, last_state, values, steps, A, b, c, *rest)
     return y, last_state
 
 
