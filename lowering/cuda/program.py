@@ -196,7 +196,6 @@ class _Held:
         if not all(map(self._knows, given)):
             # Those of other sequences, which may go on later, in memory of their own from now on.
             with torch.inference_mode(False):
-                given = [value.clone() if self._knows(value) else value for value in given]
                 for latest in self._latest:
                     latest.data = latest.clone()
                 for state, value in zip(self._states, given, strict=True):

@@ -85,8 +85,7 @@ def _overwrite(step: GraphModule, carrier: Node) -> None:
 
 def _join_convolution(step: GraphModule, conv: Node) -> None:
     """`int8_linears` and the convolution of one of its pieces as one operator, in the place of the linear."""
-    rest = list(walk.arguments(conv).values())
-    x, x_scale, x_zero_point, *taps = rest
+    x, x_scale, x_zero_point, *taps = walk.arguments(conv).values()
     linears: Any = x.args[0] if x.target == walk.getitem else None
     if linears is None or linears.target != mq.int8_linears.default or walk.only_user(x) is not conv:
         return

@@ -167,9 +167,8 @@ def _weight_linear(call: Call) -> Cost:
     products, size = 2 * rows * outputs * inputs, outputs * inputs
     if rows <= _FEW_ROWS:
         return call.cost(fp32=products + ROUNDING * size * rows)
-    return call.cost(kernels=2, fp16=products, fp32=ROUNDING * size * math.ceil(rows / _ROWS)) + Cost(
-        moved=2 * 2 * x.numel()
-    )
+    rounded = Cost(kernels=1, moved=2 * 2 * x.numel())
+    return call.cost(fp16=products, fp32=ROUNDING * size * math.ceil(rows / _ROWS)) + rounded
 
 
 def _convolution(call: Call) -> Cost:

@@ -89,28 +89,13 @@ def kernels(module: GraphModule, seen: Mapping[Node, Any], device: Device) -> li
     found += [chains.kernel(chain) for chain in chains.groups()]
     # Where a norm follows the sum of a product of many rows and a residual, the product reads the residual and writes
     # the sum, which is then all that the norm reads.
-    products = {product: moved(seen[product]) for kernel in found for product in _products_summed(kernel, chains)}
-    products = {node: size for node, size in products.items() if seen[node].numel() // seen[node].shape[-1] > FEW_ROWS}
-    return [_with_sums_outside(kernel, products, chains) for kernel in found]
-
-
-def _products_summed(kernel: Kernel, chains: _Chains) -> Iterator[Node]:
-    """The products that a norm adds to a residual, which products can do in their epilogue."""
-    if kernel.operators == ("mq_ao.int8_rms_norm",):
-        product = summed(kernel.nodes[0])
-        yield from () if product is None else (product,)
-    elif not NORMS.isdisjoint(kernel.operators):
-        for node in kernel.nodes:
-            if node.target in walk.ADD:
-                roots = map(chains._root, walk.inputs(node))
-                yield from (root for root in roots if chains.own.get(root) == "aten.linear")
-
-
-def _with_sums_outside(kernel: Kernel, products: Mapping[Node, int], chains: _Chains) -> Kernel:
-    """The kernel as it is when these products, of so many bytes, add what norms after them would."""
-    taken = sum(products.get(product, 0) for product in _products_summed(kernel, chains))
-    added = products.get(kernel.nodes[0], 0)
-    return replace(kernel, cost=kernel.cost + Cost(moved=added - 2 * taken))
+    sums = [list(chains.products_summed(kernel)) for kernel in found]
+    adds = {product: moved(seen[product]) for products in sums for product in products}
+    more = [
+        adds.get(kernel.nodes[0], 0) - 2 * sum(adds[item] for item in taken)
+        for kernel, taken in zip(found, sums, strict=True)
+    ]
+    return [replace(kernel, cost=kernel.cost + Cost(moved=size)) for kernel, size in zip(found, more, strict=True)]
 
 
 def operator_name(node: Node) -> str:
@@ -199,6 +184,18 @@ class _Chains:
                     for member in other:
                         chain[member] = mine
         return list({id(nodes): nodes for nodes in chain.values()}.values())
+
+    def products_summed(self, kernel: Kernel) -> Iterator[Node]:
+        """The products of many rows that a norm adds to a residual, which products can do in their epilogue."""
+        found: list[Node | None] = []
+        if kernel.operators == ("mq_ao.int8_rms_norm",):
+            found = [summed(kernel.nodes[0])]
+        elif not NORMS.isdisjoint(kernel.operators):
+            sides = (self._root(side) for node in kernel.nodes if node.target in walk.ADD for side in walk.inputs(node))
+            found = [side for side in sides if self.own.get(side) == "aten.linear"]
+        for product in found:
+            if product is not None and self.seen[product].numel() // self.seen[product].shape[-1] > FEW_ROWS:
+                yield product
 
     def kernel(self, chain: list[Node]) -> Kernel:
         """One kernel: it reads what comes from outside, and writes what is read outside."""
