@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # torchao prints two lines about CUDA binaries on a CPU build of torch; this package does not use them.
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from mq_ao.api import quantize as quantize
     from mq_ao.capture import export as export
 
+# In a checkout, and in an editable installation, quantizer/ and lowering/ lie beside this folder and not in it. Whatever
+# else is installed, parts of two versions must not meet.
+if (_checkout := Path(__file__).resolve().parents[1]).joinpath("lowering", "inductor", "lower.py").is_file():
+    __path__.append(str(_checkout))
+
 _HOMES = {"export": "mq_ao.capture", "load": "mq_ao.api", "quantize": "mq_ao.api"}
 
 
@@ -30,5 +36,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOMES[name]), name)
     try:
         return importlib.import_module(f"mq_ao.{name}")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != f"mq_ao.{name}":
+            raise  # it is there, and something that it needs is not
         raise AttributeError(f"module 'mq_ao' has no attribute {name!r}") from None
