@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +65,21 @@ class StateShapes:
         return cls.of_values(*(node.meta["val"] for node in module.graph.find_nodes(op="placeholder")))
 
     @classmethod
+    def find(cls, module: GraphModule) -> StateShapes | None:
+        """The same, or None if the graph has other inputs."""
+        values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+        if not all(isinstance(value, Tensor) for value in values) or not _are_states(values):
+            return None
+        return cls.of_values(*values)
+
+    @classmethod
     def of_values(cls, *values: Tensor) -> StateShapes:
         """From example values of these inputs.
 
         Raises:
             MqAoError: they are others.
         """
-        if [value.dim() for value in values] not in ([2, 4, 4], [2, 4, 5]):
+        if not _are_states(values):
             raise MqAoError(
                 "the graph is not that of a language model with states: its inputs must be input_ids (batch, length), "
                 "conv_state (n_layer, batch, d_conv - 1, channels) and ssm_state (n_layer, batch, d_inner, d_state) or "
@@ -97,6 +105,10 @@ class StateShapes:
         """Initial conv and ssm states."""
         conv = torch.zeros(self.n_layer, batch, *self.conv, dtype=self.conv_dtype, device=device)
         return conv, torch.zeros(self.n_layer, batch, *self.ssm, dtype=self.ssm_dtype, device=device)
+
+
+def _are_states(values: Sequence[Tensor]) -> bool:
+    return [value.dim() for value in values] in ([2, 4, 4], [2, 4, 5])
 
 
 def with_positions(module: GraphModule) -> GraphModule:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mq_ao.api import quantize as quantize
     from mq_ao.capture import export as export
 
-# In a checkout, and in an editable installation, quantizer/ and lowering/ lie beside this folder and not in it. Whatever
-# else is installed, parts of two versions must not meet.
+# In a checkout, and in an editable installation, quantizer/ and lowering/ lie beside this folder and not in it. They go
+# before what else is installed: parts of two versions must not meet.
 if (_checkout := Path(__file__).resolve().parents[1]).joinpath("lowering", "inductor", "lower.py").is_file():
     __path__.append(str(_checkout))
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from mq_ao import passes
-from mq_ao.calibrate import calibrate, check_weights
+from mq_ao import batches, passes
+from mq_ao.batches import Call
+from mq_ao.calibrate import calibrate
 from mq_ao.capture import export
+from mq_ao.capture.precision import check_weights, float_dtype, in_float32
+from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES, check_output
 from mq_ao.graph import match, walk
 from mq_ao.lowering import cuda, executorch, inductor
+from mq_ao.lowering.graphs import StateShapes
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
 from mq_ao.models.program import Program
@@ -27,6 +36,7 @@ from mq_ao.quantizer import MambaQuantizer, QuantizationReport
 from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.report import build, sizes
+from mq_ao.turns import TURN
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +52,8 @@ class Report:
         transforms: what the rewrites did, and where they were left out.
         quantization: the quantizer's decisions.
         batches: number of calibration batches.
-        tokens: number of calibration tokens, or 0 where the inputs are no token ids.
+        tokens: number of calibration tokens, padding left out, or 0 where the inputs are no token ids.
+        dtype: floating dtype of most of the model's weights as it was given. What is not quantized runs in float32.
     """
 
     recipe: Recipe
@@ -52,10 +63,13 @@ class Report:
     quantization: QuantizationReport
     batches: int
     tokens: int = 0
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         left_out = [str(item) for item in self.transforms if item.status is passes.Status.LEFT_OUT]
         lines = [str(self.recipe), f"for {self.backend}, calibrated on {self.batches} batches"]
+        if self.dtype != "float32":
+            lines.append(f"the model came in {self.dtype}; what is not quantized runs in float32")
         if self.transforms:
             lines.append(f"{len(self.transforms) - len(left_out)} rewrites applied, {len(left_out)} left out")
         return "\n".join([*lines, *left_out, str(self.quantization)])
@@ -127,20 +141,25 @@ class QuantizedProgram:
         return lowering.lower_language_model(self.converted, info)
 
 
-def capture(model: nn.Module, example: tuple[Any, ...]) -> GraphModule:
+def capture(model: nn.Module, example: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> GraphModule:
     """Exports `model` and returns the graph that passes and quantizer work on.
 
-    A `MambaLM` is captured with explicit states whatever `example` holds.
+    A `MambaLM` is captured with explicit states whatever `example` holds. A graph that was captured before is copied,
+    on the same tensors.
     """
+    if isinstance(model, GraphModule):
+        return _copied(model)
     if isinstance(model, MambaLM):
-        ids = torch.zeros(2, 8, dtype=torch.int64)
-        example = (ids, *model.initial_states(2))
-    return export(model, example).module(check_guards=False)
+        example = (torch.zeros(2, 8, dtype=torch.int64), *model.initial_states(2))
+        any_batch = {1: Dim.DYNAMIC}
+        shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, any_batch, any_batch)
+        return export(model, example, dynamic_shapes=shapes).module(check_guards=False)
+    return export(model, example, kwargs).module(check_guards=False)
 
 
 def quantize(
-    model: nn.Module,
-    calibration: Iterable[Tensor | tuple[Any, ...]],
+    model: nn.Module | ExportedProgram | str | Path,
+    calibration: Iterable[Any],
     recipe: str | Recipe = "mambaquant-w8a8",
     *,
     backend: str = "inductor",
@@ -149,9 +168,12 @@ def quantize(
     """Captures, rewrites, calibrates and converts a trained model.
 
     Args:
-        model: float model in eval mode. It is not changed.
-        calibration: inputs of the model, one element a batch: a tensor (batch, length) of token ids, or a tuple of
-            positional inputs. Not data that the result is evaluated on. A generator is read once.
+        model: float model in eval mode, of any floating dtype: what is not quantized runs in float32. It is not
+            changed. Or the name or folder of one (see `MambaLM.from_pretrained`), or what `mq_ao.export` gave.
+        calibration: inputs of the model, one element a batch: a tensor, a tuple or list of positional inputs, or a
+            mapping of keyword inputs such as a tokenizer gives (`input_ids`, `attention_mask`); arrays and lists of
+            token ids too. Padding that an `attention_mask` tells does not count. Not data that the result is evaluated
+            on. A generator is read once.
         recipe: name of a recipe (`mq_ao.recipes.RECIPES`), a recipe file, or a recipe.
         backend: what runs the result: "inductor" (this machine's CPU), "executorch" (a `.pte` for edge devices) or
             "cuda" (a GPU). Activations become the integers that its kernels take.
@@ -167,46 +189,68 @@ def quantize(
     chosen = get_recipe(recipe)
     # Before anything takes long: it says what the backend has no kernel for.
     quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
+    # Whatever mode the caller is in.
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.autocast("cpu", enabled=False))
+        modes.enter_context(torch.autocast("cuda", enabled=False))
+        return _quantized(_opened(model), calibration, chosen, quantizer, progress)
+
+
+def _quantized(
+    model: nn.Module, calibration: Iterable[Any], recipe: Recipe, quantizer: MambaQuantizer, progress: bool
+) -> QuantizedProgram:
     check_weights(model)
-    lengths: list[int] = []
-    batches = _batches(model, calibration, lengths)
-    first = next(batches, None)
+    dtype = float_dtype(model)
+    if dtype != torch.float32 and isinstance(model, GraphModule):
+        raise MqAoError(f"this graph was captured in {dtype}: give mq_ao.export a model in float32 (model.float()).")
+    calls = batches.calls(model, calibration, _vocab_size(model))
+    first = next(calls, None)
     if first is None:
         raise MqAoError("calibration is empty: give at least one batch of inputs.")
-    # Statistics and ranges are two runs over the same data.
-    given = [first, *batches] if chosen.needs_statistics else _chain(first, batches)
-    graph = capture(model, first)
+    with in_float32(model):
+        graph = capture(model, *first)
     # Before anything takes long.
     walk.check_scans(graph, quantizer.backend.scans, quantizer.backend.name)
     stored = sizes.stored(graph, sizes.roles(graph))
-    rewrite = passes.apply(graph, chosen.passes, given, progress=progress)
-    source = build.Source.of(type(model).__name__, stored, rewrite, first)
+    counts: list[int] = []
+    inputs = _inputs(graph, chain([first], calls), counts)
+    example = next(inputs)
+    # Statistics and ranges are two runs over the same data.
+    given: Iterable[tuple[Any, ...]] = chain([example], inputs)
+    given = [*given] if recipe.needs_statistics else given
+    rewrite = passes.apply(graph, recipe.passes, given, progress=progress)
+    source = build.Source.of(type(model).__name__, stored, rewrite, example)
     description = match(graph).describe()
     rewrite.statistics = {}  # of no more use, and large
     release()
     if requests := quantizer.requests(graph):
         quantizer.set_statistics(passes.collect(graph, requests, given, progress=progress))
-    prepared = prepare_pt2e(graph, quantizer)
+    with TURN:
+        prepared = prepare_pt2e(graph, quantizer)
     release()
     count = calibrate(prepared, given, progress=progress)
-    converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
-    vocab_size = model.config.vocab_size if isinstance(model, MambaLM) else None
+    with TURN:
+        converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     report = Report(
-        chosen, quantizer.backend.name, description, tuple(rewrite.transforms), quantizer.report, count, sum(lengths)
+        *(recipe, quantizer.backend.name, description, tuple(rewrite.transforms), quantizer.report),
+        *(count, sum(counts), str(dtype).removeprefix("torch.")),
     )
-    return QuantizedProgram(converted, report, vocab_size, source)
+    return QuantizedProgram(converted, report, _language_model_vocabulary(converted), source)
 
 
 def compile_float(model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None) -> Program:
     """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(float_dtype(model)).removeprefix("torch.")
     info = {"recipe": dtype, "vocab_size": model.config.vocab_size}
     check_backend(backend)
+    with in_float32(model):
+        graph = capture(model, ())
     if backend == "executorch":
-        return executorch.lower_float(capture(model, ()), info, options)
+        return executorch.lower_float(graph, info, options)
     if backend == "cuda":
-        return cuda.float_language_model(capture(model, ()), info)
-    return inductor.compile_float_language_model(capture(model, ()), info)
+        return cuda.float_language_model(graph, info)
+    return inductor.compile_float_language_model(graph, info)
 
 
 def load(path: str | Path) -> Program:
@@ -224,42 +268,49 @@ def load(path: str | Path) -> Program:
     return inductor.InductorProgram.load(path)
 
 
-def _chain(first: tuple[Any, ...], rest: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    yield first
-    yield from rest
+def _opened(model: nn.Module | ExportedProgram | str | Path) -> nn.Module:
+    if isinstance(model, str | Path):
+        return MambaLM.from_pretrained(model)
+    return model.module(check_guards=False) if isinstance(model, ExportedProgram) else unwrapped(model)
 
 
-def _batches(
-    model: nn.Module, calibration: Iterable[Tensor | tuple[Any, ...]], lengths: list[int]
-) -> Iterator[tuple[Any, ...]]:
-    """Checked batches with their states; the number of tokens of each is appended to `lengths`."""
-    if isinstance(calibration, Tensor):
-        raise MqAoError("calibration is one tensor: give an iterable of batches, for example [tensor].")
+def _copied(module: GraphModule) -> GraphModule:
+    """A graph to edit, on the same tensors."""
+    copied = GraphModule(module, copy.deepcopy(module.graph))
+    for node in copied.graph.find_nodes(op="call_module", target="_guards_fn"):
+        copied.graph.erase_node(node)  # ExportedProgram.module() puts it there, for the sizes of the example
+    copied.recompile()
+    return copied
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    """The number of tokens that a model knows, as far as it says so."""
+    if isinstance(model, MambaLM):
+        return model.config.vocab_size
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()  # transformers' models
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
+def _language_model_vocabulary(graph: GraphModule) -> int | None:
+    """The vocabulary of the graph of a language model with states, or None for any other."""
+    if StateShapes.find(graph) is None:
+        return None
+    (output,) = graph.graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    return int(walk.value(results[0]).shape[-1])
+
+
+def _inputs(graph: GraphModule, calls: Iterable[Call], counts: list[int]) -> Iterator[tuple[Any, ...]]:
+    """Calls as inputs of the graph, with zero states where a language model was given none; tokens are counted."""
+    shapes = StateShapes.find(graph)
     zeros: dict[int, tuple[Tensor, Tensor]] = {}
-    for index, batch in enumerate(calibration):
-        args = batch if isinstance(batch, tuple) else (batch,)
-        if not all(isinstance(arg, Tensor) for arg in args) or not args:
-            raise MqAoError(f"calibration batch {index} is not a tensor or a tuple of tensors.")
-        if isinstance(model, MambaLM):
-            _check_ids(model, args[0], index)
-            lengths.append(args[0].numel())
-            if len(args) == 1:
-                # One pair for all batches of a size: nothing writes to it.
-                size = args[0].shape[0]
-                args = (args[0], *zeros.setdefault(size, model.initial_states(size)))
-        yield args
-
-
-def _check_ids(model: MambaLM, ids: Tensor, index: int) -> None:
-    vocab_size = model.config.vocab_size
-    if ids.dtype != torch.int64 or ids.dim() != 2:
-        raise MqAoError(
-            f"calibration batch {index} is {tuple(ids.shape)} {ids.dtype}: token ids are (batch, length) int64."
-        )
-    if ids.numel() == 0:
-        raise MqAoError(f"calibration batch {index} is empty, of shape {tuple(ids.shape)}: give at least one token.")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise MqAoError(
-            f"calibration batch {index} holds token ids {int(ids.min())}..{int(ids.max())}, outside the vocabulary "
-            f"of {vocab_size} tokens: tokenize with the model's own tokenizer."
-        )
+    for call in calls:
+        flat = tree_leaves(call)
+        counts.append(batches.tokens(flat[0]))
+        if shapes is not None and len(flat) == 1:
+            # One pair for all batches of a size: nothing writes to it.
+            size = flat[0].shape[0]
+            if size not in zeros:
+                zeros[size] = shapes.zeros(size)
+            flat += zeros[size]
+        yield tuple(flat)

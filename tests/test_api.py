@@ -79,7 +79,7 @@ def test_unknown_backend_is_refused(quantized: QuantizedProgram) -> None:
     [
         ([], "calibration is empty"),
         (torch.zeros(2, 4, dtype=torch.int64), "calibration is one tensor"),
-        (["text"], "batch 0 is not a tensor"),
+        (["text"], "batch 0 is text: tokenize it first"),
         ([torch.zeros(2, 4)], "batch 0 is .2, 4. torch.float32: token ids are"),
         ([torch.zeros(4, dtype=torch.int64)], "token ids are .batch, length. int64"),
         ([torch.zeros(2, 0, dtype=torch.int64)], "batch 0 is empty"),

@@ -54,19 +54,32 @@ def vary(program: ExportedProgram, call: Call, wide: Call) -> bool:
     )
 
 
-def every_size(module: nn.Module, call: Call) -> dict[str, Any]:
-    """Dynamic shapes that let every size vary that the model does not fix itself, as torch.export wants them.
-
-    They are nested as the signature is: what `*args` and `**kwargs` take is one tuple and one dictionary.
+def explicit(module: nn.Module, call: Call) -> Callable[..., Any]:
+    """A module's forward with a parameter for each keyword input of `call`: torch.export confuses those in `**kwargs`.
 
     Raises:
         MqAoError: the inputs do not fit the signature.
     """
-    args, kwargs = tree_map(_varying, call)
+    forward, signature = module.forward, inspect.signature(module.forward)
     try:
-        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        signature.bind(*call[0], **call[1])
     except TypeError as error:
         raise MqAoError(f"the inputs do not fit {type(module).__name__}.forward: {error}.") from error
+    named = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    others = call[1].keys() - signature.parameters.keys()
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in call[1] if name in others]
+
+    def forward_explicit(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    forward_explicit.__signature__ = signature.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
+    return forward_explicit
+
+
+def every_size(forward: Callable[..., Any], call: Call) -> dict[str, Any]:
+    """Dynamic shapes that let every size vary that the model does not fix itself, by parameter of its forward."""
+    args, kwargs = tree_map(_varying, call)
+    return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
 
 
 def _varying(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,15 +17,14 @@ import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.capture import examples, mamba_ssm, modes, transformers
 from mq_ao.capture.examples import Call
 from mq_ao.capture.layout import ChannelLast
-from mq_ao.capture.replacing import replaced
+from mq_ao.capture.replacing import Replacement, replaced
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.errors import MqAoError
+from mq_ao.turns import TURN
 
 logger = logging.getLogger(__name__)
 
 _ADAPTERS = (mamba_ssm, transformers)
-_TURN = threading.RLock()
-"""What a capture replaces, everyone in the process sees."""
 
 
 def export(
@@ -59,7 +57,7 @@ def export(
     module = unwrapped(module)
     if module.training:
         raise MqAoError(f"{type(module).__name__} is in training mode: call .eval() before capture.")
-    call = (args, dict(kwargs or {}))
+    call = (args, transformers.without_cache(module, kwargs or {}))
     for tensor in tree_leaves(call):
         if isinstance(tensor, Tensor) and tensor.numel() == 0:
             raise MqAoError(
@@ -67,8 +65,13 @@ def export(
             )
     if dynamic_shapes is not None:
         return _traced(module, call, dynamic_shapes)
+    forward = examples.explicit(module, call)
+    with TURN, replaced([Replacement(module, "forward", forward)]):
+        return _traced_at_any_size(module, call, examples.every_size(forward, call))
+
+
+def _traced_at_any_size(module: nn.Module, call: Call, shapes: dict[str, Any]) -> ExportedProgram:
     wide = examples.widened(call)
-    shapes = examples.every_size(module, call)
     if wide is call:
         return _traced(module, call, shapes)
     try:
@@ -83,7 +86,7 @@ def export(
 
 
 def _traced(module: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:
-    with _TURN:
+    with TURN:
         replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
         try:
             with torch.no_grad(), replaced([*replacements, *modes.replacements()]), ChannelLast():

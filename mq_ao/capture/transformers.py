@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +35,12 @@ def replacements(module: nn.Module) -> Iterator[Replacement]:
         if getattr(config, "use_cache", False):
             yield Replacement(config, "use_cache", False)
     yield from norms.replacements(module, "transformers")
+
+
+def without_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword inputs of a transformers model with `use_cache` off, as in its configuration."""
+    theirs = type(module).__module__.startswith("transformers.") and "use_cache" in kwargs
+    return {**kwargs, "use_cache": False} if theirs else dict(kwargs)
 
 
 def _require_functions(name: str, part: nn.Module) -> None:

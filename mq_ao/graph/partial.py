@@ -1,13 +1,19 @@
-"""Running a graph as far as it is of interest."""
+"""Running a graph as far as it is of interest, and watching for values that would poison what is learned from it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from mq_ao.errors import MqAoError
+from mq_ao.graph import walk
+
+_WATCHED = walk.LINEAR | walk.CONV | walk.ANY_SCAN | walk.NORM | walk.ADD | walk.MUL
+"""Whose outputs are looked at besides those that are wanted; masks that hold infinities come from others."""
 
 
 class PartialRun(Interpreter):
@@ -24,23 +30,69 @@ class PartialRun(Interpreter):
         self.extra_traceback = False
         nodes = list(module.graph.nodes)
         places = {node: place for place, node in enumerate(nodes)}
+        wanted = list(wanted)
         self._unneeded = frozenset(nodes[max(places[node] for node in wanted) + 1 :])
+        self._computed = frozenset(node for node in nodes if node.target in _WATCHED and _is_wide(node))
+        self._watched = self._computed.union(wanted)
         self._inputs = sum(node.op == "placeholder" for node in nodes)
+        self._batch = -1
 
     def run_batch(self, batch: tuple[Any, ...]) -> None:
         """Runs the graph on positional inputs.
 
         Raises:
-            MqAoError: they are not a tuple, or not as many as the graph's.
+            MqAoError: they are not a tuple, not as many as the graph's or none that it takes; or a value is NaN, Inf or
+                too large, and its node and the number of the batch are named.
         """
+        self._batch += 1
         if not isinstance(batch, tuple):
             raise MqAoError(f"a batch is a tuple of the graph's inputs, not a {type(batch).__name__}.")
         flat: Sequence[Any] = self.graph.process_inputs(*batch)
         if len(flat) != self._inputs:
             raise MqAoError(f"a batch holds {len(flat)} inputs, but the graph takes {self._inputs}.")
-        # The outputs may be unneeded, and are never used.
-        self.run(*flat, enable_io_processing=False)
+        try:
+            # The outputs may be unneeded, and are never used.
+            self.run(*flat, enable_io_processing=False)
+        except MqAoError:
+            raise
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            shapes = ", ".join(f"{tuple(item.shape)} {item.dtype}" for item in flat if isinstance(item, Tensor))
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise MqAoError(
+                f"batch {self._batch} ({shapes}) does not fit the graph, which was captured from the first batch: "
+                f"{reason}"
+            ) from error
 
     def run_node(self, n: Node) -> Any:
         """Runs a node, or nothing behind the last one that is wanted."""
-        return None if n in self._unneeded else super().run_node(n)
+        if n in self._unneeded:
+            return None
+        value = super().run_node(n)
+        if n in self._watched:
+            self._check(n, value)
+        return value
+
+    def _check(self, node: Node, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple | list) else value
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            return
+        # The extremes are finite if and only if everything is, and cost one pass without a mask.
+        low, high = torch.aminmax(value)
+        largest = float(torch.maximum(-low, high))
+        # Where squares overflow, a norm makes 0 of everything beside such a value.
+        limit = torch.finfo(value.dtype).max ** 0.5 / 10 if node in self._computed else torch.inf
+        if largest < limit:
+            return
+        path = walk.module_path(node)
+        found = f"a value of {largest:.0e}" if largest < torch.inf else "NaN or Inf"
+        raise MqAoError(
+            f"{found} at node {node.name}{f' in {path}' if path else ''} during calibration, in batch {self._batch}: "
+            "check the weights and the inputs before it."
+        )
+
+
+def _is_wide(node: Node) -> bool:
+    """Whether a node is an activation with channels: what is computed from masks and positions has fewer axes."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, tuple | list) and value else value
+    return isinstance(value, Tensor) and value.dim() == 3

@@ -65,7 +65,7 @@ class Accumulator:
             where: what error messages call it.
 
         Raises:
-            MqAoError: not a floating tensor, NaN or Inf, or another number of channels than before.
+            MqAoError: not a floating tensor, or another number of channels than before.
         """
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
             raise MqAoError(f"node {where} has no floating-point channels: ask for statistics of another node.")
@@ -78,7 +78,7 @@ class Accumulator:
             raise MqAoError(
                 f"node {where} had {self.channels} channels and now has {rows.shape[1]}: its last axis must be fixed."
             )
-        self._add_extremes(rows, where)
+        self._add_extremes(rows)
         if self.moments is not None:
             self._add_products(rows, self.moments)
         else:
@@ -98,15 +98,10 @@ class Accumulator:
         if self.histogram is not None:
             self.histogram = self.histogram.cpu()
 
-    def _add_extremes(self, rows: Tensor, where: str) -> None:
+    def _add_extremes(self, rows: Tensor) -> None:
         for block in _blocks(rows):
             self.low = torch.minimum(self.low, block.amin(0))
             self.high = torch.maximum(self.high, block.amax(0))
-        # NaN passes through minimum and maximum: the extremes are finite if and only if everything is.
-        if not (self.low.isfinite() & self.high.isfinite()).all():
-            raise MqAoError(
-                f"NaN or Inf at node {where} during calibration: check the weights and the inputs before it."
-            )
 
     def _add_sums(self, rows: Tensor) -> None:
         for block in _blocks(rows):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,19 +53,22 @@ class Source:
         return cls(title, graph, sample(module, batch), stored, tuple(rewrite.profiles))
 
 
-def sample(graph: GraphModule, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def sample(graph: GraphModule, batch: tuple[Any, ...]) -> tuple[Any, ...]:
     """The first two sequences of a batch and their first 256 tokens, where the graph takes any number of them.
 
     Batch and length are the first two sizes of the first input, and what has the same symbol in the others.
     """
     inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    pairs = zip(inputs[0].shape, _SAMPLE, strict=False)
+    first = next(like for like in inputs if isinstance(like, Tensor))
+    pairs = zip(first.shape, _SAMPLE, strict=False)
     limits = {str(size): limit for size, limit in pairs if isinstance(size, torch.SymInt)}
-    cut = []
-    for tensor, like in zip(batch, inputs, strict=True):
-        index = tuple(slice(limits.get(str(size))) for size in like.shape)
-        cut.append(tensor[index].clone())
-    return tuple(cut)
+
+    def cut(value: Any, like: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value[tuple(slice(limits.get(str(size))) for size in like.shape)].clone()
+
+    return tuple(cut(value, like) for value, like in zip(batch, inputs, strict=True))
 
 
 def page_data(converted: GraphModule, report: Report, source: Source, title: str | None = None) -> PageData:
