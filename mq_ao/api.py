@@ -36,7 +36,7 @@ from mq_ao.quantizer import MambaQuantizer, QuantizationReport
 from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.report import build, sizes
-from mq_ao.turns import TURN
+from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class QuantizedProgram:
             page.write(build.page_data(self.converted, self._report, self._source, title), path)
         return self._report
 
+    @in_turn
     def lower(self, backend: str | None = None, options: executorch.Options | None = None) -> Program:
         """Compiles the graph.
 
@@ -157,6 +158,7 @@ def capture(model: nn.Module, example: tuple[Any, ...], kwargs: Mapping[str, Any
     return export(model, example, kwargs).module(check_guards=False)
 
 
+@in_turn
 def quantize(
     model: nn.Module | ExportedProgram | str | Path,
     calibration: Iterable[Any],
@@ -189,8 +191,8 @@ def quantize(
     chosen = get_recipe(recipe)
     # Before anything takes long: it says what the backend has no kernel for.
     quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
-    # Whatever mode the caller is in.
     with ExitStack() as modes:
+        # Whatever the caller is in the middle of.
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.autocast("cpu", enabled=False))
         modes.enter_context(torch.autocast("cuda", enabled=False))
@@ -226,12 +228,10 @@ def _quantized(
     release()
     if requests := quantizer.requests(graph):
         quantizer.set_statistics(passes.collect(graph, requests, given, progress=progress))
-    with TURN:
-        prepared = prepare_pt2e(graph, quantizer)
+    prepared = prepare_pt2e(graph, quantizer)
     release()
     count = calibrate(prepared, given, progress=progress)
-    with TURN:
-        converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
+    converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     report = Report(
         *(recipe, quantizer.backend.name, description, tuple(rewrite.transforms), quantizer.report),
         *(count, sum(counts), str(dtype).removeprefix("torch.")),
@@ -239,6 +239,7 @@ def _quantized(
     return QuantizedProgram(converted, report, _language_model_vocabulary(converted), source)
 
 
+@in_turn
 def compile_float(model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None) -> Program:
     """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
     dtype = str(float_dtype(model)).removeprefix("torch.")

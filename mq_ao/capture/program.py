@@ -20,13 +20,14 @@ from mq_ao.capture.layout import ChannelLast
 from mq_ao.capture.replacing import Replacement, replaced
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.errors import MqAoError
-from mq_ao.turns import TURN
+from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)
 
 _ADAPTERS = (mamba_ssm, transformers)
 
 
+@in_turn
 def export(
     module: nn.Module,
     args: tuple[Any, ...] = (),
@@ -66,7 +67,7 @@ def export(
     if dynamic_shapes is not None:
         return _traced(module, call, dynamic_shapes)
     forward = examples.explicit(module, call)
-    with TURN, replaced([Replacement(module, "forward", forward)]):
+    with replaced([Replacement(module, "forward", forward)]):
         return _traced_at_any_size(module, call, examples.every_size(forward, call))
 
 
@@ -86,19 +87,18 @@ def _traced_at_any_size(module: nn.Module, call: Call, shapes: dict[str, Any]) -
 
 
 def _traced(module: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:
-    with TURN:
-        replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
-        try:
-            with torch.no_grad(), replaced([*replacements, *modes.replacements()]), ChannelLast():
-                program = torch.export.export(module, *call, dynamic_shapes=dynamic_shapes)
-        except MqAoError as error:
-            raise MqAoError(f"{_place(module, error)} cannot be captured: {error}") from error
-        except (UserError, Unsupported, GuardOnDataDependentSymNode) as error:
-            raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {_reason(error)}") from error
-        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            # From the model's own code, run on example inputs.
-            place = _place(module, error)
-            raise MqAoError(f"{place} fails on the example inputs: {type(error).__name__}: {_reason(error)}") from error
+    replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
+    try:
+        with torch.no_grad(), replaced([*replacements, *modes.replacements()]), ChannelLast():
+            program = torch.export.export(module, *call, dynamic_shapes=dynamic_shapes)
+    except MqAoError as error:
+        raise MqAoError(f"{_place(module, error)} cannot be captured: {error}") from error
+    except (UserError, Unsupported, GuardOnDataDependentSymNode) as error:
+        raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {_reason(error)}") from error
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        # From the model's own code, run on example inputs.
+        place = _place(module, error)
+        raise MqAoError(f"{place} fails on the example inputs: {type(error).__name__}: {_reason(error)}") from error
     modes.inline(program)
     # torch.export keeps what nobody reads, and the reordering that ChannelLast made needless is that.
     program.graph.eliminate_dead_code()

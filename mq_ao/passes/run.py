@@ -12,12 +12,14 @@ from mq_ao.errors import MqAoError
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.registry import parse_pass
 from mq_ao.passes.statistics import Request, collect
+from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)
 
 _APPLIED = "mq_ao_passes"
 
 
+@in_turn
 def apply(
     module: GraphModule,
     passes: Sequence[Pass | str],
