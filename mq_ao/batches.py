@@ -83,7 +83,8 @@ def _sequences(batch: Any, what: str) -> Iterator[tuple[tuple[Any, ...], dict[st
     if isinstance(batch, str) or (isinstance(batch, list | tuple) and batch and isinstance(batch[0], str)):
         raise MqAoError(f"{what} is text: tokenize it first, with mq_ao.text or the model's own tokenizer.")
     if isinstance(batch, Mapping):
-        yield (), {name: _row(value) for name, value in batch.items() if not _is_text(value)}
+        for part in _of_one_length({name: value for name, value in batch.items() if not _is_text(value)}):
+            yield (), {name: _row(value) for name, value in part.items()}
     elif _is_tokens(batch):
         yield (torch.tensor(batch)[None],), {}
     elif isinstance(batch, list | tuple) and batch and all(map(_is_tokens, batch)):
@@ -95,6 +96,27 @@ def _sequences(batch: Any, what: str) -> Iterator[tuple[tuple[Any, ...], dict[st
         yield tuple(batch), {}
     else:
         raise MqAoError(f"{what} is {_described(batch)}: {_FORMS}.")
+
+
+def _of_one_length(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A tokenizer's batch without padding, lists of different lengths, as batches of one length each."""
+    ids = batch.get(IDS)
+    if not (isinstance(ids, list) and ids and all(map(_is_sequence, ids))):
+        yield batch
+        return
+    lengths = [len(row) for row in ids]
+    for length in sorted(set(lengths)):
+        rows = [index for index, own in enumerate(lengths) if own == length]
+        yield {
+            name: [torch.as_tensor(value[row]).tolist() for row in rows]
+            if isinstance(value, list) and len(value) == len(lengths)
+            else value
+            for name, value in batch.items()
+        }
+
+
+def _is_sequence(value: Any) -> bool:
+    return _is_tokens(value) or (isinstance(value, Tensor | numpy.ndarray) and value.ndim == 1)
 
 
 def _is_tokens(value: Any) -> bool:

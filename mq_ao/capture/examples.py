@@ -82,5 +82,15 @@ def every_size(forward: Callable[..., Any], call: Call) -> dict[str, Any]:
     return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
 
 
+def described(module: nn.Module, call: Call) -> str:
+    """What a module is called with, by parameter."""
+    named = inspect.signature(module.forward).bind(*call[0], **call[1]).arguments
+    return ", ".join(f"{name}: {_in_words(value)}" for name, value in named.items())
+
+
+def _in_words(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _varying(value: Any) -> Any:
     return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None

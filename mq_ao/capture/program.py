@@ -97,8 +97,10 @@ def _traced(module: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgr
         raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {_reason(error)}") from error
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         # From the model's own code, run on example inputs.
-        place = _place(module, error)
-        raise MqAoError(f"{place} fails on the example inputs: {type(error).__name__}: {_reason(error)}") from error
+        raise MqAoError(
+            f"{_place(module, error)} fails on the example inputs ({examples.described(module, call)}): "
+            f"{type(error).__name__}: {_reason(error)}"
+        ) from error
     modes.inline(program)
     # torch.export keeps what nobody reads, and the reordering that ChannelLast made needless is that.
     program.graph.eliminate_dead_code()
