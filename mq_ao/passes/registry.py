@@ -55,9 +55,9 @@ def parse_pass(written: Any) -> Pass:
     """
     if isinstance(written, Pass):
         return written
-    name, options = (
-        next(iter(written.items())) if isinstance(written, Mapping) and len(written) == 1 else (written, None)
-    )
+    name, options = written, None
+    if isinstance(written, Mapping) and len(written) == 1:
+        ((name, options),) = written.items()
     if not isinstance(name, str) or name not in PASSES:
         raise MqAoError(f"unknown pass {name!r}: the passes are {', '.join(PASSES)}.")
     kind = PASSES[name]
