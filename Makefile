@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 WITHOUT_CUDA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE
 MAMBA_SSM := mamba-ssm einops triton==3.9.0
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint types format bench clean
 
 setup: $(READY)
 
@@ -30,10 +30,21 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mq_ao quantizer lowering
+
+# quantizer/ and lowering/ are imported from inside mq_ao, where mypy has to find them: a tree of links, with a cache of
+# its own, stands for the installed package. Messages name the files that the links lead to.
+TYPED := build/typed
+
+types: SHELL := bash -o pipefail
+types: $(READY)
+	rm -rf $(TYPED)/mq_ao
+	mkdir -p $(TYPED)/mq_ao
+	ln -s $(CURDIR)/mq_ao/* $(CURDIR)/quantizer $(CURDIR)/lowering $(TYPED)/mq_ao
+	$(BIN)/mypy --cache-dir $(TYPED)/cache $(TYPED)/mq_ao \
+		| sed -E 's#^$(TYPED)/mq_ao/(quantizer|lowering)/#\1/#; s#^$(TYPED)/##'
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -188,7 +188,7 @@ class _Replacing(Interpreter):
 def export(
     module: GraphModule,
     args: tuple[Tensor, ...],
-    dynamic: tuple[dict[int, Dim], ...],
+    dynamic: tuple[Mapping[int, Dim | None], ...],
     operators: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> ExportedProgram:
     """Exports a flat graph.
@@ -196,7 +196,7 @@ def export(
     Args:
         module: see `flat`.
         args: example inputs.
-        dynamic: which of their sizes vary, by axis.
+        dynamic: which of their sizes vary, by axis; None for one that does not.
         operators: functions that are traced in the place of operators.
     """
     shapes = (dynamic,) if args else None

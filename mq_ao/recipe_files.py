@@ -10,12 +10,21 @@ from typing import Any
 import yaml
 
 from mq_ao.errors import MqAoError
-from mq_ao.passes import parse_pass
+from mq_ao.graph import Role
 from mq_ao.passes.registry import write_pass
 from mq_ao.quantizer import QuantizationConfig, RoleSpec
-from mq_ao.recipes import Recipe
+from mq_ao.recipes import SUFFIXES, Recipe
 
 _DEFAULT = RoleSpec()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice in a mapping is an error, as it should be and is not in pyyaml."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Builds a mapping."""
+        _check_different([self.construct_object(key, deep=True) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -25,28 +34,34 @@ def read_recipe(path: str | Path) -> Recipe:
         MqAoError: the file is missing or is not a recipe; unknown keys are named.
     """
     path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise MqAoError(f"recipe file {path} has to end in {', '.join(SUFFIXES)}.")
     try:
-        text = path.read_text()
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise MqAoError(f"recipe file {path} cannot be read: {error}.") from error
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise MqAoError(f"recipe file {path} is not valid: {' '.join(str(error).split())}.") from error
-    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".json":
+            content = json.loads(text, object_pairs_hook=_pairs)
+        else:
+            content = yaml.load(text, _Loader)
         return from_dict(content, path.stem)
     except MqAoError as error:
         raise MqAoError(f"recipe file {path}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MqAoError(f"recipe file {path} cannot be read: {error}.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise MqAoError(f"recipe file {path} is not valid: {' '.join(str(error).split())}.") from error
 
 
 def from_dict(content: Any, name: str = "recipe") -> Recipe:
     """A recipe from plain data: `{"name", "passes": [...], "scheme": {role: {option: value}}}`.
+
+    Roles that are not in the scheme, or are None, stay in float; `{}` is the default of every option.
 
     Args:
         content: what `to_dict` gives.
         name: for a recipe without one.
 
     Raises:
-        MqAoError: a key, a pass, a role or a value is unknown.
+        MqAoError: a key, a pass, a role or a value is unknown, or they make no recipe (see `Recipe`).
     """
     _check_keys(content, {"name", "passes", "scheme"}, "a recipe")
     if "scheme" not in content:
@@ -54,17 +69,17 @@ def from_dict(content: Any, name: str = "recipe") -> Recipe:
     scheme = content["scheme"]
     if not isinstance(scheme, Mapping):
         raise MqAoError(f"the scheme is {scheme!r}: give a mapping from roles to their options.")
-    passes = content.get("passes") or []
-    if not isinstance(passes, list):
+    passes = content.get("passes")
+    if passes is not None and not isinstance(passes, list | tuple):
         raise MqAoError(f"the passes are {passes!r}: give a list.")
-    roles = {role: _spec(role, options or {}) for role, options in scheme.items()}
-    return Recipe(str(content.get("name", name)), QuantizationConfig(roles), tuple(map(parse_pass, passes)))
+    roles = {Role.parse(role): _spec(role, options) for role, options in scheme.items()}
+    return Recipe(content.get("name", name), QuantizationConfig().replaced(**roles), tuple(passes or ()))
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain data that `from_dict` reads; options that have their default are left out."""
     scheme = {
-        str(role): {
+        role.value: {
             key: getattr(value, "value", value) for key, value in vars(spec).items() if value != getattr(_DEFAULT, key)
         }
         for role, spec in recipe.scheme.roles.items()
@@ -77,9 +92,22 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
 
 
-def _spec(role: Any, options: Any) -> RoleSpec:
+def _spec(role: Any, options: Any) -> RoleSpec | None:
+    if options is None:
+        return None
     _check_keys(options, set(vars(_DEFAULT)), f"role {role}")
     return RoleSpec(**options)
+
+
+def _pairs(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    _check_different([key for key, _ in items])
+    return dict(items)
+
+
+def _check_different(keys: list[Any]) -> None:
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise MqAoError(f"{twice} stands there twice: give it once.")
 
 
 def _check_keys(content: Any, known: set[str], what: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
-from mq_ao.passes import Basis, Pass
+from mq_ao.passes import Basis, Pass, check_order, parse_pass
 from mq_ao.passes.expose_state import ExposeState
 from mq_ao.passes.fold_norm import FoldNorm
 from mq_ao.passes.registry import write_pass
@@ -30,14 +31,30 @@ class Recipe:
     """How a float graph becomes a quantized one.
 
     Attributes:
-        name: what reports and saved programs call it.
+        name: what reports and saved programs call it, one line of text.
         scheme: spec of every role that is quantized.
-        passes: exact float rewrites, in the order in which they are applied.
+        passes: exact float rewrites, or their names, in the order in which they are applied.
+
+    Raises:
+        MqAoError: an attribute is not as above, the scheme quantizes nothing, or the passes do not go together in this
+            order (see `check_order`).
     """
 
     name: str
     scheme: QuantizationConfig = field(default_factory=w8a8)
     passes: tuple[Pass, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
+            raise MqAoError(f"the name of a recipe is {self.name!r}: give one line of text.")
+        if not isinstance(self.scheme, QuantizationConfig):
+            raise MqAoError(f"the scheme is {self.scheme!r}: give a QuantizationConfig.")
+        if not isinstance(self.passes, Sequence) or isinstance(self.passes, str):
+            raise MqAoError(f"the passes are {self.passes!r}: give a sequence of passes.")
+        object.__setattr__(self, "passes", tuple(map(parse_pass, self.passes)))
+        check_order([item.name for item in self.passes])
+        if not self.scheme.roles:
+            raise MqAoError("the scheme is empty: say how at least one role is quantized.")
 
     @property
     def needs_statistics(self) -> bool:
@@ -160,7 +177,11 @@ the gate unbalances z.
 """
 
 
-def get_recipe(recipe: str | Recipe) -> Recipe:
+SUFFIXES = (".yaml", ".yml", ".json")
+"""Of recipe files."""
+
+
+def get_recipe(recipe: str | Path | Recipe) -> Recipe:
     """Returns the recipe of that name, or of that file (.yaml, .yml, .json), or the recipe itself.
 
     Raises:
@@ -168,10 +189,10 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe.endswith((".yaml", ".yml", ".json")):
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.lower().endswith(SUFFIXES)):
         from mq_ao.recipe_files import read_recipe
 
         return read_recipe(recipe)
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise MqAoError(f"unknown recipe {recipe!r}: the recipes are {', '.join(RECIPES)}.")
     return RECIPES[recipe]

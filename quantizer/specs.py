@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
+from mq_ao import checks
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
 
@@ -54,7 +56,7 @@ class RoleSpec:
         rounding: how weights become integers.
 
     Raises:
-        MqAoError: bits or group_size is not as above.
+        MqAoError: an attribute is not as above.
     """
 
     activation: Activation = Activation.STATIC
@@ -65,14 +67,11 @@ class RoleSpec:
 
     def __post_init__(self) -> None:
         for name, kind in (("activation", Activation), ("range", Range), ("rounding", Rounding)):
-            try:
-                object.__setattr__(self, name, kind(getattr(self, name)))
-            except ValueError:
-                known = ", ".join(item.value for item in kind)
-                raise MqAoError(f"unknown {name} {getattr(self, name)!r}: it is one of {known}.") from None
-        if self.bits not in (4, 8):
+            object.__setattr__(self, name, checks.member(getattr(self, name), name, kind))
+        # Of type int: True and 8.0 equal numbers that are right, and are no widths.
+        if type(self.bits) is not int or self.bits not in (4, 8):
             raise MqAoError(f"weights have 8 or 4 bits, not {self.bits!r}.")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 4):
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 4):
             raise MqAoError(f"a group of weights has at least 4 inputs, not {self.group_size!r}.")
         if self.group_size is not None and self.group_size % 4:
             raise MqAoError(f"a group of weights has a multiple of 4 inputs, not {self.group_size}.")
@@ -111,16 +110,27 @@ def in_words(role: Role, spec: RoleSpec) -> str:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """A spec for every role that is to be quantized; roles that are not named stay in float.
+    """A spec for every role that is to be quantized; roles that are not named, or whose spec is None, stay in float.
 
     Attributes:
-        roles: spec by role.
+        roles: spec by role, without those that stay in float.
+
+    Raises:
+        MqAoError: an unknown role, or a spec that is none.
     """
 
     roles: Mapping[Role, RoleSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        parsed = {Role.parse(role): spec for role, spec in self.roles.items()}
+        if not isinstance(self.roles, Mapping):
+            raise MqAoError(f"the roles are {self.roles!r}: give a mapping from roles to specs.")
+        parsed: dict[Role, RoleSpec] = {}
+        for name, spec in self.roles.items():
+            role = Role.parse(name)
+            if isinstance(spec, RoleSpec):
+                parsed[role] = spec
+            elif spec is not None:
+                raise MqAoError(f"the spec of {role} is {spec!r}: give a RoleSpec, or None to leave the role in float.")
         object.__setattr__(self, "roles", MappingProxyType(parsed))
 
     def __str__(self) -> str:
@@ -133,8 +143,8 @@ class QuantizationConfig:
 
     def replaced(self, **roles: RoleSpec | None) -> QuantizationConfig:
         """The configuration with other specs for the named roles; None leaves a role in float."""
-        changed = {**self.roles, **{Role.parse(name): spec for name, spec in roles.items()}}
-        return QuantizationConfig({role: spec for role, spec in changed.items() if spec is not None})
+        changed: dict[Role, Any] = {**self.roles, **{Role.parse(name): spec for name, spec in roles.items()}}
+        return QuantizationConfig(changed)
 
 
 def w8a8(activation: Activation = Activation.STATIC, range: Range = Range.HISTOGRAM) -> QuantizationConfig:

@@ -231,6 +231,14 @@ def test_rounds_interleave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(closed) == {"first", "weak", "slow"}
 
 
+def test_without_patience_everything_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "Worker", FakeWorker)
+    specs = [Spec(name, Kind.EAGER, Path(), 1, 64) for name in ("first", "slow")]
+    results = Bench("model", specs, VOCAB, Plan((8,), 3, 5, patience=0)).run(nullcontext, no_bar)
+    assert [len(item.prefill[8]) for item in results.contenders.values()] == [1, 1]
+    assert [len(item.decode) for item in results.contenders.values()] == [1, 1]
+
+
 def test_a_contender_that_does_not_open_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def worker(spec: Spec) -> FakeWorker:
         if spec.name == "absent":

@@ -260,9 +260,9 @@ def test_recipes_without_kernels_are_refused_before_anything_runs(small: MambaLM
 
 @pytest.mark.parametrize(("name", "value"), [("batch", 0), ("max_length", 0)])
 def test_options_are_checked(name: str, value: int) -> None:
-    with pytest.raises(MqAoError, match=f"{name} is {value}: give at least 1"):
+    with pytest.raises(MqAoError, match=f"{name} is {value}: it is a whole number of at least 1"):
         Options(**{name: value})
-    with pytest.raises(MqAoError, match="unknown scan 'fast': it is one of native, portable"):
+    with pytest.raises(MqAoError, match="scan is 'fast': it is one of native, portable"):
         Options(scan="fast")  # type: ignore[arg-type]
 
 

@@ -335,7 +335,7 @@ def test_r1_needs_folded_norms() -> None:
 
 def test_rotation_before_smoothing_is_refused() -> None:
     model = random_model()
-    with pytest.raises(MqAoError, match="scale it first"):
+    with pytest.raises(MqAoError, match="pass smooth_gate stands after rotate_out_proj: put it before rotate_out_proj"):
         passes.apply(capture(model, ()), ["rotate_out_proj", "smooth_gate"], batches(model))
     with pytest.raises(MqAoError, match="put expose_state before it"):
         passes.apply(capture(model, ()), ["rotate_state"], batches(model))
@@ -349,7 +349,7 @@ def test_bad_names_options_and_data() -> None:
         parse_pass({"smooth_gate": {"beta": 1}})
     with pytest.raises(MqAoError, match="option basis of pass rotate_dt is 'fft': it is one of klt, hadamard"):
         parse_pass({"rotate_dt": {"basis": "fft"}})
-    with pytest.raises(MqAoError, match="option alpha of pass smooth_gate is 'x': it is a number"):
+    with pytest.raises(MqAoError, match="option alpha of pass smooth_gate is 'x': it is a number from 0 to 1"):
         parse_pass({"smooth_gate": {"alpha": "x"}})
     with pytest.raises(MqAoError, match="calibration is empty"):
         passes.apply(capture(model, ()), ["smooth_dt"], [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mq_ao.errors import MqAoError
+from mq_ao import checks
 
 _LOGITS = 2**20
 """Logits that prefill gives at most in one call: their memory is planned for the largest number."""
@@ -31,7 +31,7 @@ class Options:
         scan: what runs convolution, scan and rotation.
 
     Raises:
-        MqAoError: batch or max_length is below 1, or scan is not known.
+        MqAoError: batch or max_length is no whole number of at least 1, or scan is not known.
     """
 
     batch: int = 1
@@ -40,12 +40,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("batch", "max_length"):
-            if getattr(self, name) < 1:
-                raise MqAoError(f"{name} is {getattr(self, name)}: give at least 1.")
-        try:
-            object.__setattr__(self, "scan", Scan(self.scan))
-        except ValueError:
-            raise MqAoError(f"unknown scan {self.scan!r}: it is one of {', '.join(Scan)}.") from None
+            object.__setattr__(self, name, checks.whole(getattr(self, name), name, 1))
+        object.__setattr__(self, "scan", checks.member(self.scan, "scan", Scan))
 
     def max_count(self, vocab_size: int) -> int:
         """Tokens that one prefill gives logits of at most."""

@@ -99,7 +99,9 @@ class Rewriter(GraphRewriter):
         if value.op == "get_attr":
             # A copy: the serialiser writes a view from the start of its storage, whatever its offset.
             return self.store("part", edit.constant(self.module, value)[start:stop].clone())
-        assert value.target in DEQUANTIZE, f"{value.name} is neither a parameter nor dequantized"
+        assert callable(value.target) and value.target in DEQUANTIZE, (
+            f"{value.name} is neither a parameter nor dequantized"
+        )
         args = [self._rows(arg, start, stop) if isinstance(arg, Node) else arg for arg in value.args]
         return self.graph.call_function(value.target, tuple(args), dict(value.kwargs))
 

@@ -86,10 +86,8 @@ class Rewriter(LinearRewriter):
                 return graph.call_function(mq.wlinear.default, (x, packed, scale, bias, *layout))
             following = self.following(at)
             out = (None, 0) if following is None else (following.args[1], following.args[2])
-            if tokens is not None:
-                kernel, inputs = mq.qlinear_per_token.default, tokens
-            else:
-                kernel, inputs = mq.qlinear.default, operand.arguments
+            kernel = mq.qlinear.default if tokens is None else mq.qlinear_per_token.default
+            inputs = operand.arguments if tokens is None else tokens
             product = graph.call_function(kernel, (*inputs, packed, scale, bias, *out, *layout))
         if following is not None:
             self.take_over(following, product)

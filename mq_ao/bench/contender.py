@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mq_ao.lowering.inductor import InductorProgram
     from mq_ao.models import MambaLM
+    from mq_ao.models.program import Program as LoweredProgram
 
 
 class Contender(Protocol):
@@ -58,7 +58,7 @@ class Eager:
 class Program:
     """A compiled program of ours, float or quantized."""
 
-    def __init__(self, program: InductorProgram) -> None:
+    def __init__(self, program: LoweredProgram) -> None:
         self._program = program
         self._states: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 

@@ -97,7 +97,7 @@ class Bench:
         for index in range(self._plan.repeats):
             for name in self._results.contenders:
                 advance(0, f"{what}, round {index + 1}: {name}")
-                if name in self._workers and spent[name] < self._plan.patience:
+                if name in self._workers and (index == 0 or spent[name] < self._plan.patience):
                     spent[name] += self._guard(name, measure, name) or 0.0
                 advance(1)
 

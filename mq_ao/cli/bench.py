@@ -35,7 +35,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians over them are reported.")] = 5,
     patience: Annotated[
         float,
-        typer.Option(help="Seconds at one length after which a contender sits out its remaining rounds."),
+        typer.Option(min=0, help="Seconds at one length after which a contender sits out its remaining rounds."),
     ] = 60.0,
     peers: Annotated[
         str | None,

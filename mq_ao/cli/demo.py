@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from mq_ao.bench.contender import Contender
     from mq_ao.evaluate import Comparison
-    from mq_ao.lowering.inductor import InductorProgram
     from mq_ao.models import MambaLM
+    from mq_ao.models.program import Program as LoweredProgram
 
 PREFILL_TOKENS = 1024
 DECODE_TOKENS = 128
@@ -80,8 +80,8 @@ def demo(
     text = read_tokens(bundled.HELDOUT, BYTE_VOCABULARY, ByteCodec())
     with bar(f"evaluating {text.predicted} held-out bytes", text.predicted * len(recipes)) as advance:
         comparisons = [compare(programs[0], program, text, progress=advance) for program in programs[1:]]
-    names = [_EAGER, "fp32", *(chosen.name for chosen in recipes)]
-    speeds = _measure(dict(zip(names, [model, *programs], strict=True)))
+    names = ("fp32", *(chosen.name for chosen in recipes))
+    speeds = _measure({_EAGER: model, **dict(zip(names, programs, strict=True))})
     _print_table(comparisons, speeds, programs)
     _print_remarks(comparisons[-1], programs[-1], output)
     _print_sample(programs[-1])
@@ -95,7 +95,7 @@ class Speed:
     decode: float
 
 
-def _measure(runs: Mapping[str, MambaLM | InductorProgram]) -> dict[str, Speed]:
+def _measure(runs: Mapping[str, MambaLM | LoweredProgram]) -> dict[str, Speed]:
     """Medians over rounds in which all take turns."""
     import torch
 
@@ -129,7 +129,7 @@ def _seconds(run: Callable[[Tensor], object], ids: Tensor) -> float:
 
 
 def _print_table(
-    comparisons: Sequence[Comparison], speeds: Mapping[str, Speed], programs: Sequence[InductorProgram]
+    comparisons: Sequence[Comparison], speeds: Mapping[str, Speed], programs: Sequence[LoweredProgram]
 ) -> None:
     """Eager float32, then the programs: compiled float32, the baseline, the recipe."""
     from rich.table import Table
@@ -159,14 +159,14 @@ def _against(values: Sequence[float], form: str) -> Callable[[float], str]:
     )
 
 
-def _file_size(program: InductorProgram) -> int:
+def _file_size(program: LoweredProgram) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.pt2"
         program.save(path)
         return path.stat().st_size
 
 
-def _print_remarks(comparison: Comparison, program: InductorProgram, output: Path) -> None:
+def _print_remarks(comparison: Comparison, program: LoweredProgram, output: Path) -> None:
     from mq_ao.evaluate import xz_bits_per_byte
     from mq_ao.models import demo as bundled
 
@@ -179,7 +179,7 @@ def _print_remarks(comparison: Comparison, program: InductorProgram, output: Pat
     )
 
 
-def _print_sample(program: InductorProgram) -> None:
+def _print_sample(program: LoweredProgram) -> None:
     import torch
 
     from mq_ao.models import Sampling

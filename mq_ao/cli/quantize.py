@@ -103,6 +103,7 @@ def quantize(
 def _options(backend: str, max_length: int, scan: str) -> Options | None:
     if backend != "executorch":
         return None
-    from mq_ao.lowering.executorch.options import Options
+    from mq_ao.checks import member
+    from mq_ao.lowering.executorch.options import Options, Scan
 
-    return Options(max_length=max_length, scan=scan)
+    return Options(max_length=max_length, scan=member(scan, "scan", Scan))

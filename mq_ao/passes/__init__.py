@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mq_ao.passes.base import Pass, Profile, Rewrite, Status, Transform
 from mq_ao.passes.klt import Basis
+from mq_ao.passes.order import check_order
 from mq_ao.passes.registry import PASSES, parse_pass
 from mq_ao.passes.run import apply
 from mq_ao.passes.statistics import ChannelStatistics, Request, Statistics, collect
@@ -20,6 +21,7 @@ __all__ = [
     "Status",
     "Transform",
     "apply",
+    "check_order",
     "collect",
     "parse_pass",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mq_ao.graph.residual import Stream, streams
 from mq_ao.graph.rows import Rows
 from mq_ao.memory import release
 from mq_ao.ops import hadamard_matrix
+from mq_ao.passes.options import checked
 from mq_ao.passes.statistics import ChannelStatistics, Request
 
 _LARGE = 2**20
@@ -211,10 +212,20 @@ class Pass(ABC):
     Attributes:
         name: how recipes call it.
         step: its name in METHOD.md, or "".
+
+    Raises:
+        MqAoError: an option has a value that its type does not take; see `passes.options`.
     """
 
     name: ClassVar[str]
     step: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        options = fields(self)
+        hints = get_type_hints(type(self), include_extras=True) if options else {}
+        for option in options:
+            what = f"option {option.name} of pass {self.name}"
+            object.__setattr__(self, option.name, checked(getattr(self, option.name), hints[option.name], what))
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """The statistics it needs of the float graph."""

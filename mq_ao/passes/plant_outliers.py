@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from mq_ao.graph import edit
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.low_rank import low_rank
+from mq_ao.passes.options import Share, Within
 from mq_ao.passes.smooth_conv import shared_inputs
 from mq_ao.passes.smooth_gate import scale_out_input
 
@@ -22,16 +24,16 @@ class PlantOutliers(Pass):
     the convolution's input. For tests and ablations.
 
     Attributes:
-        factor: how far the outliers stick out.
+        factor: how far the outliers stick out, 1 to 1e6.
         share: share of the channels that become outliers, at least one.
         seed: of the choice of channels.
     """
 
     name = "plant_outliers"
 
-    factor: float = 100.0
-    share: float = 0.01
-    seed: int = 0
+    factor: Annotated[float, Within(1, 1e6)] = 100.0
+    share: Share = 0.01
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
 
     def apply(self, rewrite: Rewrite) -> None:
         """Plants outliers in every block."""

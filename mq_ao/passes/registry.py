@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any
 
 from mq_ao.errors import MqAoError
 from mq_ao.passes.base import Pass
@@ -55,18 +55,20 @@ def parse_pass(written: Any) -> Pass:
     """
     if isinstance(written, Pass):
         return written
-    name, options = next(iter(written.items())) if isinstance(written, Mapping) and len(written) == 1 else (written, {})
+    name, options = written, None
+    if isinstance(written, Mapping) and len(written) == 1:
+        ((name, options),) = written.items()
     if not isinstance(name, str) or name not in PASSES:
         raise MqAoError(f"unknown pass {name!r}: the passes are {', '.join(PASSES)}.")
     kind = PASSES[name]
-    known = {field.name for field in fields(kind)}
-    unknown = set(options or {}) - known
+    known = sorted(field.name for field in fields(kind))
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise MqAoError(f"the options of pass {name} are {options!r}: give a mapping from {_listed(known)} to values.")
+    unknown = sorted({str(option) for option in options} - set(known))
     if unknown:
-        raise MqAoError(
-            f"pass {name} has no option {', '.join(sorted(unknown))}: it has {', '.join(sorted(known)) or 'none'}."
-        )
-    hints = get_type_hints(kind)
-    return kind(**{option: _value(name, option, hints[option], value) for option, value in (options or {}).items()})
+        raise MqAoError(f"pass {name} has no option {', '.join(unknown)}: it has {_listed(known)}.")
+    return kind(**options)
 
 
 def write_pass(of: Pass) -> str | dict[str, dict[str, Any]]:
@@ -80,16 +82,8 @@ def write_pass(of: Pass) -> str | dict[str, dict[str, Any]]:
     return {of.name: options} if options else of.name
 
 
-def _value(name: str, option: str, kind: Any, value: Any) -> Any:
-    try:
-        if isinstance(kind, type) and issubclass(kind, Enum):
-            return kind(value)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError
-        return kind(value)
-    except ValueError:
-        known = f"one of {', '.join(item.value for item in kind)}" if issubclass(kind, Enum) else "a number"
-        raise MqAoError(f"option {option} of pass {name} is {value!r}: it is {known}.") from None
+def _listed(options: list[str]) -> str:
+    return ", ".join(options) or "none"
 
 
 def _plain(value: Any) -> Any:

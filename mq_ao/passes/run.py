@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
 from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.order import check_order
 from mq_ao.passes.registry import parse_pass
 from mq_ao.passes.statistics import Request, collect
 from mq_ao.turns import in_turn
@@ -41,10 +42,15 @@ def apply(
         The rewritten graph, what was done to it, and the statistics as they are after it.
 
     Raises:
-        MqAoError: an unknown pass, one that was applied to this graph before, or bad calibration data.
+        MqAoError: an unknown pass, one that was applied to this graph before, passes that do not go together in this
+            order (see `check_order`), or bad calibration data.
     """
     rewrite, waiting = Rewrite(module), [parse_pass(item) for item in passes]
     applied: list[str] = module.meta.setdefault(_APPLIED, [])
+    names = [item.name for item in waiting]
+    if again := next((name for name in names if name in applied), None):
+        raise MqAoError(f"pass {again} was applied to this graph before: capture the model again.")
+    check_order([*applied, *names])
     while waiting and not list(waiting[0].requests(rewrite)):
         _apply(rewrite, waiting.pop(0), applied)
     requests: dict[str, Request] = {}
@@ -61,8 +67,6 @@ def apply(
 
 
 def _apply(rewrite: Rewrite, item: Pass, applied: list[str]) -> None:
-    if item.name in applied:
-        raise MqAoError(f"pass {item.name} was applied to this graph before: capture the model again.")
     before = len(rewrite.transforms)
     item.apply(rewrite)
     applied.append(item.name)

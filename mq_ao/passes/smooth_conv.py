@@ -16,6 +16,7 @@ from mq_ao.graph import Block, walk
 from mq_ao.graph.rows import Rows, rows_of
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.options import Share
 from mq_ao.passes.statistics import Request
 
 _CHANNEL_LAST = frozenset({torch.ops.mq_ao.causal_conv1d.default})
@@ -35,7 +36,7 @@ class SmoothConv(Pass):
     name = "smooth_conv"
     step = "S7"
 
-    alpha: float = 1.0
+    alpha: Share = 1.0
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of the convolutions' inputs."""

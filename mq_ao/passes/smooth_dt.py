@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.low_rank import low_rank, requests_for_dt
+from mq_ao.passes.options import Share
 from mq_ao.passes.statistics import Request
 
 
@@ -22,7 +23,7 @@ class SmoothDt(Pass):
     name = "smooth_dt"
     step = "S5"
 
-    alpha: float = 0.5
+    alpha: Share = 0.5
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of dt_proj's inputs."""

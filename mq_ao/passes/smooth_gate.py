@@ -16,6 +16,7 @@ from mq_ao.graph.residual import normalised
 from mq_ao.graph.rows import Rows, origin, rows_of
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
+from mq_ao.passes.options import Share
 from mq_ao.passes.statistics import Request
 
 aten = walk.aten
@@ -34,7 +35,7 @@ class SmoothGate(Pass):
     name = "smooth_gate"
     step = "S2"
 
-    alpha: float = 0.5
+    alpha: Share = 0.5
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of out_proj's inputs."""

@@ -11,6 +11,7 @@ from mq_ao.graph import edit
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.norms import norms, readers_of
+from mq_ao.passes.options import Share
 from mq_ao.passes.statistics import Request
 
 
@@ -26,7 +27,7 @@ class SmoothNorm(Pass):
 
     name = "smooth_norm"
 
-    alpha: float = 0.5
+    alpha: Share = 0.5
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of the norms' outputs."""

@@ -62,7 +62,7 @@ def at_run_time(recipe: Recipe) -> Recipe:
         for role, spec in recipe.scheme.roles.items()
     }
     kept = tuple(_AT_RUN_TIME[type(item)] for item in recipe.passes if type(item) in _AT_RUN_TIME)
-    return Recipe("", QuantizationConfig(roles), kept)
+    return Recipe("at run time", QuantizationConfig(roles), kept)
 
 
 def float_graph(config: MambaConfig | Mamba2Config) -> GraphModule:
