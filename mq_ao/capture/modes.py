@@ -62,7 +62,7 @@ def _inlined(module: GraphModule, node: Node) -> Iterator[tuple[str, str]]:
         inner.target = name
     values = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[place + 1 :], strict=True))
     with module.graph.inserting_before(node):
-        results: Any = module.graph.graph_copy(body.graph, values)  # type: ignore[arg-type]
+        results: Any = module.graph.graph_copy(body.graph, values)
     for user in list(node.users):
         result = results[user.args[1]]
         user.replace_all_uses_with(result)

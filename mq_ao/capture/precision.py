@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,12 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
     Tied weights stay tied, and what is float32 already is not copied.
     """
-    changed: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    changed: list[tuple[dict[str, Any], str, Tensor]] = []
     known: dict[int, Tensor] = {}
     try:
         for part in model.modules():
-            for holder in (part._parameters, part._buffers, part.__dict__):
+            holders: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
+            for holder in holders:
                 for name, value in list(holder.items()):
                     if isinstance(value, Tensor) and _differs(value):
                         changed.append((holder, name, value))
