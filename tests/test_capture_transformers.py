@@ -148,6 +148,20 @@ def test_language_model(name: str) -> None:
     check(model, program)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_masks(name: str) -> None:
+    """Padded in front and behind: what real tokens give is what the library gives them."""
+    model = build(name)
+    ids, mask = tokens(3, 8), torch.ones(3, 8, dtype=torch.int64)
+    mask[0, :3] = 0
+    mask[2, 6:] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, use_cache=False).logits
+    program = export(model, (ids[:2, :5],), {"attention_mask": mask[:2, :5]})
+    got = program.module()(ids, attention_mask=mask).logits
+    assert difference(got[mask != 0], wanted[mask != 0]) < CLOSE
+
+
 @pytest.mark.parametrize("name", ["Mamba", "Mamba, biases", "FalconMamba", "Mamba2"])
 def test_blocks_are_matched(name: str) -> None:
     matched = match(export(build(name), (tokens(2, 5),)).module(check_guards=False))

@@ -17,6 +17,16 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs."""
 
 
+def own(call: Call) -> Call:
+    """Copies of the inputs: a program captured from a slice would ask what each input is a slice of."""
+
+    def copied(value: Any) -> Any:
+        return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+
+    with torch.inference_mode(False):
+        return tree_map(copied, call)
+
+
 def widened(call: Call) -> Call:
     """The inputs with two sequences where there is one, and two tokens where there is one.
 

@@ -58,7 +58,7 @@ def export(
     module = unwrapped(module)
     if module.training:
         raise MqAoError(f"{type(module).__name__} is in training mode: call .eval() before capture.")
-    call = (args, transformers.without_cache(module, kwargs or {}))
+    call = examples.own((args, transformers.without_cache(module, kwargs or {})))
     for tensor in tree_leaves(call):
         if isinstance(tensor, Tensor) and tensor.numel() == 0:
             raise MqAoError(
