@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 
 from mq_ao.errors import MqAoError
@@ -160,7 +161,7 @@ the gate unbalances z.
 """
 
 
-def get_recipe(recipe: str | Recipe) -> Recipe:
+def get_recipe(recipe: str | Path | Recipe) -> Recipe:
     """Returns the recipe of that name, or of that file (.yaml, .yml, .json), or the recipe itself.
 
     Raises:
@@ -168,7 +169,7 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe.endswith((".yaml", ".yml", ".json")):
+    if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml", ".json")):
         from mq_ao.recipe_files import read_recipe
 
         return read_recipe(recipe)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mq_ao.cli.console import ready_kernels, step
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES
 
 if TYPE_CHECKING:
-    from mq_ao.models import MambaLM
+    from mq_ao.models import Logits, MambaLM
+    from mq_ao.models.generate import Step
     from mq_ao.models.program import Program
     from mq_ao.text import Codec
 
@@ -27,15 +28,36 @@ class Opened:
 
     Attributes:
         source: as the user named it.
-        run: callable as `models.generate.Step`.
+        run: the model or program.
         vocab_size: tokens it knows.
         tokenizer: tokenizer that the user named, or None.
     """
 
     source: str
-    run: MambaLM | Program
+    run: MambaLM | Logits | Program
     vocab_size: int
     tokenizer: str | None
+
+    @property
+    def has_states(self) -> bool:
+        """Whether it goes on from what it has read; else every call starts from nothing."""
+        from mq_ao.models import Logits
+
+        return not isinstance(self.run, Logits)
+
+    @property
+    def step(self) -> Step:
+        """What runs it. Without states, every call has to be a whole window."""
+        from mq_ao.models import Logits
+
+        if not isinstance(self.run, Logits):
+            return self.run
+        run = self.run
+
+        def step(ids: Any, *_: Any) -> Any:
+            return run(ids), None, None
+
+        return step
 
     @cached_property
     def codec(self) -> Codec | None:
@@ -61,9 +83,9 @@ class Opened:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights, tied ones once."""
-        from mq_ao.models import MambaLM
+        from torch import nn
 
-        if isinstance(self.run, MambaLM):
+        if isinstance(self.run, nn.Module):
             return sum(parameter.nbytes for parameter in self.run.parameters())
         return self.run.weight_bytes
 
@@ -74,13 +96,12 @@ def is_program(source: str) -> bool:
 
 
 def open_float(source: str) -> MambaLM:
-    """Loads a float model.
+    """Loads a float model with states.
 
     Raises:
         MqAoError: it is a saved program, or cannot be loaded.
     """
-    if is_program(source):
-        raise MqAoError(f"{source} is a saved program: give the float model, {MODEL_HELP}")
+    _check_float(source)
     ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.models import MambaLM
@@ -88,14 +109,34 @@ def open_float(source: str) -> MambaLM:
         return MambaLM.from_pretrained(source)
 
 
-def open_any(source: str, tokenizer: str | None = None) -> Opened:
-    """Loads a float model or a saved program.
+def open_model(source: str) -> MambaLM | Logits:
+    """Loads a float model, one without states too.
 
     Raises:
-        MqAoError: it cannot be loaded.
+        MqAoError: it is a saved program, or cannot be loaded.
+    """
+    _check_float(source)
+    ready_kernels()
+    with step(f"loading {source}"):
+        from mq_ao.models import Logits, MambaLM, load
+
+        model = load(source)
+    return model if isinstance(model, MambaLM) else Logits(model)
+
+
+def open_any(source: str, tokenizer: str | None = None, *, states: bool = False) -> Opened:
+    """Loads a float model or a saved program.
+
+    Args:
+        source: as the user named it.
+        tokenizer: tokenizer that the user named, or None.
+        states: whether it has to have states, as generation needs them.
+
+    Raises:
+        MqAoError: it cannot be loaded, or has no states.
     """
     if not is_program(source):
-        model = open_float(source)
+        model = open_float(source) if states else open_model(source)
         return Opened(source, model, model.config.vocab_size, tokenizer)
     if Path(source).suffix == PROGRAM_SUFFIXES["inductor"]:
         ready_kernels()
@@ -103,4 +144,11 @@ def open_any(source: str, tokenizer: str | None = None) -> Opened:
         from mq_ao.api import load
 
         program = load(source)
+    if "vocab_size" not in program.info:
+        raise MqAoError(f"{source} is a program without states: call it from Python, as mq_ao.load gives it.")
     return Opened(source, program, int(program.info["vocab_size"]), tokenizer)
+
+
+def _check_float(source: str) -> None:
+    if is_program(source):
+        raise MqAoError(f"{source} is a saved program: give the float model, {MODEL_HELP}")

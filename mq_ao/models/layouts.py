@@ -14,8 +14,21 @@ from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.models.config_json import limits, number, read_json
 from mq_ao.models.mamba import MambaLM
 from mq_ao.models.mamba2 import Mamba2LM
+from mq_ao.models.mamba_nd import MambaND
 from mq_ao.models.mamba_nd_config import MambaNDConfig
+from mq_ao.models.vim import Vim
 from mq_ao.models.vision_config import VimConfig
+
+TRANSFORMERS_FAMILIES = (
+    "falcon_mamba",
+    "jamba",
+    "bamba",
+    "zamba2",
+    "falcon_h1",
+    "granitemoehybrid",
+    "nemotron_h",
+)
+"""`model_type` of what is captured as transformers computes it, and is no `MambaLM`."""
 
 # Keys that any library may add to a config.json and that say nothing about the mathematics.
 _BOOKKEEPING = frozenset(
@@ -79,9 +92,16 @@ def _config(values: dict[str, Any]) -> MambaConfig | Mamba2Config:
         return _mamba_ssm_config(values)
     if family is None:
         raise MqAoError('neither "model_type" nor the d_model and n_layer of mamba_ssm are there: is it a Mamba model?')
+    if family in TRANSFORMERS_FAMILIES:
+        raise MqAoError(
+            f'model_type is "{family}", which runs without states and cannot generate yet: mq_ao.models.load loads it '
+            "through transformers, to be quantized."
+        )
+    if family in (Vim.model_type, MambaND.model_type):
+        raise MqAoError(f'model_type is "{family}", which is no language model: load it with its class.')
     raise MqAoError(
-        f'model_type is "{family}", and `MambaLM` is "mamba", "mamba2" or of the mamba_ssm layout: mq_ao.models.load '
-        "loads the other families, through transformers."
+        f'model_type is "{family}": "mamba", "mamba2", the mamba_ssm layout, and through transformers '
+        f"{', '.join(TRANSFORMERS_FAMILIES)} can be loaded."
     )
 
 
