@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_weights_are_never_drawn_at_random(folder: Path, tmp_path: Path) -> None
     with pytest.raises(MqAoError, match=rf"cannot be loaded: weights are missing: {name}\."):
         load(tmp_path)
     write({**weights, name: torch.zeros(32, 32)}, tmp_path)
-    with pytest.raises(MqAoError, match=name):
+    with pytest.raises(MqAoError, match=rf"do not fit.*: {name} is \(32, 32\) and should be \(32, 64\)"):
         load(tmp_path)
     write({**weights, name: weights[name] * torch.nan}, tmp_path)
     with pytest.raises(MqAoError, match=f"NaN or infinity: {name}"):
@@ -212,3 +213,15 @@ def test_quantize_from_python(folder: Path) -> None:
     with torch.no_grad():
         got, expected = quantized.converted(IDS), logits(model)
     assert float((got - expected).norm() / expected.norm()) < 0.1  # int8 on random weights
+
+
+@pytest.mark.parametrize("command", [("eval",), ("generate", "-p", "x")])
+def test_programs_without_states(
+    mq_ao: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """As the lowering of a module that is no `MambaLM` saves them."""
+    from mq_ao import api
+
+    monkeypatch.setattr(api, "load", lambda path: types.SimpleNamespace(info={"recipe": "rtn-w8a8"}))
+    run = mq_ao(command[0], tmp_path / "x.pt2", *command[1:])
+    assert "x.pt2 is a program without states: call it from Python, as mq_ao.load gives it" in error(run)

@@ -51,7 +51,12 @@ def load_folder(folder: Path) -> nn.Module:
             empty = AutoModelForCausalLM.from_config(config)
         check_room(empty, str(folder))
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            # Told in `info`, and refused by `_check`.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
         _check(model, info)
     except MqAoError as error:
@@ -68,8 +73,9 @@ def _check(model: nn.Module, info: dict[str, Any]) -> None:
     """transformers draws missing weights at random, and says so in its log only."""
     if missing := info["missing_keys"]:
         raise MqAoError(f"weights are missing: {listed(missing)}.")
-    if wrong := info["mismatched_keys"]:
-        raise MqAoError(f"weights do not fit the configuration: {listed(map(str, wrong))}.")
+    if mismatched := info["mismatched_keys"]:
+        wrong = [f"{name} is {tuple(given)} and should be {tuple(shape)}" for name, given, shape in mismatched]
+        raise MqAoError(f"weights do not fit the configuration: {listed(wrong)}.")
     if extra := info["unexpected_keys"]:
         logger.warning("weights that %s does not have are left out: %s", type(model).__name__, listed(extra))
     check_finite(dict(model.named_parameters()))
