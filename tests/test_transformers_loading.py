@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,13 +215,33 @@ def test_quantize_from_python(folder: Path) -> None:
     assert float((got - expected).norm() / expected.norm()) < 0.1  # int8 on random weights
 
 
-@pytest.mark.parametrize("command", [("eval",), ("generate", "-p", "x")])
-def test_programs_without_states(
-    mq_ao: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+class Saved:
+    """A program without states, as the lowering of a module that is no `MambaLM` saves it."""
+
+    def __init__(self, run: Callable[[torch.Tensor], Any]) -> None:
+        self.run, self.info, self.weight_bytes = run, {"recipe": "rtn-w8a8"}, 0
+
+    def __call__(self, ids: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return self.run(ids)
+
+
+def refuses(ids: torch.Tensor) -> Any:
+    raise MqAoError("this program takes images")
+
+
+def test_eval_of_programs_without_states(
+    mq_ao: CommandLine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the lowering of a module that is no `MambaLM` saves them."""
     from mq_ao import api
 
-    monkeypatch.setattr(api, "load", lambda path: types.SimpleNamespace(info={"recipe": "rtn-w8a8"}))
-    run = mq_ao(command[0], tmp_path / "x.pt2", *command[1:])
-    assert "x.pt2 is a program without states: call it from Python, as mq_ao.load gives it" in error(run)
+    monkeypatch.setattr(api, "load", lambda path: Saved(Logits(load(folder))))
+    run = mq_ao("eval", tmp_path / "x.pt2", "--text", folder / "ids.npy", "--against", folder, "--json", "-")
+    assert run.code == 0, run.err
+    content = json.loads(run.out)
+    assert content["comparison"]["kl_divergence"] == pytest.approx(0, abs=1e-9)
+    assert content["models"][1]["tokens"] == 120
+    assert "without states, and cannot generate yet" in error(mq_ao("generate", tmp_path / "x.pt2", "-p", "x"))
+    for other in (refuses, lambda ids: ids, lambda ids: (ids,)):
+        monkeypatch.setattr(api, "load", lambda path, other=other: Saved(other))
+        assert "x.pt2 is a program of no language model" in error(mq_ao("eval", tmp_path / "x.pt2"))

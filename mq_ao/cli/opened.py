@@ -31,28 +31,22 @@ class Opened:
         run: the model or program.
         vocab_size: tokens it knows.
         tokenizer: tokenizer that the user named, or None.
+        has_states: whether it goes on from what it has read; else it gives logits alone, and every call starts from
+            nothing.
     """
 
     source: str
     run: MambaLM | Logits | Program
     vocab_size: int
     tokenizer: str | None
-
-    @property
-    def has_states(self) -> bool:
-        """Whether it goes on from what it has read; else every call starts from nothing."""
-        from mq_ao.models import Logits
-
-        return not isinstance(self.run, Logits)
+    has_states: bool = True
 
     @property
     def step(self) -> Step:
         """What runs it. Without states, every call has to be a whole window."""
-        from mq_ao.models import Logits
-
-        if not isinstance(self.run, Logits):
-            return self.run
-        run = self.run
+        run: Any = self.run
+        if self.has_states:
+            return run
 
         def step(ids: Any, *_: Any) -> Any:
             return run(ids), None, None
@@ -137,16 +131,34 @@ def open_any(source: str, tokenizer: str | None = None, *, states: bool = False)
     """
     if not is_program(source):
         model = open_float(source) if states else open_model(source)
-        return Opened(source, model, model.config.vocab_size, tokenizer)
+        from mq_ao.models import MambaLM
+
+        return Opened(source, model, model.config.vocab_size, tokenizer, isinstance(model, MambaLM))
     if Path(source).suffix == PROGRAM_SUFFIXES["inductor"]:
         ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load
 
         program = load(source)
-    if "vocab_size" not in program.info:
-        raise MqAoError(f"{source} is a program without states: call it from Python, as mq_ao.load gives it.")
-    return Opened(source, program, int(program.info["vocab_size"]), tokenizer)
+    if "vocab_size" in program.info:
+        return Opened(source, program, int(program.info["vocab_size"]), tokenizer)
+    if states:
+        raise MqAoError(f"{source} is a program without states, and cannot generate yet.")
+    return Opened(source, program, _vocab_size(source, program), tokenizer, has_states=False)
+
+
+def _vocab_size(source: str, program: Any) -> int:
+    """The vocabulary of a program without states, which only its logits tell."""
+    import torch
+
+    refusal = f"{source} is a program of no language model: call it from Python, as mq_ao.load gives it."
+    try:
+        logits = program(torch.zeros(1, 2, dtype=torch.int64))
+    except MqAoError as error:
+        raise MqAoError(refusal) from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        raise MqAoError(refusal)
+    return logits.shape[-1]
 
 
 def _check_float(source: str) -> None:
