@@ -161,6 +161,10 @@ the gate unbalances z.
 """
 
 
+SUFFIXES = (".yaml", ".yml", ".json")
+"""Of recipe files."""
+
+
 def get_recipe(recipe: str | Path | Recipe) -> Recipe:
     """Returns the recipe of that name, or of that file (.yaml, .yml, .json), or the recipe itself.
 
@@ -169,7 +173,7 @@ def get_recipe(recipe: str | Path | Recipe) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml", ".json")):
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.lower().endswith(SUFFIXES)):
         from mq_ao.recipe_files import read_recipe
 
         return read_recipe(recipe)
