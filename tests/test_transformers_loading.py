@@ -208,7 +208,7 @@ def test_quantize(mq_ao: CommandLine, folder: Path, tmp_path: Path) -> None:
     assert run.code == 0, run.err
     assert "11 qlinear" in run.out
     got, expected = package.load(output)(IDS), logits(load(folder))
-    assert float((got - expected).norm() / expected.norm()) < 0.1  # int8 on random weights
+    assert float((got - expected).norm() / expected.norm()) < 0.2  # int8 on random weights
 
 
 def test_quantize_from_python(folder: Path) -> None:
@@ -217,7 +217,7 @@ def test_quantize_from_python(folder: Path) -> None:
     quantized = package.quantize(Logits(model), batches, "mambaquant-w8a8")
     with torch.no_grad():
         got, expected = quantized.converted(IDS), logits(model)
-    assert float((got - expected).norm() / expected.norm()) < 0.1  # int8 on random weights
+    assert float((got - expected).norm() / expected.norm()) < 0.2  # int8 on random weights
 
 
 class Saved:

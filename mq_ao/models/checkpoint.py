@@ -70,10 +70,11 @@ def read_file(path: Path) -> dict[str, Tensor]:
         MqAoError: it is cut off, broken or not a plain table of tensors.
     """
     read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    weights = read(path)
     try:
-        return renamed(read(path), unwrapped)
+        return renamed(weights, unwrapped)
     except MqAoError as error:
-        raise MqAoError(f"{path} {error}") from error
+        raise MqAoError(f"{path}: {error}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             names = file.keys()
             return {name: _float32(file.get_tensor(name)) for name in names}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise MqAoError(f"is cut off or broken ({error}): fetch it again.") from error
+        raise MqAoError(f"{path} is cut off or broken ({error}): fetch it again.") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -94,17 +95,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             values: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise MqAoError(
-            f"is broken or holds more than tensors, which is never executed "
+            f"{path} is broken or holds more than tensors, which is never executed "
             f"({_first_sentence(error)}): fetch it again, or ask for the model as safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise MqAoError(f"is cut off or broken ({_first_sentence(error)}): fetch it again.") from error
+        raise MqAoError(f"{path} is cut off or broken ({_first_sentence(error)}): fetch it again.") from error
     if isinstance(values, dict):
         values = next((values[key] for key in ("model", "state_dict") if isinstance(values.get(key), dict)), values)
     if not isinstance(values, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
     ):
-        raise MqAoError("is not a table of tensors by name: give a model's state_dict.")
+        raise MqAoError(f"{path} is not a table of tensors by name: give a model's state_dict.")
     # Copied: a training script may write the file anew while the model is in use.
     return {name: _float32(values.pop(name), copy=mapped) for name in list(values)}
 
