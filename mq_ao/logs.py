@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 
@@ -11,5 +12,6 @@ def quiet_libraries() -> None:
     # They tell of CUDA binaries that are not loaded, and of deprecations inside torchao.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it names kernels that its models would be faster with
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)

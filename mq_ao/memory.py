@@ -1,9 +1,29 @@
-"""Giving freed memory back to the system."""
+"""How much memory there is, and giving freed memory back to the system."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from mq_ao.errors import MqAoError
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUPS = (
+    # A container's own limit, in both versions of control groups: limit, use, and where the reclaimable part is told.
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def release() -> None:
@@ -15,3 +35,54 @@ def release() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def available() -> int | None:
+    """Bytes that this process can still use: free and reclaimable memory and swap, within its container's limit.
+
+    None where the system does not tell.
+    """
+    meminfo = _table(_MEMINFO)
+    if "MemAvailable" in meminfo:
+        free = 1024 * (meminfo["MemAvailable"] + meminfo.get("SwapFree", 0))
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return None
+    return min([free, *_left_in_cgroups()])
+
+
+def check_room(model: nn.Module, what: str) -> None:
+    """Checks that a model's weights fit into memory in float32; to be called before they are read.
+
+    Args:
+        model: the model, on the meta device.
+        what: the model in words.
+
+    Raises:
+        MqAoError: they do not fit; both numbers are named.
+    """
+    needed, room = 4 * sum(parameter.numel() for parameter in model.parameters()), available()
+    if room is not None and needed > room:
+        raise MqAoError(
+            f"{what} needs {needed / 1e9:.1f} GB for its weights in float32, and {room / 1e9:.1f} GB of memory are "
+            "available: use a machine with more memory, or close other programs."
+        )
+
+
+def _left_in_cgroups() -> Iterable[int]:
+    for limit, used, stat, reclaimable in _CGROUPS:
+        try:
+            most, now = (int((_CGROUP_ROOT / name).read_text()) for name in (limit, used))
+        except (OSError, ValueError):  # not this version, or "max": no limit
+            continue
+        yield max(0, most - now + _table(_CGROUP_ROOT / stat).get(reclaimable, 0))
+
+
+def _table(path: Path) -> dict[str, int]:
+    """The numbers in a file of lines `name: number`, with or without the colon; empty if it cannot be read."""
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0].removesuffix(":"): int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}

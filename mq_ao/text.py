@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,14 +14,18 @@ import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mq_ao.errors import MqAoError
+
+logger = logging.getLogger(__name__)
 
 BYTE_VOCABULARY = 256
 SEPARATOR = 0
 """Byte between documents, and the context of a document's first byte."""
 TOKEN_FILES = frozenset({".npy", ".safetensors"})
+_LONGEST_NAME = 255
+"""Characters of a file's name; a longer string without such a file is text."""
 
 
 def split_documents(text: bytes) -> list[bytes]:
@@ -32,6 +38,10 @@ def split_documents(text: bytes) -> list[bytes]:
 class Codec(Protocol):
     """Turns text into a model's tokens and back."""
 
+    @property
+    def known_tokens(self) -> int:
+        """Tokens that have a text: the ids below this number. A model's vocabulary may be padded to more."""
+
     def documents(self, text: bytes) -> list[list[int]]:
         """The text's documents as tokens, each behind the token that starts a document."""
 
@@ -41,6 +51,8 @@ class Codec(Protocol):
 
 class ByteCodec:
     """Tokens are bytes; a 0 byte starts a document and ends it."""
+
+    known_tokens = BYTE_VOCABULARY
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: documents are separated by 0 bytes."""
@@ -63,6 +75,11 @@ class TokenizerCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+
+    @property
+    def known_tokens(self) -> int:
+        """See `Codec`."""
+        return 1 + max(self._tokenizer.get_vocab().values())
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: the whole text is one document."""
@@ -90,7 +107,7 @@ class TokenizerCodec:
         yield self._tokenizer.decode(seen)[written:]
 
 
-def codec_for(vocab_size: int, tokenizer: str | None = None, source: str | None = None) -> Codec | None:
+def codec_for(vocab_size: int, tokenizer: str | Path | None = None, source: str | Path | None = None) -> Codec | None:
     """The codec of a model, or None if there is no way to tell it.
 
     Args:
@@ -108,7 +125,7 @@ def codec_for(vocab_size: int, tokenizer: str | None = None, source: str | None 
     return ByteCodec() if vocab_size == BYTE_VOCABULARY else None
 
 
-def _load_tokenizer(source: str) -> Any:
+def _load_tokenizer(source: str | Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -151,18 +168,19 @@ def byte_text(content: bytes) -> TokenText:
     return TokenText(tuple(map(torch.tensor, ByteCodec().documents(content))), len(content))
 
 
-def read_tokens(path: Path, vocab_size: int, codec: Codec | None) -> TokenText:
+def read_tokens(path: str | Path, vocab_size: int | None, codec: Codec | None) -> TokenText:
     """Reads a text file, or a .npy or .safetensors file of token ids (a vector, or one document a row).
 
     Args:
         path: the file.
-        vocab_size: of the model that the tokens are for.
+        vocab_size: of the model that the tokens are for; None: not known, and not checked.
         codec: turns text into tokens; not needed for stored ids.
 
     Raises:
         MqAoError: the file is missing, empty, not of token ids or outside the vocabulary, or it is text and
             there is no codec.
     """
+    path = Path(path)
     if not path.is_file():
         raise MqAoError(f"there is no file {path}.")
     if path.suffix in TOKEN_FILES:
@@ -181,13 +199,19 @@ def read_tokens(path: Path, vocab_size: int, codec: Codec | None) -> TokenText:
     documents = [document for document in documents if len(document) > 1]
     if not documents:
         raise MqAoError(f"{path} is empty: there is no token to predict in it.")
+    _check_range(documents, vocab_size, str(path))
+    return TokenText(tuple(documents), size)
+
+
+def _check_range(documents: Sequence[Tensor], vocab_size: int | None, what: str) -> None:
+    if vocab_size is None:
+        return
     low, high = min(int(d.min()) for d in documents), max(int(d.max()) for d in documents)
     if low < 0 or high >= vocab_size:
         raise MqAoError(
-            f"{path} holds token ids {low}..{high}, outside the model's vocabulary of {vocab_size}: tokenize "
+            f"{what} holds token ids {low}..{high}, outside the model's vocabulary of {vocab_size}: tokenize "
             "it for this model."
         )
-    return TokenText(tuple(documents), size)
 
 
 def _stored_ids(path: Path) -> Tensor:
@@ -230,3 +254,111 @@ def calibration_batches(text: TokenText, tokens: int, length: int = 512, batch: 
     wanted = min(len(windows), -(-tokens // length))
     chosen = windows[torch.linspace(0, len(windows) - 1, wanted).long()]
     return list(chosen.split(batch))
+
+
+def calibration(
+    source: str | bytes | Path | Iterable[Any],
+    reader: Any,
+    *,
+    tokens: int = 16384,
+    length: int = 512,
+    batch: int = 4,
+    column: str = "text",
+) -> list[Tensor]:
+    """Batches of token ids to calibrate on, for `mq_ao.quantize`.
+
+    Args:
+        source: a file of text, or of token ids (.npy, .safetensors), of which windows spread evenly are taken; or a
+            text, or an iterable of texts or of rows that have one (as those of `datasets`), which is read until there
+            are enough tokens. A string that names no file is text if it has several lines or over 255 characters.
+        reader: the model's tokenizer (transformers'), or a folder or hub id of it; or the model, where it is byte-level
+            or transformers loaded it from a folder with its tokenizer.
+        tokens: how many tokens to take, rounded up to a whole window; fewer, with a warning, where there are no more.
+        length: tokens in a window; a shorter text is one window.
+        batch: windows in a batch.
+        column: where a row has its text.
+
+    Returns:
+        Batches (at most `batch`, length) int64.
+
+    Raises:
+        MqAoError: there is no such file, no text, no way to read it as tokens, or a row has no text.
+    """
+    for name, value in (("tokens", tokens), ("length", length), ("batch", batch)):
+        if value < 1:
+            raise MqAoError(f"{name} is {value}: give at least 1.")
+    codec, vocab_size = _codec_of(reader)
+    if isinstance(source, str | Path) and _is_file(source):
+        if codec is None and Path(source).suffix not in TOKEN_FILES:
+            raise MqAoError(_NO_CODEC.format(vocab_size))
+        text = read_tokens(source, vocab_size, codec)
+    else:
+        if codec is None:
+            raise MqAoError(_NO_CODEC.format(vocab_size))
+        wanted = -(-tokens // length) * length
+        documents = _first_documents(_texts(source, column), codec, wanted)
+        if not documents:
+            raise MqAoError("there is no text to calibrate on: give at least one that is not empty.")
+        _check_range(documents, vocab_size, "the text")
+        text = TokenText(tuple(documents), None)
+    batches = calibration_batches(text, tokens, length, batch)
+    if (found := sum(map(torch.numel, batches))) < tokens:
+        logger.warning("there are %d tokens to calibrate on, and %d were asked for", found, tokens)
+    return batches
+
+
+_NO_CODEC = "the model's {} tokens are not bytes, and its tokenizer is not beside it: give the tokenizer."
+
+
+def _codec_of(reader: Any) -> tuple[Codec | None, int | None]:
+    """The codec, and the size of the vocabulary where `reader` is a model."""
+    if isinstance(reader, str | Path):
+        return TokenizerCodec(_load_tokenizer(reader)), None
+    config: Any = getattr(reader, "config", None)
+    if isinstance(reader, nn.Module) and hasattr(config, "vocab_size"):
+        return codec_for(config.vocab_size, source=getattr(config, "name_or_path", None) or None), config.vocab_size
+    if hasattr(reader, "documents"):
+        return reader, None
+    if hasattr(reader, "encode"):
+        return TokenizerCodec(reader), None
+    raise MqAoError(f"{type(reader).__name__} cannot read text: give the model's tokenizer, or a byte-level model.")
+
+
+def _is_file(source: str | Path) -> bool:
+    """Whether it is a file, and not text."""
+    if isinstance(source, Path) or os.path.isfile(source):
+        return True
+    if "\n" in source or len(source) > _LONGEST_NAME:
+        return False
+    raise MqAoError(f"there is no file {source}: check the path, or give a short text in a list.")
+
+
+def _texts(source: Any, column: str) -> Iterator[bytes]:
+    if isinstance(source, Mapping):
+        if column not in source:
+            raise MqAoError(f"the texts are a mapping of {', '.join(map(str, source))}: give the rows of one of them.")
+        source = source[column]
+    if isinstance(source, str | bytes):
+        source = [source]
+    if not isinstance(source, Iterable):
+        raise MqAoError(f"{type(source).__name__} is no text: give a file, a text, or an iterable of texts or of rows.")
+    for index, row in enumerate(source):
+        if isinstance(row, Mapping) and column not in row:
+            raise MqAoError(f'row {index} has {", ".join(map(str, row))}, and no "{column}": name the text\'s column.')
+        text = row[column] if isinstance(row, Mapping) else row
+        if not isinstance(text, str | bytes):
+            raise MqAoError(f"row {index} is no text but {type(text).__name__}: give strings, or rows that have one.")
+        yield text.encode(errors="replace") if isinstance(text, str) else text
+
+
+def _first_documents(texts: Iterable[bytes], codec: Codec, tokens: int) -> list[Tensor]:
+    """Documents of at least `tokens` tokens together, or all."""
+    found: list[Tensor] = []
+    count = 0
+    for text in texts:
+        for document in codec.documents(text) if text else []:
+            found.append(torch.tensor(document))
+            count += len(document)
+        if count >= tokens:
+            break
+    return found

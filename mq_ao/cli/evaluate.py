@@ -13,6 +13,9 @@ from mq_ao.cli.opened import ANY_HELP, TOKENIZER_HELP, Opened, open_any
 if TYPE_CHECKING:
     from mq_ao.evaluate import Comparison, Evaluation
 
+WINDOW = 1024
+"""Tokens that a model without states reads at once, if the user does not say."""
+
 
 def evaluate(
     *,
@@ -31,7 +34,10 @@ def evaluate(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Start from a zero state every so many tokens; by default only at documents."),
+        typer.Option(
+            help="Start from a zero state every so many tokens; by default only at documents, and for models without "
+            f"states every {WINDOW}."
+        ),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     json: Annotated[
@@ -68,12 +74,18 @@ def evaluate(
             f"{model} has {opened.vocab_size} tokens and {against} has {reference.vocab_size}: compare a "
             "program with the model that it was made from."
         )
+    every = [opened] if reference is None else [opened, reference]
+    chunks: dict[str, int] = {}
+    if not all(item.has_states for item in every):
+        # What has no states reads a window in one call.
+        window = WINDOW if window is None else window
+        chunks = {"chunk": window}
     with bar(f"evaluating {tokens.predicted} tokens", tokens.predicted) as advance:
         if reference is None:
             comparison = None
-            rows = [(opened, run(opened.run, tokens, window=window, progress=advance))]
+            rows = [(opened, run(opened.step, tokens, window=window, progress=advance, **chunks))]
         else:
-            comparison = compare(reference.run, opened.run, tokens, window=window, progress=advance)
+            comparison = compare(reference.step, opened.step, tokens, window=window, progress=advance, **chunks)
             rows = [(reference, comparison.reference), (opened, comparison.other)]
     if json is not None:
         write_json(json, _content(str(text), rows, comparison))

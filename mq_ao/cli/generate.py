@@ -38,7 +38,7 @@ def generate(
 
         from mq_ao.models import Sampling, stream
     sampling = Sampling(temperature, top_k, top_p, seed)
-    opened = open_any(model, tokenizer)
+    opened = open_any(model, tokenizer, states=True)
     codec = opened.needed_codec
     ids = torch.tensor(codec.documents(prompt.encode())[-1:])
     if int(ids.max()) >= opened.vocab_size:
@@ -46,7 +46,7 @@ def generate(
             f"the tokenizer has token ids beyond the model's vocabulary of {opened.vocab_size}: name its own."
         )
     # A program computes one row of logits for the prompt, the float model all of them.
-    run = getattr(opened.run, "prefill", opened.run)
+    run = getattr(opened.run, "prefill", opened.step)
     sys.stdout.write(prompt)
     tokens = (int(token) for token in stream(run, ids, max_new_tokens, sampling))
     for piece in codec.pieces(tokens):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mq_ao.cli.console import kernel_name, megabytes, out, step
-from mq_ao.cli.opened import ANY_HELP, is_program, open_float
+from mq_ao.cli.opened import ANY_HELP, is_program, open_model
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES
 
@@ -92,18 +92,22 @@ def _program(path: Path) -> None:
 
 
 def _model(source: str) -> None:
-    model = open_float(source)
+    model = open_model(source)
     with step("capturing"):
+        import torch
+
         from mq_ao.api import capture
         from mq_ao.graph import match
+        from mq_ao.models import MambaLM
 
-        matched = match(capture(model, ()))
+        matched = match(capture(model, (torch.zeros(2, 8, dtype=torch.int64),)))
     console = out()
     console.print(matched.describe(), markup=False, highlight=False, soft_wrap=True)
     console.print(_roles(matched))
     total = sum(parameter.numel() for parameter in model.parameters())
+    shape = model.config if isinstance(model, MambaLM) else type(model.model).__name__
     console.print(
-        f"{total} parameters, {megabytes(4 * total)} in float32 ({model.config})",
+        f"{total} parameters, {megabytes(4 * total)} in float32 ({shape})",
         markup=False,
         soft_wrap=True,
     )

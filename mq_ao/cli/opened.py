@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mq_ao.cli.console import ready_kernels, step
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES
 
 if TYPE_CHECKING:
-    from mq_ao.models import MambaLM
+    from mq_ao.models import Logits, MambaLM
+    from mq_ao.models.generate import Step
     from mq_ao.models.program import Program
     from mq_ao.text import Codec
 
@@ -27,15 +28,30 @@ class Opened:
 
     Attributes:
         source: as the user named it.
-        run: callable as `models.generate.Step`.
+        run: the model or program.
         vocab_size: tokens it knows.
         tokenizer: tokenizer that the user named, or None.
+        has_states: whether it goes on from what it has read; else it gives logits alone, and every call starts from
+            nothing.
     """
 
     source: str
-    run: MambaLM | Program
+    run: MambaLM | Logits | Program
     vocab_size: int
     tokenizer: str | None
+    has_states: bool = True
+
+    @property
+    def step(self) -> Step:
+        """What runs it. Without states, every call has to be a whole window."""
+        run: Any = self.run
+        if self.has_states:
+            return run
+
+        def step(ids: Any, *_: Any) -> Any:
+            return run(ids), None, None
+
+        return step
 
     @cached_property
     def codec(self) -> Codec | None:
@@ -61,9 +77,9 @@ class Opened:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights, tied ones once."""
-        from mq_ao.models import MambaLM
+        from torch import nn
 
-        if isinstance(self.run, MambaLM):
+        if isinstance(self.run, nn.Module):
             return sum(parameter.nbytes for parameter in self.run.parameters())
         return self.run.weight_bytes
 
@@ -74,13 +90,12 @@ def is_program(source: str) -> bool:
 
 
 def open_float(source: str) -> MambaLM:
-    """Loads a float model.
+    """Loads a float model with states.
 
     Raises:
         MqAoError: it is a saved program, or cannot be loaded.
     """
-    if is_program(source):
-        raise MqAoError(f"{source} is a saved program: give the float model, {MODEL_HELP}")
+    _check_float(source)
     ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.models import MambaLM
@@ -88,19 +103,64 @@ def open_float(source: str) -> MambaLM:
         return MambaLM.from_pretrained(source)
 
 
-def open_any(source: str, tokenizer: str | None = None) -> Opened:
-    """Loads a float model or a saved program.
+def open_model(source: str) -> MambaLM | Logits:
+    """Loads a float model, one without states too.
 
     Raises:
-        MqAoError: it cannot be loaded.
+        MqAoError: it is a saved program, or cannot be loaded.
+    """
+    _check_float(source)
+    ready_kernels()
+    with step(f"loading {source}"):
+        from mq_ao.models import Logits, MambaLM, load
+
+        model = load(source)
+    return model if isinstance(model, MambaLM) else Logits(model)
+
+
+def open_any(source: str, tokenizer: str | None = None, *, states: bool = False) -> Opened:
+    """Loads a float model or a saved program.
+
+    Args:
+        source: as the user named it.
+        tokenizer: tokenizer that the user named, or None.
+        states: whether it has to have states, as generation needs them.
+
+    Raises:
+        MqAoError: it cannot be loaded, or has no states.
     """
     if not is_program(source):
-        model = open_float(source)
-        return Opened(source, model, model.config.vocab_size, tokenizer)
+        model = open_float(source) if states else open_model(source)
+        from mq_ao.models import MambaLM
+
+        return Opened(source, model, model.config.vocab_size, tokenizer, isinstance(model, MambaLM))
     if Path(source).suffix == PROGRAM_SUFFIXES["inductor"]:
         ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load
 
         program = load(source)
-    return Opened(source, program, int(program.info["vocab_size"]), tokenizer)
+    if "vocab_size" in program.info:
+        return Opened(source, program, int(program.info["vocab_size"]), tokenizer)
+    if states:
+        raise MqAoError(f"{source} is a program without states, and cannot generate yet.")
+    return Opened(source, program, _vocab_size(source, program), tokenizer, has_states=False)
+
+
+def _vocab_size(source: str, program: Any) -> int:
+    """The vocabulary of a program without states, which only its logits tell."""
+    import torch
+
+    refusal = f"{source} is a program of no language model: call it from Python, as mq_ao.load gives it."
+    try:
+        logits = program(torch.zeros(1, 2, dtype=torch.int64))
+    except MqAoError as error:
+        raise MqAoError(refusal) from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        raise MqAoError(refusal)
+    return logits.shape[-1]
+
+
+def _check_float(source: str) -> None:
+    if is_program(source):
+        raise MqAoError(f"{source} is a saved program: give the float model, {MODEL_HELP}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
-from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_float
+from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_model
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, program_suffix
 
@@ -72,7 +72,7 @@ def quantize(
         if model != "demo":
             raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
         calibration = demo.CALIBRATION
-    loaded = open_float(model)
+    loaded = open_model(model)
     opened = Opened(model, loaded, loaded.config.vocab_size, tokenizer)
     codec = None if calibration.suffix in TOKEN_FILES else opened.codec
     batches = calibration_batches(read_tokens(calibration, opened.vocab_size, codec), tokens)

@@ -8,6 +8,7 @@ from mq_ao.models.mamba import MambaLM
 from mq_ao.models.mamba2 import Mamba2LM, language_model
 from mq_ao.models.mamba_nd import MambaND
 from mq_ao.models.mamba_nd_config import MAMBA_2D_BASE, MAMBA_2D_SMALL, MAMBA_3D_SMALL, MambaNDConfig
+from mq_ao.models.transformers_loading import Logits, load
 from mq_ao.models.vim import Vim
 from mq_ao.models.vision_config import VIM_BASE, VIM_SMALL, VIM_TINY, VimConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "VIM_BASE",
     "VIM_SMALL",
     "VIM_TINY",
+    "Logits",
     "Mamba2Config",
     "Mamba2LM",
     "MambaConfig",
@@ -31,5 +33,6 @@ __all__ = [
     "VimConfig",
     "generate",
     "language_model",
+    "load",
     "stream",
 ]

@@ -25,6 +25,8 @@ class MambaConfig:
         conv_bias: whether the convolution has a bias.
         norm_epsilon: epsilon of every RMSNorm.
         tie_embeddings: whether the head uses the embedding's weight.
+        known_tokens: tokens that the tokenizer knows, the first ones of `vocab_size`, whose rest is padding; None:
+            all, or not known.
     """
 
     vocab_size: int
@@ -38,12 +40,14 @@ class MambaConfig:
     conv_bias: bool = True
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = True
+    known_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, "vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand")
         check_rank(self)
         check_switches(self, "bias", "conv_bias", "tie_embeddings")
         check_positive(self, "norm_epsilon")
+        check_known_tokens(self)
 
     @property
     def d_inner(self) -> int:
@@ -92,6 +96,8 @@ class Mamba2Config:
         conv_bias: whether the convolution has a bias.
         norm_epsilon: epsilon of every RMSNorm.
         tie_embeddings: whether the head uses the embedding's weight.
+        known_tokens: tokens that the tokenizer knows, the first ones of `vocab_size`, whose rest is padding; None:
+            all, or not known.
     """
 
     vocab_size: int
@@ -111,20 +117,22 @@ class Mamba2Config:
     conv_bias: bool = True
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = True
+    known_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, "vocab_size", "d_model", "n_layer", "d_state", "d_conv", "expand", "headdim", "ngroups")
         check_counts(self, "norm_groups")
         check_switches(self, "D_has_hdim", "norm_before_gate", "bias", "conv_bias", "tie_embeddings")
         check_positive(self, "norm_epsilon")
+        check_known_tokens(self)
         if self.d_inner % self.headdim:
             raise MqAoError(f"d_inner {self.d_inner} cannot be divided into heads of {self.headdim}: change headdim.")
         for name, whole in (("ngroups", self.heads), ("norm_groups", self.d_inner)):
             if whole % getattr(self, name):
                 raise MqAoError(f"Mamba2Config.{name} is {getattr(self, name)}, which does not divide {whole}.")
-        if not isinstance(self.dt_min, int | float) or self.dt_min < 0:
+        if not isinstance(self.dt_min, int | float) or not 0 <= self.dt_min < math.inf:
             raise MqAoError(f"Mamba2Config.dt_min is {self.dt_min!r}: give a number of at least 0.")
-        if self.dt_max is not None and not self.dt_max > self.dt_min:
+        if self.dt_max is not None and not (isinstance(self.dt_max, int | float) and self.dt_max > self.dt_min):
             raise MqAoError(f"Mamba2Config.dt_max is {self.dt_max!r}: give a number above dt_min, or none.")
 
     @property
@@ -174,11 +182,24 @@ def check_switches(config: object, *names: str) -> None:
             raise MqAoError(f"{type(config).__name__}.{name} is {value!r}: give true or false.")
 
 
+def check_known_tokens(config: MambaConfig | Mamba2Config) -> None:
+    """Raises MqAoError unless known_tokens is None or a count within the vocabulary."""
+    if config.known_tokens is None:
+        return
+    check_counts(config, "known_tokens")
+    if config.known_tokens > config.vocab_size:
+        name = type(config).__name__
+        raise MqAoError(
+            f"{name}.known_tokens is {config.known_tokens}, more than the vocab_size of {config.vocab_size}: it counts "
+            "the tokens that are no padding."
+        )
+
+
 def check_positive(config: object, *names: str) -> None:
-    """Raises MqAoError unless these fields are numbers above 0."""
+    """Raises MqAoError unless these fields are finite numbers above 0."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int | float) or not value > 0:
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise MqAoError(f"{type(config).__name__}.{name} is {value!r}: give a positive number.")
 
 

@@ -1,4 +1,4 @@
-"""The config.json layouts that `loading` understands, and how their names map to ours.
+"""The config.json layouts that `loading` understands.
 
 Sources: `transformers.MambaConfig` (5.x) and `mamba_ssm.models.config_mamba.MambaConfig` (2.3).
 """
@@ -6,19 +6,29 @@ Sources: `transformers.MambaConfig` (5.x) and `mamba_ssm.models.config_mamba.Mam
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mq_ao.errors import MqAoError
 from mq_ao.models.config import Mamba2Config, MambaConfig
+from mq_ao.models.config_json import limits, number, read_json
 from mq_ao.models.mamba import MambaLM
 from mq_ao.models.mamba2 import Mamba2LM
+from mq_ao.models.mamba_nd import MambaND
 from mq_ao.models.mamba_nd_config import MambaNDConfig
+from mq_ao.models.vim import Vim
 from mq_ao.models.vision_config import VimConfig
+
+TRANSFORMERS_FAMILIES = (
+    "falcon_mamba",
+    "jamba",
+    "bamba",
+    "zamba2",
+    "falcon_h1",
+    "granitemoehybrid",
+    "nemotron_h",
+)
+"""`model_type` of what is captured as transformers computes it, and is no `MambaLM`."""
 
 # Keys that any library may add to a config.json and that say nothing about the mathematics.
 _BOOKKEEPING = frozenset(
@@ -54,21 +64,8 @@ _MAMBA2_CFG_FIXED = {"rmsnorm": True, "d_ssm": None, "activation": "swish"}
 _Config = TypeVar("_Config", MambaConfig, Mamba2Config, VimConfig, MambaNDConfig)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a folder's config.json says.
-
-    Attributes:
-        config: the model's shape.
-        rename: maps a weight's name in the folder to ours.
-    """
-
-    config: MambaConfig | Mamba2Config
-    rename: Callable[[str], str]
-
-
-def read_layout(folder: Path) -> Layout:
-    """Reads `folder`/config.json.
+def read_config(folder: Path) -> MambaConfig | Mamba2Config:
+    """What `folder`/config.json says of a model's shape.
 
     Raises:
         MqAoError: the file is missing or broken, or describes a model that `MambaLM` does not compute.
@@ -76,45 +73,36 @@ def read_layout(folder: Path) -> Layout:
     path = folder / "config.json"
     values = read_json(path)
     try:
-        return _layout(values)
+        return _config(values)
     except MqAoError as error:
         raise MqAoError(f"{path}: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a config.json.
-
-    Raises:
-        MqAoError: the file is missing or broken.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MqAoError(
-            f"{path.parent} has no config.json: give the folder of a transformers, mamba_ssm or mq_ao Mamba model."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise MqAoError(f"{path} cannot be read as JSON ({error}): fetch it again.") from error
-    if not isinstance(values, dict):
-        raise MqAoError(f"{path} is not a JSON object: give the folder of a Mamba model.")
-    return values
-
-
-def _layout(values: dict[str, Any]) -> Layout:
+def _config(values: dict[str, Any]) -> MambaConfig | Mamba2Config:
     family = values.get("model_type")
     if family == MambaLM.model_type:
-        return Layout(own_config(values, MambaConfig), str)
+        return own_config(values, MambaConfig)
     if family == Mamba2LM.model_type:
-        return Layout(own_config(values, Mamba2Config), str)
+        return own_config(values, Mamba2Config)
     if family == "mamba":
-        return Layout(_transformers_config(values), _from_transformers)
+        return _transformers_config(values)
     if family == "mamba2":
-        return Layout(_transformers_mamba2_config(values), _from_transformers)
+        return _transformers_mamba2_config(values)
     if family is None and {"d_model", "n_layer"} <= values.keys():
-        return Layout(_mamba_ssm_config(values), str)
+        return _mamba_ssm_config(values)
     if family is None:
         raise MqAoError('neither "model_type" nor the d_model and n_layer of mamba_ssm are there: is it a Mamba model?')
-    raise MqAoError(f'model_type is "{family}", and only "mamba", "mamba2" and the mamba_ssm layout can be loaded.')
+    if family in TRANSFORMERS_FAMILIES:
+        raise MqAoError(
+            f'model_type is "{family}", which runs without states and cannot generate yet: mq_ao.models.load loads it '
+            "through transformers, to be quantized."
+        )
+    if family in (Vim.model_type, MambaND.model_type):
+        raise MqAoError(f'model_type is "{family}", which is no language model: load it with its class.')
+    raise MqAoError(
+        f'model_type is "{family}": "mamba", "mamba2", the mamba_ssm layout, and through transformers '
+        f"{', '.join(TRANSFORMERS_FAMILIES)} can be loaded."
+    )
 
 
 def own_config(values: dict[str, Any], kind: type[_Config]) -> _Config:
@@ -133,15 +121,18 @@ def own_config(values: dict[str, Any], kind: type[_Config]) -> _Config:
     return kind(**values)
 
 
-def _from_transformers(name: str) -> str:
-    return name.replace("backbone.embeddings.", "backbone.embedding.")
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of transformers that are not null; an option that is null has its default."""
+    given = {key: value for key, value in values.items() if value is not None}
+    if missing := sorted({"vocab_size", "hidden_size", "num_hidden_layers"} - given.keys()):
+        raise MqAoError(f"{', '.join(missing)} missing.")
+    if (activation := given.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise MqAoError(f'hidden_act is "{activation}": only silu is supported.')
+    return given
 
 
 def _transformers_config(values: dict[str, Any]) -> MambaConfig:
-    if missing := sorted({"vocab_size", "hidden_size", "num_hidden_layers"} - values.keys()):
-        raise MqAoError(f"{', '.join(missing)} missing.")
-    if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise MqAoError(f'hidden_act is "{activation}": only silu is supported.')
+    values = _given(values)
     config = MambaConfig(
         vocab_size=values["vocab_size"],
         d_model=values["hidden_size"],
@@ -152,7 +143,7 @@ def _transformers_config(values: dict[str, Any]) -> MambaConfig:
         dt_rank=values.get("time_step_rank", "auto"),
         bias=values.get("use_bias", False),
         conv_bias=values.get("use_conv_bias", True),
-        norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
+        norm_epsilon=number(values.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon"),
         tie_embeddings=values.get("tie_word_embeddings", True),
     )
     width = values.get("intermediate_size", config.d_inner)
@@ -162,11 +153,8 @@ def _transformers_config(values: dict[str, Any]) -> MambaConfig:
 
 
 def _transformers_mamba2_config(values: dict[str, Any]) -> Mamba2Config:
-    required = {"vocab_size", "hidden_size", "num_hidden_layers"}
-    if missing := sorted(required - values.keys()):
-        raise MqAoError(f"{', '.join(missing)} missing.")
-    if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise MqAoError(f'hidden_act is "{activation}": only silu is supported.')
+    values = _given(values)
+    dt_min, dt_max = limits(values.get("time_step_limit"), "time_step_limit")
     config = Mamba2Config(
         vocab_size=values["vocab_size"],
         d_model=values["hidden_size"],
@@ -179,9 +167,10 @@ def _transformers_mamba2_config(values: dict[str, Any]) -> Mamba2Config:
         norm_groups=values.get("n_groups", 8),
         bias=values.get("use_bias", False),
         conv_bias=values.get("use_conv_bias", True),
-        norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
+        norm_epsilon=number(values.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon"),
         tie_embeddings=values.get("tie_word_embeddings", False),
-        **_limits(values.get("time_step_limit", (0.0, math.inf))),
+        dt_min=dt_min,
+        dt_max=dt_max,
     )
     heads = values.get("num_heads", config.heads)
     if heads != config.heads:
@@ -217,20 +206,16 @@ def _mamba_ssm_config(values: dict[str, Any]) -> MambaConfig | Mamba2Config:
     vocab_size, multiple = values.get("vocab_size"), values.get("pad_vocab_size_multiple", 8)
     if not (isinstance(vocab_size, int) and isinstance(multiple, int) and vocab_size > 0 and multiple > 0):
         raise MqAoError(f"vocab_size is {vocab_size!r} and pad_vocab_size_multiple {multiple!r}: give whole numbers.")
+    padded = -(-vocab_size // multiple) * multiple
     common = {
-        "vocab_size": -(-vocab_size // multiple) * multiple,
+        "vocab_size": padded,
+        "known_tokens": vocab_size if vocab_size < padded else None,
         "d_model": values["d_model"],
         "n_layer": values["n_layer"],
         "tie_embeddings": values.get("tie_embeddings", True),
     }
     if layer == "Mamba1":
         return MambaConfig(**common, **shape)
+    dt_min, dt_max = limits(shape.pop("dt_limit", None), "ssm_cfg.dt_limit")
     # Its gated norm has as many groups as B and C.
-    limits = _limits(shape.pop("dt_limit", (0.0, math.inf)))
-    return Mamba2Config(**common, **shape, **limits, norm_groups=shape.get("ngroups", 1))
-
-
-def _limits(given: Sequence[float]) -> dict[str, Any]:
-    """dt_min and dt_max from (smallest, largest), of which the latter may be infinite."""
-    low, high = given
-    return {"dt_min": low, "dt_max": None if math.isinf(high) else high}
+    return Mamba2Config(**common, **shape, dt_min=dt_min, dt_max=dt_max, norm_groups=shape.get("ngroups", 1))

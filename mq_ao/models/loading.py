@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
+from mq_ao.memory import check_room
 from mq_ao.models import demo
 from mq_ao.models.checkpoint import FILES, has_weights, read_weights
-from mq_ao.models.layouts import Layout, read_layout
+from mq_ao.models.layouts import read_config
 from mq_ao.models.mamba import MambaLM
 from mq_ao.models.mamba2 import language_model
+from mq_ao.models.names import language_model_names
 from mq_ao.models.weights import fitted
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -24,53 +26,68 @@ def load(source: str | Path) -> MambaLM:
 
     Args:
         source: `"demo"` (the bundled model), a folder (transformers', mamba_ssm's or our layout) or a hub id.
-            A folder goes before a hub id of the same name.
+            A folder goes before a hub id of the same name; a `Path` is always a folder.
 
     Raises:
-        MqAoError: the source is not found, is another kind of model, or its weights are missing, extra, of
-            another shape, not finite, or cannot be read.
+        MqAoError: the source is not found, is another kind of model, does not fit into memory, or its weights are
+            missing, extra, of another shape, not finite, or cannot be read.
+    """
+    return load_folder(find(source))
+
+
+def find(source: str | Path) -> Path:
+    """The folder of a model, fetched if `source` is a hub id; see `load`.
+
+    Raises:
+        MqAoError: it is not found.
     """
     if source == "demo":
-        return load_folder(demo.FOLDER)
+        return demo.FOLDER
     path = Path(source).expanduser()
     if path.is_dir():
-        return load_folder(path)
+        return path
     if path.exists():
         raise MqAoError(f"{path} is a file: give the folder that holds config.json and the weights.")
-    return load_folder(_download(str(source)))
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return _download(source)
+    raise MqAoError(f"there is no folder {source}: check the path.")
 
 
 def load_folder(folder: Path) -> MambaLM:
     """Loads the model in `folder`; see `load`."""
-    layout = read_layout(folder)
+    config = read_config(folder)
     with torch.device("meta"):
-        model = language_model(layout.config)
+        model = language_model(config)
+    check_room(model, str(folder))
     try:
-        weights = _matched(model, layout, read_weights(folder))
+        weights = _matched(model, read_weights(folder))
     except MqAoError as error:
         raise MqAoError(f"{folder} cannot be loaded: {error}") from error
     model.load_state_dict(weights, assign=True)
-    if layout.config.tie_embeddings:
+    if config.tie_embeddings:
         model.lm_head.weight = model.backbone.embedding.weight
     return model.eval()
 
 
-def _matched(model: MambaLM, layout: Layout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+def _matched(model: MambaLM, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """The stored weights in float32 under our names; an error names those that are not the model's."""
-    weights = {layout.rename(name): tensor for name, tensor in stored.items()}
+    weights = language_model_names(stored)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     embedding = weights.get("backbone.embedding.weight")
-    if layout.config.tie_embeddings and embedding is not None:
+    if model.config.tie_embeddings and embedding is not None:
         head = weights.setdefault("lm_head.weight", embedding)
         if not torch.equal(head, embedding):
             raise MqAoError("the configuration ties the head to the embedding, and lm_head.weight differs from it.")
+    if expected.keys() - weights.keys() == {"lm_head.weight"}:
+        raise MqAoError(
+            "its weights are those of the base model, without a head, and the configuration does not tie the head to "
+            "the embedding: save the language model with its lm_head.weight."
+        )
     return fitted(weights, expected)
 
 
 def _download(source: str) -> Path:
     """Fetches a hub model's configuration and weights into the hub's cache, as safetensors if there are."""
-    if not _HUB_ID.fullmatch(source):
-        raise MqAoError(f"there is no folder {source}: check the path.")
     try:
         import huggingface_hub
     except ImportError as error:

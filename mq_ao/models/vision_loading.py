@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mq_ao.errors import MqAoError
 from mq_ao.models.checkpoint import read_file, read_weights
-from mq_ao.models.layouts import own_config, read_json
+from mq_ao.models.config_json import read_json
+from mq_ao.models.layouts import own_config
 from mq_ao.models.weights import fitted
 
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from mq_ao.errors import MqAoError
 from mq_ao.models import demo
 from mq_ao.models.config import MAMBA2_130M, MAMBA_130M, Mamba2Config, MambaConfig
-from mq_ao.models.layouts import read_layout
+from mq_ao.models.layouts import read_config
 
 SHAPES: Mapping[str, MambaConfig | Mamba2Config] = MappingProxyType(
     {
@@ -38,8 +38,8 @@ def get_shape(model: str) -> MambaConfig | Mamba2Config:
     if model in SHAPES:
         return SHAPES[model]
     if model == "demo":
-        return read_layout(demo.FOLDER).config
+        return read_config(demo.FOLDER)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return read_layout(folder).config
+        return read_config(folder)
     raise MqAoError(f"unknown model {model!r}: give demo, {', '.join(SHAPES)}, or a folder with a config.json.")
