@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
-from mq_ao.capture import mamba_ssm, transformers
+from mq_ao.capture import by_hand, mamba_ssm, transformers
 from mq_ao.capture.layout import ChannelLast
 from mq_ao.capture.replacing import replaced
 from mq_ao.errors import MqAoError
@@ -30,6 +30,7 @@ def export(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    scans: by_hand.Scans | None = None,
 ) -> ExportedProgram:
     """Captures `module` as one program for any batch and length, length 1 included.
 
@@ -42,13 +43,16 @@ def export(
             for a constant.
         kwargs: example keyword inputs.
         dynamic_shapes: as in torch.export; None lets every size vary that the model does not fix itself.
+        scans: functions of the model's own that compute a scan, such as {"MambaBlock.selective_scan":
+            mq_ao.capture.SelectiveScan()}: our operator is captured in their place, if it computes the same. A key is
+            "path.of.submodule.method", "Class.method", "package.function" or the function itself.
 
     Returns:
         Program over aten and mq_ao operators.
 
     Raises:
         MqAoError: the module is in training mode, an input is empty, its scan is of a kind that there is no operator
-            for, or torch.export cannot capture it.
+            for or a loop in Python, a function of `scans` computes something else, or torch.export cannot capture it.
     """
     if module.training:
         raise MqAoError(f"{type(module).__name__} is in training mode: call .eval() before capture.")
@@ -63,7 +67,7 @@ def export(
         dynamic_shapes = dynamic_shapes[0] if not kwargs else _by_name(module, args, dynamic_shapes)
     replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
     try:
-        with torch.no_grad(), replaced(replacements), ChannelLast():
+        with torch.no_grad(), replaced(replacements), by_hand.swapped(module, args, kwargs, scans), ChannelLast():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
     except MqAoError as error:
         place = _place(module, error)
