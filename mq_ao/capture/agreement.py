@@ -86,10 +86,7 @@ def reading_of(label: str, given: SelectiveScan, call: Call, result: Any) -> Sel
         failures.append((failure, reading))
     # The likeliest reading, or one that only loses accuracy.
     failure, reading = next(((text, item) for text, item in failures if _ACCURACY in text), failures[0])
-    hint = "" if _ACCURACY in failure else _hint(reading, random)
-    unread = _unread(reading, call.values)
-    ignored = f" Its parameters {', '.join(unread)} are no operands of the scan." if unread else ""
-    raise MqAoError(f"{failure}{hint}{ignored}")
+    raise MqAoError(failure if _ACCURACY in failure else f"{failure} {_hint(reading, random)}")
 
 
 def check(label: str, reading: SelectiveScan, call: Call, result: Any) -> None:
@@ -118,7 +115,10 @@ def _failure(label: str, given: SelectiveScan, reading: SelectiveScan, sample: _
     return text if sample.source == _RANDOM else text + _ACCURACY
 
 
-_ACCURACY = " On random ones they agree: a function that divides by decays, as cumulative sums do, loses accuracy with the length."
+_ACCURACY = (
+    " On random ones they agree: a function that divides by decays, as cumulative sums do, loses accuracy with the "
+    "length."
+)
 
 
 def _difference(ours: Any, theirs: Any) -> tuple[float, str]:
@@ -149,28 +149,26 @@ def _hint(reading: SelectiveScan, sample: _Sample) -> str:
         if agrees:
             changed = [item.name for item in fields(other) if getattr(other, item.name) != getattr(reading, item.name)]
             says = ", ".join(f"{name}={getattr(other, name)!r}" for name in changed)
-            causes = dict.fromkeys(_cause(name, getattr(other, name)) for name in changed if name != "A")
-            return f" They agree with {says}: {', and '.join(causes)}."
-    return " No other way to read its parameters agrees either: does it discretise in another way?"
+            causes = dict.fromkeys(_CAUSES[name][getattr(other, name) in _NOT] for name in changed if name != "A")
+            return f"They agree with {says}: {', and '.join(causes)}."
+    unread = _unread(reading, sample.values)
+    ignored = f" Its parameters {', '.join(unread)} are no operands of the scan." if unread else ""
+    return f"No other way to read its parameters agrees either: does it discretise in another way?{ignored}"
 
 
-def _cause(name: str, value: Any) -> str:
-    return _CAUSES[name].format("not " if value in (None, False, CHANNEL_LAST) else "")
-
-
+_NOT = (None, False, CHANNEL_LAST)
 _CAUSES = {
-    "x": "x and dt are the other way round",
-    "dt": "x and dt are the other way round",
-    "A_log": "A is {}given as its logarithm",
-    "B": "B and C are the other way round",
-    "C": "B and C are the other way round",
-    "D": "D x is {}added inside",
-    "z": "y is {}gated inside",
-    "dt_bias": "the bias of dt is {}added inside",
-    "dt_softplus": "the softplus is {}inside",
-    "layout": "channels are {}before the length",
-    "BC_layout": "d_state is {}before the length",
+    **dict.fromkeys(("x", "dt"), ("x and dt are the other way round",)),
+    **dict.fromkeys(("B", "C"), ("B and C are the other way round",)),
+    "A_log": ("A is given as its logarithm", "A is given as it is"),
+    "D": ("D x is added inside", "D x is added outside, if at all"),
+    "z": ("the gate is inside", "the gate is outside, if there is one"),
+    "dt_bias": ("the bias of dt is added inside", "the bias of dt is added outside, if there is one"),
+    "dt_softplus": ("the softplus is inside", "the softplus is outside, if there is one"),
+    "layout": ("channels come before the length", "channels are the last axis"),
+    "BC_layout": ("d_state comes before the length", "d_state is the last axis"),
 }
+"""What is mistaken, by the field that has to change: if it is given, and if it is not."""
 
 
 def _unread(reading: SelectiveScan, values: Mapping[str, Any]) -> list[str]:

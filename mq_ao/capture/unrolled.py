@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mq_ao.capture import frames
 from mq_ao.errors import MqAoError
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _SHORT = 6
 _IMAGES = 4
+_STEPS = 64
+"""Steps through an axis of a tensor, one by one, that are taken for a loop over time: more than there are heads."""
 
 
 class _KnownScan(BaseException):
@@ -50,6 +52,8 @@ class _Calls(TorchFunctionMode):
         self.whole = whole
         self.counts: Counter[tuple[CodeType, int]] = Counter()
         self.calls: dict[tuple[CodeType, int], _Call] = {}
+        self.stepping: set[tuple[CodeType, int]] = set()
+        self._indices: dict[tuple[CodeType, int], tuple[int, int]] = {}
 
     def __torch_function__(
         self,
@@ -71,31 +75,58 @@ class _Calls(TorchFunctionMode):
                 scan = next((frames.key_of(item) for item in around if frames.looks_like_scan(item)), None)
                 place = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frames.key_of(frame)}"
                 self.calls[key] = _Call(len(around), place, scan)
+            if getattr(func, "__name__", "") in _INDEXING and self._step(key, args[1:]):
+                self.stepping.add(key)
         return func(*args, **(kwargs or {}))
+
+    def _step(self, key: tuple[CodeType, int], index: Any) -> bool:
+        """Whether an instruction has indexed tensors by that many numbers in a row."""
+        numbers = [item.start if isinstance(item, slice) else item for item in tree_leaves(index)]
+        number = next((item for item in reversed(numbers) if type(item) is int), 0)
+        last, count = self._indices.get(key, (number, 0))
+        count = count + 1 if abs(number - last) == 1 else 1
+        self._indices[key] = number, count
+        return count >= _STEPS
+
+
+_INDEXING = frozenset({"__getitem__", "select", "narrow"})
 
 
 def refuse_loops(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, whole: bool = False) -> None:
     """Checks that a model without a scan operator does not loop over its sequence in Python.
 
     The model runs on two short lengths, and each instruction's calls of torch are counted: those that become more with
-    the length are such a loop, and those of 64 layers are not. A model that calls a scan operator is left there, unless
-    the whole of it is to be looked at.
+    the length are such a loop, and those of 64 layers are not. If it runs on one length alone, an instruction that
+    takes an axis of a tensor apart step by step is one.
+
+    Args:
+        module: model in eval mode.
+        args: example positional inputs.
+        kwargs: example keyword inputs.
+        whole: look at all of a model that calls a scan operator too; else it is left at that call.
 
     Raises:
         MqAoError: it does.
     """
     for shorter, longer in _lengths(args, kwargs):
         try:
-            many, few = (_calls(module, *given, whole=whole) for given in (longer, shorter))
+            many = _calls(module, *longer, whole=whole)
         except _KnownScan:
             return
-        except Exception as error:  # The model may have one length, or a shortest one: torch.export will tell.
+        except Exception as error:  # It may have a shortest length; if it does not run at all, torch.export will tell.
             logger.debug("%s does not run on a shorter input: %s", type(module).__name__, error)
             continue
-        loops = [many.calls[key] for key, count in many.counts.items() if count > few.counts[key]]
-        if loops:
-            raise MqAoError(_advice(min(loops, key=lambda call: call.depth)))
-        return
+        try:
+            few = _calls(module, *shorter, whole=whole)
+        except Exception as error:  # It may have but one length.
+            logger.debug("%s does not run on a shorter input: %s", type(module).__name__, error)
+            found = list(many.stepping)
+        else:
+            found = [key for key, count in many.counts.items() if count > few.counts[key]]
+            if not found:
+                return
+        if found:
+            raise MqAoError(_advice(min((many.calls[key] for key in found), key=lambda call: call.depth)))
 
 
 def _calls(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, whole: bool) -> _Calls:
