@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -73,6 +74,22 @@ def test_swapped(kind: type[Block], key: Any, given: SelectiveScan) -> None:
         x = ids(batch, length, seed=length)
         # float32: sums in another order.
         assert difference(program.module()(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [OwnBlock, ReferenceBlock])
+@pytest.mark.parametrize("length", [2 * by_hand.D_MODEL, by_hand.D_STATE])
+def test_lengths_that_do_not_tell_axes_apart(kind: type[Block], length: int) -> None:
+    model = Stack(kind)
+    key: Any = OwnBlock.scan if kind is OwnBlock else selective_scan_ref
+    program = export(model, (ids(2, length),), scans={key: AUTO})
+    # float32: sums in another order.
+    assert difference(program.module()(ids(3, 7)), model(ids(3, 7))) < 1e-6
+
+
+def test_one_step_does_not_tell() -> None:
+    assert "a scan of one step does not show what it computes" in refusal(
+        Stack(OwnBlock), {"OwnBlock.scan": AUTO}, ids(2, 1)
+    )
 
 
 def test_of_one_part_each() -> None:
@@ -199,7 +216,7 @@ def test_wrong_readings(kind: type[Block], key: str, given: SelectiveScan, wante
     assert key in message
     assert wanted in message
     # How far they are apart, unless ours cannot take the shapes at all.
-    assert "y by 0." in message or "y by 1." in message or "must have shape" in message
+    assert re.search(r"(y|last state) by [01]\.\d+ of its largest value", message) or "must have shape" in message
 
 
 class MaskedBlock(MinimalBlock):
@@ -392,10 +409,13 @@ def test_quantized_it_runs_in_integers() -> None:
     assert not integer.simulated
     # in_proj, x_proj, dt_proj and out_proj of two blocks and the head; two convolutions.
     assert sum(integer.kernels.values()) == 11
-    compiled = inductor.lower(quantized.converted, calibration[0])
     for batch, length in ((4, 32), (1, 1), (3, 50)):
         x = ids(batch, length, seed=9)
-        # Weights of random blocks in int8: a part in a hundred.
-        assert difference(compiled(x), model(x)) < 0.05
+        with torch.no_grad():
+            got, simulated, wanted = integer.module(x), quantized.converted(x), model(x)
+        # A value on the border between two integers may fall to either side where sums are formed in another order.
+        assert float((got - simulated).norm() / simulated.norm()) < 1e-2
+        # Rounding to 8 bits on the way through two random blocks: a few parts in a hundred.
+        assert float((got - wanted).norm() / wanted.norm()) < 0.1
     with pytest.raises(MqAoError, match="a Python loop over the sequence"):
         export(model, calibration[0])

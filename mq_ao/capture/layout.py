@@ -223,6 +223,15 @@ class ChannelLast(TorchFunctionMode):
         self._padded[id(y)] = (y, padded)
         return y
 
+    def _getitem(self, name: str, x: Tensor, index: Any) -> Any:
+        if id(x) not in self._padded or not isinstance(index, tuple) or not isinstance(index[-1], slice):
+            return NotImplemented
+        *before, last = index
+        all_before = all(item is ... or (isinstance(item, slice) and item == slice(None)) for item in before)
+        if not all_before or (len(before) < 2 and ... not in before):
+            return NotImplemented
+        return self._slice(name, x, 2, last.start, last.stop, last.step or 1)
+
     def _slice(self, name: str, x: Tensor, dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1) -> Any:
         """A convolution that is cut to the length of its input is a causal one."""
         _, padded = self._padded.get(id(x), (x, None))
@@ -317,7 +326,8 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "matmul": ChannelLast._matmul,
     "__matmul__": ChannelLast._matmul,
     "conv1d": ChannelLast._conv1d,
-    "slice": ChannelLast._slice,  # what torch.export makes of x[..., :stop]
+    "__getitem__": ChannelLast._getitem,
+    "slice": ChannelLast._slice,  # what torch.export makes of x[..., :stop] for a symbolic stop
     "add": ChannelLast._add,
     "__add__": ChannelLast._add,
 }

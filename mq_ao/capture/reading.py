@@ -155,7 +155,12 @@ def readings(
     A = value_of(forms[0][0] or forms[0][1], values, owner)
     _check_axes("A", A, (2,))
     channels, d_state = A.shape
-    options["layout"] = _layouts(given.layout, value_of(options["x"][0], values, owner).shape, channels)
+    x = value_of(options["x"][0], values, owner)
+    if min(x.shape[1:]) < 2:
+        raise MqAoError(
+            f"its x is {tuple(x.shape)}: a scan of one step does not show what it computes, give two or more."
+        )
+    options["layout"] = _layouts(given.layout, x.shape, channels)
     options["BC_layout"] = _layouts(given.BC_layout, value_of(options["B"][0], values, owner).shape, d_state)
     chosen = (dict(zip(options, values, strict=True)) for values in product(*options.values()))
     return [SelectiveScan(A=A, A_log=A_log, **rest) for rest in chosen for A, A_log in forms]
