@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.nn.functional import conv1d, linear, silu
+from torch.nn.functional import linear, silu
 
 from mq_ao import export
 from mq_ao.capture.layout import ChannelLast
@@ -206,56 +206,3 @@ def test_any_sequence_of_reorderings(steps: list[tuple[str, int, int]]) -> None:
     assert got.shape == wanted.shape
     # The largest values grow with every product; sums are taken in another order.
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10 * float(wanted.abs().max()))
-
-
-def cut(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    y = conv1d(x.transpose(1, 2), w[:6, None, :4], b[:6], padding=3, groups=6)[..., : x.shape[1]]
-    return silu(y).transpose(1, 2)
-
-
-def cut_from_the_end(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    y = conv1d(x.permute(0, 2, 1).contiguous(), w[:6, None, :4], None, 1, 3, 1, 6)[:, :, :-3]
-    return y.transpose(1, 2) * 2
-
-
-@pytest.mark.parametrize("code", [cut, cut_from_the_end])
-def test_a_convolution_that_is_cut_is_causal(code: Callable[..., Tensor]) -> None:
-    module = Code(code).eval()
-    program = captured(module)
-    found = operators(program)
-    assert found["causal_conv1d"] == 1
-    assert not {"conv1d", "silu"} & set(found)
-    assert not MOVING & set(found)
-    for batch, length in ((1, 1), (3, 4), (1, 7)):
-        x = torch.randn(batch, length, 6, dtype=torch.float64)
-        torch.testing.assert_close(program.module()(x), module(x), rtol=1e-12, atol=1e-12)
-
-
-def cut_elsewhere(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    y = conv1d(x.transpose(1, 2), w[:6, None, :4], b[:6], padding=3, groups=6)
-    return torch.cat((y[..., 3:], y[..., :-1], y[..., : x.shape[1] : 2], y[..., : x.shape[1] + 1]), dim=-1)
-
-
-def not_depthwise(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    x = x.transpose(1, 2)
-    parts = (
-        conv1d(x, v[:2, :3, None].expand(2, 3, 4), padding=3, groups=2),
-        conv1d(x, w[:6, None, :4], padding=3, groups=6, stride=2),
-        conv1d(x, w[:6, None, :4], padding=2, groups=6),
-    )
-    return torch.cat([part[..., :2].flatten(1) for part in parts], dim=-1)
-
-
-def cut_after_writing(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    y = conv1d(x.transpose(1, 2), w[:6, None, :4], padding=3, groups=6)
-    y += 1
-    return y[..., : x.shape[1]]
-
-
-@pytest.mark.parametrize("code", [cut_elsewhere, cut_after_writing, not_depthwise])
-def test_a_convolution_that_is_not_causal_stays(code: Callable[..., Tensor]) -> None:
-    module = Code(code).eval()
-    program = captured(module)
-    assert "causal_conv1d" not in operators(program)
-    x = torch.randn(3, 7, 6, dtype=torch.float64)
-    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-12, atol=1e-12)

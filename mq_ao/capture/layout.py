@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import linear, silu
 from torch.overrides import TorchFunctionMode
 
-from mq_ao.capture import causal, grouped
+from mq_ao.capture import grouped
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -51,9 +51,6 @@ class _View:
         return (self.base.dim() - 1,)
 
 
-_CHANNEL_FIRST: Groups = ((0,), (2,), (1,))
-
-
 def _identity(dims: int) -> Groups:
     return tuple((axis,) for axis in range(dims))
 
@@ -71,9 +68,6 @@ class ChannelLast(TorchFunctionMode):
         super().__init__()
         # By id, with the tensor itself so that the id stays its own.
         self._views: dict[int, tuple[Tensor, _View]] = {}
-        # Convolutions that may be cut to be causal, and those that were.
-        self._padded: dict[int, tuple[Tensor, causal.Padded]] = {}
-        self._causal: dict[int, tuple[Tensor, causal.Causal]] = {}
 
     def __torch_function__(
         self,
@@ -86,7 +80,7 @@ class ChannelLast(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if _writes(name, kwargs):
             # What is written to may be a copy of what it is a view of, or the other way round.
-            self._forget()
+            self._views.clear()
         elif name == "einsum" and len(args) == 3:
             product = grouped.einsum(*args)
             if product is not None:
@@ -104,10 +98,6 @@ class ChannelLast(TorchFunctionMode):
                 # The tensor may be a view where the code's own would have been contiguous.
                 func = Tensor.reshape
         return func(*args, **kwargs)
-
-    def _forget(self) -> None:
-        for known in (self._views, self._padded, self._causal):
-            known.clear()
 
     def _known(self, x: Tensor) -> _View | None:
         entry = self._views.get(id(x))
@@ -172,12 +162,9 @@ class ChannelLast(TorchFunctionMode):
 
     def _silu(self, name: str, x: Tensor, inplace: bool = False) -> Any:
         if inplace:
-            self._forget()
-        known = self._known(x) or _View(x, _identity(x.dim()))
-        _, conv = self._causal.get(id(known.base), (x, None))
-        if conv is not None:
-            return self._give(_View(conv("silu"), known.groups))
-        return NotImplemented if known.base is x else self._give(_View(silu(known.base), known.groups))
+            self._views.clear()
+        known = self._known(x)
+        return NotImplemented if known is None else self._give(_View(silu(known.base), known.groups))
 
     def _cast(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if name in _CASTS:
@@ -209,41 +196,12 @@ class ChannelLast(TorchFunctionMode):
     def _conv1d(
         self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """A convolution of kernel size 1 is a linear; one that pads both ends may be cut to be causal."""
+        """A convolution of kernel size 1 is a linear."""
         given = {**dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)), **kwargs}
         groups = given.pop("groups", 1)
         changed = {key: value for key, value in given.items() if value not in (_CONV1D[key], (_CONV1D[key],))}
         product = grouped.pointwise_conv1d(x, weight, bias, groups, changed)
-        if product is not None:
-            return product
-        padded = causal.Padded.of(x, weight, bias, {**changed, "groups": groups})
-        if padded is None:
-            return NotImplemented
-        y = torch.conv1d(x, weight, bias, *args, **kwargs)
-        self._padded[id(y)] = (y, padded)
-        return y
-
-    def _getitem(self, name: str, x: Tensor, index: Any) -> Any:
-        if id(x) not in self._padded or not isinstance(index, tuple) or not isinstance(index[-1], slice):
-            return NotImplemented
-        *before, last = index
-        all_before = all(item is ... or (isinstance(item, slice) and item == slice(None)) for item in before)
-        if not all_before or (len(before) < 2 and ... not in before):
-            return NotImplemented
-        return self._slice(name, x, 2, last.start, last.stop, last.step or 1)
-
-    def _slice(self, name: str, x: Tensor, dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1) -> Any:
-        """A convolution that is cut to the length of its input is a causal one."""
-        _, padded = self._padded.get(id(x), (x, None))
-        if padded is None or not padded.is_cut(dim, start, stop, step):
-            return NotImplemented
-        known = self._known(padded.x)
-        channel_last = known is not None and known.groups == _CHANNEL_FIRST
-        base = known.base if known is not None and channel_last else padded.x.transpose(1, 2)
-        conv = causal.Causal(base, padded)
-        y = conv(None)
-        self._causal[id(y)] = (y, conv)
-        return self._give(_View(y, _CHANNEL_FIRST))
+        return NotImplemented if product is None else product
 
     def _add(self, name: str, x: Tensor, other: Any) -> Any:
         """`weight @ x + bias[:, None]` is one linear."""
@@ -326,8 +284,6 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "matmul": ChannelLast._matmul,
     "__matmul__": ChannelLast._matmul,
     "conv1d": ChannelLast._conv1d,
-    "__getitem__": ChannelLast._getitem,
-    "slice": ChannelLast._slice,  # what torch.export makes of x[..., :stop] for a symbolic stop
     "add": ChannelLast._add,
     "__add__": ChannelLast._add,
 }
