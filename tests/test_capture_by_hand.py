@@ -154,7 +154,13 @@ class AutogradBlock(MinimalBlock):
 
 
 @pytest.mark.parametrize(
-    ("kind", "key"), [(ScriptedBlock, scripted), (KeywordBlock, "KeywordBlock.ssm"), (AutogradBlock, "pscan_fn")]
+    ("kind", "key"),
+    [
+        (ScriptedBlock, scripted),
+        (KeywordBlock, "KeywordBlock.ssm"),
+        (AutogradBlock, "pscan_fn"),
+        (AutogradBlock, "tests.test_capture_by_hand.Pscan.forward"),
+    ],
 )
 def test_functions_of_other_kinds(kind: type[Block], key: Any) -> None:
     model = Stack(kind, count=1)
@@ -314,6 +320,9 @@ def test_put_back_after_an_error() -> None:
         (PscanBlock, "in tests.by_hand.pscan", "PscanBlock.selective_scan"),
         (ReferenceBlock, "in tests.by_hand.loop", "tests.by_hand.selective_scan_ref"),
         (OwnBlock, "in tests.by_hand.loop", "OwnBlock.scan"),
+        (ScriptedBlock, "in ScriptedBlock.mixed", "ScriptedBlock.mixed"),
+        (KeywordBlock, "in tests.by_hand.loop", "KeywordBlock.mixed"),
+        (AutogradBlock, "in tests.by_hand.loop", "tests.test_capture_by_hand.Pscan.forward"),
     ],
 )
 def test_loops_are_refused_before_the_trace(
@@ -324,7 +333,7 @@ def test_loops_are_refused_before_the_trace(
 
     monkeypatch.setattr(torch.export, "export", traced)
     message = refusal(Stack(kind), None, ids(2, 1024))
-    assert f"{by_hand.__file__}:" in message
+    assert f"{by_hand.__file__ if 'by_hand.' in place else __file__}:" in message
     assert place in message
     assert f"scans={{{key!r}: SelectiveScan()}}" in message
 
@@ -372,6 +381,11 @@ def test_many_layers_are_no_loop(positions: bool) -> None:
         model = nn.Sequential(OneLength(Block, 70), model)
         model[0].layers = nn.ModuleList([nn.Linear(by_hand.D_MODEL, 8)])
     unrolled.refuse_loops(model.eval(), (torch.randn(2, 70, by_hand.D_MODEL if positions else 8),), {})
+
+
+def test_recurrent_layers_of_torch_are_no_loop() -> None:
+    model = nn.LSTM(by_hand.D_MODEL, 8, batch_first=True).eval()
+    unrolled.refuse_loops(model, (torch.randn(2, 70, by_hand.D_MODEL),), {})
 
 
 def test_looking_for_loops_changes_nothing() -> None:

@@ -28,12 +28,12 @@ class Call:
     """A call of the user's function.
 
     Attributes:
-        owner: module whose method it is, or None.
+        owner: module, or other object, whose method it is, or None.
         values: arguments by the names of the parameters.
         function: calls it again, with other values.
     """
 
-    owner: nn.Module | None
+    owner: Any
     values: Mapping[str, Any]
     function: Callable[[Mapping[str, Any]], Any]
 
@@ -46,7 +46,7 @@ class _Sample:
     values: Mapping[str, Any]
     attributes: Mapping[str, Tensor]
     result: Any
-    owner: nn.Module | None
+    owner: Any
 
     def difference(self, reading: SelectiveScan) -> tuple[float, str]:
         """The largest difference relative to the largest value, and of which output."""
@@ -202,7 +202,7 @@ def _random(label: str, candidates: list[SelectiveScan], call: Call) -> _Sample:
     for source, role in roles.items():
         if source is not None and source not in values:
             value = value_of(source, values, call.owner)
-            if isinstance(value, nn.Parameter):
+            if isinstance(value, nn.Parameter) and isinstance(call.owner, nn.Module):
                 attributes[source] = _drawn(role, value, generator)
     try:
         with _attributes(call.owner, attributes):
@@ -224,17 +224,16 @@ def _drawn(role: str | None, like: Tensor, generator: torch.Generator) -> Tensor
 
 
 @contextmanager
-def _attributes(owner: nn.Module | None, values: Mapping[str, Tensor]) -> Iterator[None]:
+def _attributes(owner: Any, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Gives a module these parameters, such as "self.A_log", for a while."""
-    before = []
+    before: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter | None]] = []
     try:
         for source, value in values.items():
             path, _, name = source.removeprefix("self.").rpartition(".")
-            assert owner is not None
             parameters = owner.get_submodule(path)._parameters
             before.append((parameters, name, parameters[name]))
             parameters[name] = nn.Parameter(value, requires_grad=False)
         yield
     finally:
-        for parameters, name, value in before:
-            parameters[name] = value
+        for parameters, name, parameter in before:
+            parameters[name] = parameter

@@ -87,7 +87,8 @@ class _Swap:
         self.places = found
         self.signature = signature
         self.reading: SelectiveScan | None = None
-        self.checked: set[int] = set()
+        # By id, with the object itself so that the id stays its own.
+        self.checked: dict[int, Any] = {}
 
     @classmethod
     def of(
@@ -112,7 +113,7 @@ class _Swap:
         """The function itself, compared with ours at its first call for each module."""
         original = place.function
 
-        def body(owner: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        def body(owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             first = [owner] if place.is_method else []
             if id(owner) in self.checked:
                 return original(*first, *args, **kwargs)
@@ -132,12 +133,12 @@ class _Swap:
                 logger.info("%s is %s", self.label, self.reading)
             else:
                 agreement.check(self.label, self.reading, call, result)
-            self.checked.add(id(owner))
+            self.checked[id(owner)] = owner
             return result
 
         return body
 
-    def ours(self, owner: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def ours(self, owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Our operator, called as the function is."""
         assert self.reading is not None
         return self.reading.compute(_by_name(self._bound(args, kwargs)), owner)

@@ -16,7 +16,7 @@ from torch import nn
 from mq_ao.capture.replacing import Replacement, imported
 
 Key = str | Callable[..., Any]
-Body = Callable[[nn.Module | None, tuple[Any, ...], Mapping[str, Any]], Any]
+Body = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
 """What runs instead of a function: it is given the module whose method it is, or None, and the arguments."""
 
 
@@ -37,7 +37,7 @@ class Place:
         """What is there, a static method unwrapped."""
         value = inspect.getattr_static(self.owner, self.name)
         if isinstance(self.owner, nn.Module) and not isinstance(value, staticmethod):
-            return getattr(self.owner, self.name)  # type: ignore[no-any-return]
+            return getattr(self.owner, self.name)
         found: Callable[..., Any] = value.__func__ if isinstance(value, staticmethod) else value
         return found
 
@@ -56,12 +56,11 @@ class Place:
         function = self.function
         if isinstance(function, torch.jit.ScriptFunction):
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            return inspect.Signature(
-                inspect.Parameter(
-                    item.name, kind, default=item.default_value if item.has_default_value() else inspect.Parameter.empty
-                )
-                for item in function.schema.arguments
-            )
+            schema: Any = function.schema
+            defaults = {item.name: item.default_value for item in schema.arguments if item.has_default_value()}
+            names = [item.name for item in schema.arguments]
+            empty = inspect.Parameter.empty
+            return inspect.Signature([inspect.Parameter(x, kind, default=defaults.get(x, empty)) for x in names])
         owner = getattr(function, "__self__", None)
         if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
             signature = inspect.signature(owner.forward)
@@ -77,7 +76,7 @@ class Place:
         def function(*args: Any, **kwargs: Any) -> Any:
             return body(owner, args, kwargs)
 
-        def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             return body(self, args, kwargs)
 
         if self.is_method:
@@ -92,7 +91,8 @@ def places(module: nn.Module, key: Key) -> list[Place]:
     Args:
         module: the model.
         key: "path.of.submodule.method", "path.of.submodule" for its forward, "Class.method" of parts of the model,
-            "package.function", the name of a function in the file of one of the model's classes, or the function.
+            "package.function", "package.Class.method", the name of a function in the file of one of the model's
+            classes, or the function.
     """
     if not isinstance(key, str):
         return list(_holding(module, key))
@@ -106,7 +106,9 @@ def places(module: nn.Module, key: Key) -> list[Place]:
     if classes:
         return [Place(kind, name) for kind in classes]
     try:
-        function = pkgutil.resolve_name(key)
+        function, home = pkgutil.resolve_name(key), pkgutil.resolve_name(prefix) if prefix else None
+        if isinstance(home, type):
+            return [Place(home, name)]
     except (ImportError, AttributeError, ValueError):
         homes = (vars(sys.modules[kind.__module__]) for kind in _classes(module) if kind.__module__ in sys.modules)
         function = next((home[key] for home in homes if key in home), None)

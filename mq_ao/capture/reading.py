@@ -8,7 +8,7 @@ from itertools import combinations, product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mq_ao.capture import scans
 from mq_ao.capture.frames import NAMES, find
@@ -87,12 +87,12 @@ class SelectiveScan:
         given = [(item.name, getattr(self, item.name)) for item in fields(self)]
         return f"SelectiveScan({', '.join(f'{name}={value!r}' for name, value in given if value != AUTO)})"
 
-    def operand(self, name: str, values: Mapping[str, Any], owner: nn.Module | None) -> Any:
+    def operand(self, name: str, values: Mapping[str, Any], owner: Any) -> Any:
         """The value of an operand in a call: of a parameter, of the module, or None."""
         source = getattr(self, name)
         return None if source is None else value_of(source, values, owner)
 
-    def compute(self, values: Mapping[str, Any], owner: nn.Module | None) -> Tensor | tuple[Tensor, Tensor]:
+    def compute(self, values: Mapping[str, Any], owner: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Our scan, of a call's arguments by name; all fields are known.
 
         Raises:
@@ -113,7 +113,7 @@ class SelectiveScan:
         return (y, last) if returned else y
 
 
-def value_of(source: str, values: Mapping[str, Any], owner: nn.Module | None) -> Any:
+def value_of(source: str, values: Mapping[str, Any], owner: Any) -> Any:
     """What a name stands for in a call.
 
     Raises:
@@ -131,9 +131,7 @@ def value_of(source: str, values: Mapping[str, Any], owner: nn.Module | None) ->
     return value
 
 
-def readings(
-    given: SelectiveScan, values: Mapping[str, Any], owner: nn.Module | None, result: Any
-) -> list[SelectiveScan]:
+def readings(given: SelectiveScan, values: Mapping[str, Any], owner: Any, result: Any) -> list[SelectiveScan]:
     """What a function may compute, by the names and shapes of a call: the likeliest first, with all fields known.
 
     Raises:
@@ -166,34 +164,32 @@ def readings(
     return [SelectiveScan(A=A, A_log=A_log, **rest) for rest in chosen for A, A_log in forms]
 
 
-def _sources(
-    given: SelectiveScan, operand: str, values: Mapping[str, Any], owner: nn.Module | None
-) -> list[str | None]:
+def _sources(given: SelectiveScan, operand: str, values: Mapping[str, Any], owner: Any) -> list[str | None]:
     """What an operand may be: the name that was given, or what has a usual one."""
     source = getattr(given, operand)
     if source != AUTO:
         if source is not None:
             value_of(source, values, owner)
         return [source]
-    if operand in _FORMS and getattr(given, *_FORMS - {operand}) not in (AUTO, None):
+    if operand in _OTHER and getattr(given, _OTHER[operand]) not in (AUTO, None):
         return []
     found: list[str | None] = [*find(operand, values)]
     if len(found) > 1:
         raise MqAoError(f"the parameters {', '.join(map(str, found))} are all named like {operand}: give {operand}=.")
     if found or operand in _NEEDED:
         return found
-    own = [f"{_SELF}{path}" for path in _ATTRIBUTES.get(operand, ()) if _has(owner, path)]
-    if operand in _FORMS:
-        return [] if find(*_FORMS - {operand}, values) else own
+    own: list[str | None] = [f"{_SELF}{path}" for path in _ATTRIBUTES.get(operand, ()) if _has(owner, path)]
+    if operand in _OTHER:
+        return [] if find(_OTHER[operand], values) else own
     return [*own, None] if operand == "D" else [None, *own]
 
 
-_FORMS = frozenset({"A", "A_log"})
+_OTHER = {"A": "A_log", "A_log": "A"}
 _ATTRIBUTES = {"A": ("A",), "A_log": ("A_log",), "D": ("D",), "dt_bias": ("dt_bias", "dt_proj.bias")}
 """Where a method finds an operand in its module that it is not given."""
 
 
-def _has(owner: nn.Module | None, path: str) -> bool:
+def _has(owner: Any, path: str) -> bool:
     value: Any = owner
     for name in path.split("."):
         value = getattr(value, name, None)

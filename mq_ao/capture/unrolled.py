@@ -7,11 +7,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mq_ao.capture import frames
@@ -68,16 +69,21 @@ class _Calls(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         frame = next(frames.own_frames(sys._getframe(1)), None)
         if frame is not None:
-            key = (frame.f_code, frame.f_lasti)
-            self.counts[key] += 1
-            if key not in self.calls:
-                around = list(frames.own_frames(frame))
-                scan = next((frames.key_of(item) for item in around if frames.looks_like_scan(item)), None)
-                place = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frames.key_of(frame)}"
-                self.calls[key] = _Call(len(around), place, scan)
+            key = self.count(frame)
             if getattr(func, "__name__", "") in _INDEXING and self._step(key, args[1:]):
                 self.stepping.add(key)
         return func(*args, **(kwargs or {}))
+
+    def count(self, frame: FrameType) -> tuple[CodeType, int]:
+        """Counts a call from where a frame is now."""
+        key = (frame.f_code, frame.f_lasti)
+        self.counts[key] += 1
+        if key not in self.calls:
+            around = list(frames.own_frames(frame))
+            scan = next((frames.key_of(item) for item in around if frames.looks_like_scan(item)), None)
+            place = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frames.key_of(frame)}"
+            self.calls[key] = _Call(len(around), place, scan)
+        return key
 
     def _step(self, key: tuple[CodeType, int], index: Any) -> bool:
         """Whether an instruction has indexed tensors by that many numbers in a row."""
@@ -87,6 +93,26 @@ class _Calls(TorchFunctionMode):
         count = count + 1 if abs(number - last) == 1 else 1
         self._indices[key] = number, count
         return count >= _STEPS
+
+
+class _ScriptedCalls(TorchDispatchMode):
+    """Counts the operators of scripted functions, which are no calls of torch to the mode above, for their caller."""
+
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        frame = next(frames.own_frames(sys._getframe(1)), None)
+        if frame is not None and frame.f_code is not _Calls.__torch_function__.__code__:
+            self.calls.count(frame)
+        return func(*args, **(kwargs or {}))
 
 
 _INDEXING = frozenset({"__getitem__", "select", "narrow"})
@@ -130,7 +156,8 @@ def refuse_loops(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _calls(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, whole: bool) -> _Calls:
-    with _Calls(whole=whole) as calls:
+    calls = _Calls(whole=whole)
+    with _ScriptedCalls(calls), calls:
         frames.run(module, args, kwargs)
     return calls
 
