@@ -95,6 +95,58 @@ def test_of_one_part_each() -> None:
     assert not {"scan", "mixed"} & {name for layer in model.layers for name in vars(layer)}
 
 
+class Recurrence(nn.Module):
+    """A scan that is a module, with a buffer for what is usually a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("A", -torch.rand(2 * by_hand.D_MODEL, by_hand.D_STATE))
+
+    def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, return_state: bool = True) -> Any:
+        y, last = by_hand.loop(*by_hand.discretised(x, dt, self.A, B), C)
+        return [y, last] if return_state else y
+
+
+class ModularBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrence = Recurrence()
+
+    def mixed(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:
+        y: Tensor = self.recurrence(u, torch.sigmoid(dt), B, C)[0]
+        return y * silu(z)
+
+
+@pytest.mark.parametrize(
+    "scans", [{"Recurrence.forward": AUTO}, dict.fromkeys(("layers.0.recurrence", "layers.1.recurrence"), AUTO)]
+)
+def test_a_scan_that_is_a_module(scans: dict[Any, SelectiveScan]) -> None:
+    model = Stack(ModularBlock)
+    program = export(model, (ids(2, 10),), scans=scans)
+    assert operators(program)["selective_scan"] == 2
+    # float32: sums in another order.
+    assert difference(program.module()(ids(3, 5)), model(ids(3, 5))) < 1e-6
+
+
+def test_in_double_precision() -> None:
+    model = Stack(OwnBlock).double()
+    program = export(model, (ids(2, 10),), scans={OwnBlock.scan: AUTO})
+    assert difference(program.module()(ids(3, 5)), model(ids(3, 5))) < 1e-13
+
+
+def test_in_half_precision() -> None:
+    model = Stack(OwnBlock).bfloat16()
+    program = export(model, (ids(2, 10),), scans={OwnBlock.scan: AUTO})
+    # bfloat16 has 8 bits, and the loop rounds at every step.
+    assert difference(program.module()(ids(3, 5)).float(), model(ids(3, 5)).float()) < 0.05
+
+
+def test_a_model_that_does_not_run() -> None:
+    message = refusal(Stack(OwnBlock), {OwnBlock.scan: AUTO}, ids(2, 10) + 24)
+    assert "does not run on the example inputs: index out of range" in message
+    assert "there is no such method" in refusal(Stack(OwnBlock), {"OwnBlock.no": AUTO}, ids(2, 10) + 24)
+
+
 def test_a_loop_that_is_left_is_refused() -> None:
     message = refusal(Stack(OwnBlock), {"layers.0.scan": AUTO})
     assert "a Python loop over the sequence" in message
@@ -250,6 +302,29 @@ def test_another_scan(kind: type[Block], name: str) -> None:
     assert ("Its parameters mask are no operands" in message) == (kind is MaskedBlock)
 
 
+class TwoWaysBlock(Block):
+    """One method for both directions."""
+
+    def mixed(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:
+        operands = (u, torch.sigmoid(dt), -torch.exp(self.A_log), B, C, self.D)
+        return self.one_way(*operands) + self.one_way(*operands, reverse=True)
+
+    def one_way(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reverse: bool = False
+    ) -> Tensor:
+        if reverse:
+            u, delta, B, C = (value.flip(1) for value in (u, delta, B, C))
+        y, _ = by_hand.loop(*by_hand.discretised(u, delta, A, B), C)
+        y = y + u * D
+        return y.flip(1) if reverse else y
+
+
+def test_options_that_our_scan_does_not_know() -> None:
+    message = refusal(Stack(TwoWaysBlock), {"TwoWaysBlock.one_way": AUTO})
+    assert "differ on the model's own inputs of another call: y by" in message
+    assert "does the function compute something else for other options?" in message
+
+
 def test_sums_that_lose_accuracy_with_the_length() -> None:
     message = refusal(Stack(CumsumBlock), {"CumsumBlock.selective_scan": AUTO}, ids(2, 90))
     assert "differ on the model's own inputs" in message
@@ -258,7 +333,7 @@ def test_sums_that_lose_accuracy_with_the_length() -> None:
 
 def test_of_discretised_operands() -> None:
     message = refusal(Stack(PscanBlock), {"tests.by_hand.pscan": AUTO})
-    assert "one of (2, 10, 32, 4), are discretised" in message
+    assert "one of (2, 10, 32, 4), are not those of Mamba-1's scan" in message
     assert "name the function around it that takes x, dt, A, B and C, which is 'PscanBlock.selective_scan'" in message
 
 
@@ -270,7 +345,7 @@ def test_of_discretised_operands() -> None:
         ("tests.by_hand.selective_scan_ref", AUTO, "is never called by the model.*MinimalBlock.selective_scan"),
         ("MinimalBlock.selective_scan", SelectiveScan(dt="step"), "it has no parameter 'step', only u, delta, A, B"),
         ("MinimalBlock.selective_scan", SelectiveScan(D="self.skip"), "there is no self.skip"),
-        ("tests.by_hand.loop", AUTO, "are discretised"),
+        ("tests.by_hand.loop", AUTO, "If they are discretised"),
         ("tests.by_hand.discretised", SelectiveScan(C="B"), "returns 2 values|its y is"),
         ("MinimalBlock.mixed", SelectiveScan(x="z", z="u"), "differ on random inputs"),
         ("MinimalBlock.forward", AUTO, r"none of its parameters \(x\) is named like dt: give dt="),

@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 """Largest difference, of the largest value, between two float32 programs for one scan."""
 _HALF = 2e-2
 """The same where the user's function computes in bfloat16 or float16."""
-_RANDOM, _OWN = "random inputs", "the model's own inputs"
+_RANDOM, _OWN, _LATER = "random inputs", "the model's own inputs", "the model's own inputs of another call"
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ def reading_of(label: str, given: SelectiveScan, call: Call, result: Any) -> Sel
 
 
 def check(label: str, reading: SelectiveScan, call: Call, result: Any) -> None:
-    """Compares what a function made of the model's own values with what our scan does.
+    """Compares what a function made of the model's own values, at a later call, with what our scan does.
 
     Raises:
         MqAoError: they differ.
     """
-    failure = _failure(label, reading, reading, _Sample(_OWN, call.values, {}, result, call.owner))
+    failure = _failure(label, reading, reading, _Sample(_LATER, call.values, {}, result, call.owner))
     if failure is not None:
         raise MqAoError(failure)
 
@@ -112,13 +112,19 @@ def _failure(label: str, given: SelectiveScan, reading: SelectiveScan, sample: _
         f"{label} and our scan differ on {sample.source}: {output} by {difference:.2g} of its largest value, where "
         f"{sample.tolerance:g} is allowed."
     )
-    return text if sample.source == _RANDOM else text + _ACCURACY
+    return text + _MORE.get(sample.source, "")
 
 
 _ACCURACY = (
     " On random ones they agree: a function that divides by decays, as cumulative sums do, loses accuracy with the "
     "length."
 )
+
+
+_MORE = {
+    _OWN: _ACCURACY,
+    _LATER: " At the first call they agreed: does the function compute something else for other options?",
+}
 
 
 def _difference(ours: Any, theirs: Any) -> tuple[float, str]:
@@ -180,15 +186,19 @@ def _unread(reading: SelectiveScan, values: Mapping[str, Any]) -> list[str]:
 def _discretised(call: Call) -> str | None:
     """What to say of a function such as `pscan(A, X)`, whose operands no longer hold those of the scan."""
     wide = [tuple(x.shape) for x in frames.tensors(call.values) if x.dim() > 3]
-    if not wide:
+    if not wide or any(_axes(call.values[name]) == 3 for name in frames.find("x", call.values)):
         return None
     around = (frame for frame in frames.own_frames(sys._getframe()) if frames.looks_like_scan(frame))
     scan = next(around, None)
     return (
-        f"its operands, such as one of {wide[0]}, are discretised (exp(dt A) and dt B x), from which dt, A and B "
-        f"cannot be had back: name the function around it that takes x, dt, A, B and C"
+        f"its operands, such as one of {wide[0]}, are not those of Mamba-1's scan. If they are discretised, exp(dt A) "
+        "and dt B x, then dt, A and B cannot be had back: name the function around it that takes x, dt, A, B and C"
         f"{f', which is {frames.key_of(scan)!r}' if scan is not None else ''}."
     )
+
+
+def _axes(value: Any) -> int:
+    return value.dim() if isinstance(value, Tensor) else 0
 
 
 def _random(label: str, candidates: list[SelectiveScan], call: Call) -> _Sample:
