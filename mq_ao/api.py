@@ -22,6 +22,7 @@ from mq_ao import batches, passes
 from mq_ao.batches import Call
 from mq_ao.calibrate import calibrate
 from mq_ao.capture import export
+from mq_ao.capture.by_hand import Scans, using_scans
 from mq_ao.capture.precision import check_weights, float_dtype, in_float32
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.errors import MqAoError
@@ -165,6 +166,7 @@ def quantize(
     recipe: str | Recipe = "mambaquant-w8a8",
     *,
     backend: str = "inductor",
+    scans: Scans | None = None,
     progress: bool = False,
 ) -> QuantizedProgram:
     """Captures, rewrites, calibrates and converts a trained model.
@@ -179,6 +181,7 @@ def quantize(
         recipe: name of a recipe (`mq_ao.recipes.RECIPES`), a recipe file, or a recipe.
         backend: what runs the result: "inductor" (this machine's CPU), "executorch" (a `.pte` for edge devices) or
             "cuda" (a GPU). Activations become the integers that its kernels take.
+        scans: the model's own functions that compute a scan; see `mq_ao.export`.
         progress: show progress bars on stderr.
 
     Returns:
@@ -196,6 +199,7 @@ def quantize(
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.autocast("cpu", enabled=False))
         modes.enter_context(torch.autocast("cuda", enabled=False))
+        modes.enter_context(using_scans(scans or {}))
         return _quantized(_opened(model), calibration, chosen, quantizer, progress)
 
 

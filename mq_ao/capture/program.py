@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
-from mq_ao.capture import examples, mamba_ssm, modes, transformers
+from mq_ao.capture import by_hand, examples, mamba_ssm, modes, transformers
 from mq_ao.capture.examples import Call
 from mq_ao.capture.layout import ChannelLast
 from mq_ao.capture.replacing import Replacement, replaced
@@ -33,6 +33,7 @@ def export(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    scans: by_hand.Scans | None = None,
 ) -> ExportedProgram:
     """Captures `module` as one program for any batch and length, length 1 included.
 
@@ -47,13 +48,17 @@ def export(
         kwargs: example keyword inputs.
         dynamic_shapes: as in torch.export, which takes a size of 1 for a constant; None lets every size vary that the
             model does not fix itself, batch and length of examples with one sequence or one token too.
+        scans: functions of the model's own that compute a scan, such as {"MambaBlock.selective_scan":
+            mq_ao.capture.SelectiveScan()}: our operator is captured in their place, if it computes the same. A key is
+            "path.of.submodule.method", "Class.method", "package.function" or the function itself.
 
     Returns:
         Program over aten and mq_ao operators.
 
     Raises:
         MqAoError: the module is in training mode, an input is empty or does not fit it, its scan is of a kind that
-            there is no operator for, or torch.export cannot capture it.
+            there is no operator for or a loop in Python, a function of `scans` computes something else, or
+            torch.export cannot capture it.
     """
     module = unwrapped(module)
     if module.training:
@@ -65,31 +70,34 @@ def export(
                 f"an example input is empty, of shape {tuple(tensor.shape)}: give at least one sequence and one token."
             )
     if dynamic_shapes is not None:
-        return _traced(module, call, dynamic_shapes)
+        return _traced(module, call, dynamic_shapes, scans)
     forward = examples.explicit(module, call)
     with replaced([Replacement(module, "forward", forward)]):
-        return _traced_at_any_size(module, call, examples.every_size(forward, call))
+        return _traced_at_any_size(module, call, examples.every_size(forward, call), scans)
 
 
-def _traced_at_any_size(module: nn.Module, call: Call, shapes: dict[str, Any]) -> ExportedProgram:
+def _traced_at_any_size(
+    module: nn.Module, call: Call, shapes: dict[str, Any], scans: by_hand.Scans | None
+) -> ExportedProgram:
     wide = examples.widened(call)
     if wide is call:
-        return _traced(module, call, shapes)
+        return _traced(module, call, shapes, scans)
     try:
-        program = _traced(module, wide, shapes)
+        program = _traced(module, wide, shapes, scans)
         if examples.vary(program, call, wide):
             return program
     except MqAoError as error:
         logger.info("not for more than one sequence or token: %s", error)
-    program = _traced(module, call, shapes)
+    program = _traced(module, call, shapes, scans)
     logger.warning("%s is captured for inputs of the example's size 1 alone", type(module).__name__)
     return program
 
 
-def _traced(module: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:
+def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.Scans | None) -> ExportedProgram:
     replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
     try:
-        with torch.no_grad(), replaced([*replacements, *modes.replacements()]), ChannelLast():
+        library = replaced([*replacements, *modes.replacements()])
+        with torch.no_grad(), library, by_hand.swapped(module, *call, scans), ChannelLast():
             program = torch.export.export(module, *call, dynamic_shapes=dynamic_shapes)
     except MqAoError as error:
         raise MqAoError(f"{_place(module, error)} cannot be captured: {error}") from error

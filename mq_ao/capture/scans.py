@@ -46,6 +46,7 @@ def selective_scan(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan of Mamba-1, times SiLU(z): u, delta, z (batch, length, channels), B, C (batch, length, [groups,] d_state).
 
@@ -62,7 +63,7 @@ def selective_scan(
             )
     dtype = _common_dtype(u, delta, B, C)
     y, last = torch.ops.mq_ao.selective_scan(
-        u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias, delta_softplus
+        u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias, delta_softplus, initial_state
     )
     y = y.to(u.dtype)
     return (y if z is None else y * silu(z)), last

@@ -101,7 +101,9 @@ def match(module: GraphModule) -> Match:
     if not scans:
         raise MqAoError(
             "no mq_ao::selective_scan or ssd_scan in the graph, so there is nothing to recognise as Mamba: capture the "
-            "model with mq_ao.export, from a model whose scan is mamba_ssm's, transformers' or torch.ops.mq_ao's."
+            "model with mq_ao.export, from a model whose scan is mamba_ssm's, transformers' or torch.ops.mq_ao's; of a "
+            'scan of your own, name the function: mq_ao.export(..., scans={"Class.method": '
+            "mq_ao.capture.SelectiveScan()})."
         )
     found: dict[Node, list[_Scan]] = {}
     rejected = []
