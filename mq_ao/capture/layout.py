@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import Parameter, functional
 from torch.nn.functional import linear, silu
 from torch.overrides import TorchFunctionMode
 
-from mq_ao.capture import grouped
+from mq_ao.capture import depthwise, grouped
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -82,8 +83,8 @@ class ChannelLast(TorchFunctionMode):
             # What is written to may be a copy of what it is a view of, or the other way round.
             self._views.clear()
         elif name == "einsum" and len(args) == 3:
-            product = grouped.einsum(*args)
-            if product is not None:
+            product = self._einsum(*args)
+            if product is not NotImplemented:
                 return product
         elif name in _HANDLERS and args and isinstance(args[0], Tensor):
             handler = _HANDLERS[name]
@@ -120,7 +121,8 @@ class ChannelLast(TorchFunctionMode):
     def _reordered(self, func: Callable[..., Tensor], x: Tensor, order: Sequence[int]) -> Tensor:
         known = self._known(x)
         if known is None:
-            return self._remember(func(x), _View(x, tuple((axis % x.dim(),) for axis in order)))
+            groups = tuple((axis % x.dim(),) for axis in order)
+            return x if groups == _identity(x.dim()) else self._remember(func(x), _View(x, groups))
         return self._give(_View(known.base, tuple(known.groups[axis] for axis in order), known.product))
 
     def _permute(self, name: str, x: Tensor, *order: Any) -> Any:
@@ -166,6 +168,74 @@ class ChannelLast(TorchFunctionMode):
         known = self._known(x)
         return NotImplemented if known is None else self._give(_View(silu(known.base), known.groups))
 
+    def _pointwise(self, name: str, x: Tensor, *options: float) -> Any:
+        """A function of every value by itself."""
+        known = self._known(x)
+        return NotImplemented if known is None else self._give(_View(_POINTWISE[name](known.base, *options), known.groups))
+
+    def _binary(self, name: str, x: Tensor, other: Any) -> Any:
+        """A sum or product of a view with a number, with a view alike, or with what broadcasts against it."""
+        function = torch.add if "add" in name else torch.mul
+        known = self._known(x)
+        if known is None:
+            # Sums and products commute.
+            known, x, other = self._known(other) if isinstance(other, Tensor) else None, other, x
+        if known is None:
+            return NotImplemented
+        if isinstance(other, int | float):
+            return self._give(_View(function(known.base, other), known.groups))
+        if not isinstance(other, Tensor) or other.dim() > x.dim() or any(len(group) != 1 for group in known.groups):
+            return NotImplemented
+        while other.dim() < x.dim():
+            other = other.unsqueeze(0)
+        order = sorted(range(x.dim()), key=known.axes.__getitem__)
+        base = function(known.base, self._permute("permute", other, order))
+        # What broadcast against it may have given it longer axes, and the order is the same.
+        return self._give(_View(base, known.groups))
+
+    def _getitem(self, name: str, x: Tensor, index: Any) -> Any:
+        """Ranges of a view's axes."""
+        known, parts = self._known(x), list(index) if isinstance(index, tuple) else [index]
+        if known is None or not all(part is ... or isinstance(part, slice) for part in parts):
+            return NotImplemented
+        if ... not in parts:
+            parts.append(...)
+        middle, whole = parts.index(...), slice(None)
+        parts[middle : middle + 1] = [whole] * (x.dim() - len(parts) + 1)
+        if len(parts) != x.dim():
+            return NotImplemented
+        selected = [whole] * known.base.dim()
+        for group, part in zip(known.groups, parts, strict=True):
+            if part.start is None and part.stop is None and part.step is None:
+                continue
+            if len(group) != 1:
+                return NotImplemented
+            selected[group[0]] = part
+        return self._give(_View(known.base[tuple(selected)], known.groups))
+
+    def _narrow(self, name: str, x: Tensor, dim: int, start: Any, length: int) -> Any:
+        if not isinstance(start, int) or start < 0:
+            return NotImplemented
+        index = [slice(None)] * x.dim()
+        index[dim] = slice(start, start + length)
+        result = self._getitem(name, x, tuple(index))
+        return x[tuple(index)] if result is NotImplemented else result
+
+    def _pad(self, name: str, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+        """Zeros around a view."""
+        known = self._known(x)
+        if known is None or mode != "constant" or value:
+            return NotImplemented
+        sizes = [(0, 0)] * known.base.dim()
+        for index, group in enumerate(known.groups[::-1][: len(pad) // 2]):
+            pair = (pad[2 * index], pad[2 * index + 1])
+            if len(group) == 1:
+                sizes[group[0]] = pair
+            elif pair != (0, 0):
+                return NotImplemented
+        flat = [size for pair in sizes[::-1] for size in pair]
+        return self._give(_View(functional.pad(known.base, flat), known.groups))
+
     def _cast(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if name in _CASTS:
             wanted = _CASTS[name]
@@ -187,32 +257,65 @@ class ChannelLast(TorchFunctionMode):
             return NotImplemented
         return self._give(_View(linear(known.base, weight, bias), known.groups))
 
-    def _matmul(self, name: str, weight: Tensor, x: Tensor) -> Any:
-        known = self._known(x)
-        if known is None or weight.dim() != 2 or x.dim() < 2 or known.groups[-2] != known.last:
+    def _matmul(self, name: str, first: Tensor, second: Tensor) -> Any:
+        """`x @ weight` and `weight @ x`."""
+        weight = self._weight(second)
+        if weight is not None and first.dim() >= 2:
+            product = self._linear(name, first, weight)
+            return linear(first, weight) if product is NotImplemented else product
+        if first.dim() != 2 or second.dim() < 2:
             return NotImplemented
-        return self._give(_View(linear(known.base, weight), known.groups, (known.base, weight)))
+        if self._known(second) is None and isinstance(first, Parameter) and second.dim() > 2:
+            second = self._transpose(name, self._transpose(name, second, -1, -2), -1, -2)
+        known = self._known(second)
+        if known is None or known.groups[-2] != known.last:
+            return NotImplemented
+        return self._give(_View(linear(known.base, first), known.groups, (known.base, first)))
+
+    def _weight(self, matrix: Tensor) -> Tensor | None:
+        """The weight (out, in) of the linear that a product with a parameter (in, out) from the right is."""
+        known = self._known(matrix)
+        parameter = matrix if known is None else known.base
+        if not isinstance(parameter, Parameter) or matrix.dim() != 2 or parameter.dim() != 2:
+            return None
+        return self._transpose("t", matrix, 0, 1)
+
+    def _einsum(self, equation: str, first: Tensor, second: Tensor) -> Any:
+        product = grouped.einsum(equation, first, second)
+        if product is not None:
+            return product
+        plan = grouped.plain(equation, first, second)
+        if plan is None:
+            return NotImplemented
+        x = self._permute("permute", plan.x, plan.before)
+        weight = plan.weight.t() if plan.transposed else plan.weight
+        product = self._linear("linear", x, weight)
+        return self._permute("permute", linear(x, weight) if product is NotImplemented else product, plan.after)
 
     def _conv1d(
         self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """A convolution of kernel size 1 is a linear."""
+        """A convolution of kernel size 1 is a linear, and a depthwise one causal."""
         given = {**dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)), **kwargs}
         groups = given.pop("groups", 1)
         changed = {key: value for key, value in given.items() if value not in (_CONV1D[key], (_CONV1D[key],))}
         product = grouped.pointwise_conv1d(x, weight, bias, groups, changed)
-        return NotImplemented if product is None else product
+        if product is not None:
+            return product
+        padding = depthwise.padding(x, weight, groups, changed)
+        if padding is None:
+            return NotImplemented
+        y = depthwise.conv1d(self._transpose("transpose", x, 1, 2), weight, bias, padding)
+        return self._transpose("transpose", y, 1, 2)
 
     def _add(self, name: str, x: Tensor, other: Any) -> Any:
         """`weight @ x + bias[:, None]` is one linear."""
         known = self._known(x)
-        if known is None or known.product is None or not isinstance(other, Tensor):
-            return NotImplemented
-        if known.last not in known.groups:
-            return NotImplemented
+        if known is None or known.product is None or not isinstance(other, Tensor) or known.last not in known.groups:
+            return self._binary(name, x, other)
         after = len(known.groups) - 1 - known.groups.index(known.last)
         if other.shape != (known.base.shape[-1], *[1] * after):
-            return NotImplemented
+            return self._binary(name, x, other)
         return self._give(_View(linear(*known.product, other.flatten()), known.groups))
 
 
@@ -254,6 +357,11 @@ def _take(base: Tensor, axes: Sequence[int], sizes: Sequence[Any]) -> list[tuple
     return groups
 
 
+_POINTWISE: dict[str, Callable[..., Tensor]] = {
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+    "softplus": functional.softplus,
+}
 _CONV1D = {"stride": 1, "padding": 0, "dilation": 1}
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
 _WRITING = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())})
@@ -277,13 +385,16 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "split_with_sizes": ChannelLast._split,
     "contiguous": ChannelLast._contiguous,
     "silu": ChannelLast._silu,
+    **dict.fromkeys(_POINTWISE, ChannelLast._pointwise),
+    "__getitem__": ChannelLast._getitem,
+    "narrow": ChannelLast._narrow,
+    "pad": ChannelLast._pad,
     "to": ChannelLast._cast,
     "type_as": ChannelLast._cast,
     **dict.fromkeys(_CASTS, ChannelLast._cast),
     "linear": ChannelLast._linear,
-    "matmul": ChannelLast._matmul,
-    "__matmul__": ChannelLast._matmul,
+    **dict.fromkeys(("matmul", "__matmul__", "mm"), ChannelLast._matmul),
     "conv1d": ChannelLast._conv1d,
-    "add": ChannelLast._add,
-    "__add__": ChannelLast._add,
+    **dict.fromkeys(("add", "__add__", "__radd__"), ChannelLast._add),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply"), ChannelLast._binary),
 }

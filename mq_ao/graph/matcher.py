@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import walk
+from mq_ao.graph import outside, walk
 from mq_ao.graph.block import Block, Direction
 from mq_ao.graph.edit import is_constant
 from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
-
-_PRODUCT = re.compile(r"(^|_)(add|badd)?b?(mm|matmul)(_|$)")
-"""In the name of an operator that multiplies matrices; libraries define their own for experts."""
-_ROUTING = frozenset({walk.aten.topk.default, walk.aten.softmax.int, walk.aten._softmax.default})
-
 
 @dataclass(frozen=True)
 class Rejection:
@@ -44,6 +39,7 @@ class Match:
         embeddings: embedding look-ups.
         rejected: scans whose neighbourhood was not understood, and linears without a role.
         linears: other linears, such as those of attention and MLPs.
+        convolutions: convolutions that no scan reads, such as that of a branch beside it.
     """
 
     blocks: tuple[Block, ...]
@@ -51,12 +47,14 @@ class Match:
     embeddings: tuple[Node, ...] = ()
     rejected: tuple[Rejection, ...] = field(default=())
     linears: tuple[Node, ...] = ()
+    convolutions: tuple[Node, ...] = ()
 
     def by_role(self) -> list[tuple[Role, Node]]:
         """Every (role, node) pair of the graph."""
         pairs = [(Role.EMBEDDING, node) for node in self.embeddings]
         for block in self.blocks:
             pairs.extend(block.by_role())
+        pairs += [(Role.CONV1D, node) for node in self.convolutions]
         pairs += [(Role.LINEAR, node) for node in self.linears]
         pairs += [(Role.HEAD, node) for node in self.heads]
         return list(dict.fromkeys(pairs))  # blocks may share an in_proj
@@ -78,6 +76,7 @@ class Match:
             rows += [("norm", norm) for norm in block.norms]
             lines += [f"    {role:<9} {_label(node)}" for role, node in rows if node is not None]
         lines += [f"embedding   {_label(node)}" for node in self.embeddings]
+        lines += [f"conv1d      {_label(node)}" for node in self.convolutions]
         lines += [f"linear      {_label(node)}" for node in self.linears]
         lines += [f"head        {_label(node)}" for node in self.heads]
         lines += [f"left out    {item.node}: {item.reason}" for item in self.rejected]
@@ -122,43 +121,20 @@ def match(module: GraphModule) -> Match:
     for node in walk.calls(module, walk.LINEAR):
         if node in taken:
             continue
-        reason = _unsuited(node)
+        reason = outside.unsuited(node)
         if reason is not None:
             rejected.append(Rejection(node.name, reason))
-        elif _is_output(node):
+        elif outside.is_output(node):
             heads.append(node)
         else:
             linears.append(node)
     for node in module.graph.nodes:
-        if _is_product(node):
+        if outside.is_product(node):
             reason = "a product with constant weights that is no linear, as of experts: it stays in float"
             rejected.append(Rejection(node.name, reason))
     embeddings = walk.calls(module, {walk.aten.embedding.default})
-    return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears))
-
-
-def _is_product(node: Node) -> bool:
-    """Whether a node multiplies by a constant matrix, but is no linear."""
-    name = getattr(node.target, "_opname", "")
-    weights = (item for item in walk.inputs(node) if is_constant(item))
-    return bool(_PRODUCT.search(name)) and any(weight.meta["val"].dim() > 1 for weight in weights)
-
-
-def _is_output(value: Node) -> bool:
-    """Whether the graph gives a value, perhaps multiplied by a number."""
-    users = list(walk.downstream(value))
-    return any(user.op == "output" or (walk.is_scaling(user) and _is_output(user)) for user in users)
-
-
-def _unsuited(linear: Node) -> str | None:
-    """Why a linear outside the blocks has no role."""
-    if not is_constant(linear.args[1]):
-        return "its weight is computed at run time"
-    if walk.argument(linear, 1).meta["val"].shape[1] == 1:
-        return "it has one input, so there is no product to speed up"
-    if any(user.target in _ROUTING for user in walk.downstream(linear)):
-        return "a router: its few scores choose experts, and a rounded one chooses others"
-    return None
+    convolutions = [node for node in walk.calls(module, {torch.ops.mq_ao.causal_conv1d.default}) if node not in taken]
+    return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears), tuple(convolutions))
 
 
 @dataclass(frozen=True)
@@ -299,10 +275,10 @@ def _listed(nodes: Iterable[Node]) -> str:
 
 
 def _unscaled(node: Node, through: frozenset[object]) -> Node:
-    """Where a walk up ends that also passes multiplications by constants, as of mup-parametrised models."""
-    end = walk.upstream(node, through=through)
+    """Where a walk up ends that also passes masks, and multiplications by constants, as of mup-parametrised models."""
+    end = walk.upstream(node, through=through, tokenwise=True)
     while end.target in walk.MUL and (walk.is_scaling(end) or is_constant(end.args[1])):
-        end = walk.upstream(walk.argument(end, 0), through=through)
+        end = walk.upstream(walk.argument(end, 0), through=through, tokenwise=True)
     return end
 
 
@@ -342,13 +318,23 @@ def _output_side(y: Node) -> _Output:
             return _Output(tuple(gates), tuple(norms), node)
         if node.op == "call_function" and node.target in walk.NORM:
             norms.append(node)
+        elif node.target in walk.JOINING:
+            if not _joins_channels(node):
+                raise _WalkEnded(f"{_label(node)}, after the scan, joins values along another axis than the channels")
         elif node.op != "call_function" or node.target not in walk.MUL | walk.DIV | walk.ADD:
             raise _WalkEnded(f"the walk from the scan's output ended at {_label(node)}, where out_proj was expected")
         elif node.target in walk.MUL and not walk.is_scaling(node) and not any(map(is_constant, walk.inputs(node))):
             gate = gate_of(node, previous)
-            if gate is None:
+            if gate is not None:
+                gates.append(gate)
+            elif not walk.is_tokenwise(node):
                 raise _WalkEnded(f"no operand of {node.name} is an activated gate")
-            gates.append(gate)
+
+
+def _joins_channels(node: Node) -> bool:
+    """Whether a concatenation is along the last axis."""
+    axis: Any = node.args[1] if len(node.args) > 1 else 0
+    return node.target != walk.aten.stack.default and axis in (-1, node.meta["val"].dim() - 1)
 
 
 def _next(node: Node) -> Node:

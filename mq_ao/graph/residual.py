@@ -156,6 +156,8 @@ def _backward(stream: Stream, value: Node) -> list[Node]:
             return _end(stream, value, "it normalises over more than the channels")
         stream.norms.append(value)
         return [walk.argument(value, 0)]
+    if walk.is_tokenwise(value):
+        return [walk.argument(value, 0)]
     if value.target in _BY_CHANNEL or walk.is_scaling(value):
         if not keeps_channels(value, stream.width):
             return _end(stream, value, _misplaced(value))
@@ -196,6 +198,8 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
         return [user]
     if user.op == "output":
         return _end(stream, value, "it is an output of the graph")
+    if walk.is_tokenwise(user) and user.args[0] is value:
+        return [user]
     if user.target in _BY_CHANNEL or walk.is_scaling(user):
         if not keeps_channels(user, stream.width):
             return _end(stream, user, _misplaced(user))

@@ -53,17 +53,19 @@ class Rows:
         return self.linear is other.linear and self.start < other.stop and other.start < self.stop
 
 
-def rows_of(node: Node, read_by: Collection[Node] = ()) -> Rows:
+def rows_of(node: Node, read_by: Collection[Node] = (), *, shift: bool = False) -> Rows:
     """Follows the channels of `node`, its last axis, up to the linear that computes them.
 
     Args:
         node: a value.
         read_by: who may read these channels; empty: it does not matter.
+        shift: a constant is to be added to these channels, and not only a linear map of them to be changed: masks and
+            zeros for padding are then in the way.
 
     Raises:
         Unsuitable: something on the way changes or mixes channels, or others read them too.
     """
-    rows = _rows(node, node.meta["val"].dim() - 1, node)
+    rows = _rows(node, node.meta["val"].dim() - 1, node, shift)
     if read_by:
         _check_readers(rows, read_by)
     return rows
@@ -86,18 +88,20 @@ def origin(value: Node) -> Node:
     return node
 
 
-def _rows(node: Node, axis: int, of: Node) -> Rows:
+def _rows(node: Node, axis: int, of: Node, shift: bool) -> Rows:
     """Rows of the linear behind `node`, whose channels lie on `axis`; `of` is what was asked about."""
     if node.target in walk.LINEAR and axis == node.meta["val"].dim() - 1:
         return Rows(node, 0, int(node.meta["val"].shape[-1]))
     source = node.args[0] if node.args else None
+    if shift and walk.is_tokenwise(node):
+        raise Unsuitable(f"{node.name} masks or pads {of.name}, and a shift before it is not one behind it.")
     if isinstance(source, Node):
         if node.target is operator.getitem:
             source = walk.argument(source, 0)
         found = channel_source(node, axis)
         if found is not None:
             inner, start, stop = found
-            return _within(_rows(source, inner, of), start, stop)
+            return _within(_rows(source, inner, of, shift), start, stop)
     raise Unsuitable(f"{of.name} is not a range of channels of a linear, so it cannot be scaled or rotated there.")
 
 
@@ -120,8 +124,12 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
         bounds = piece_bounds(split, axis)
         # Along another axis, a piece has all channels.
         return (axis, 0, int(source.shape[axis])) if bounds is None else (axis, *bounds[_index(node)])
+    if not isinstance(node.args[0], Node):
+        return None
     source = walk.argument(node, 0).meta["val"]
     whole = (axis, 0, size)
+    if walk.is_tokenwise(node):
+        return whole if axis == source.dim() - 1 else None
     if node.target in walk.COPYING or node.target == aten.expand.default:
         return whole if source.dim() == node.meta["val"].dim() else None
     if node.target in (aten.flip.default, aten.index_select.default):
@@ -170,7 +178,7 @@ def _reshaped(source: Sequence[Any], target: Sequence[Any], axis: int) -> tuple[
 
 def _check_readers(rows: Rows, read_by: Collection[Node]) -> None:
     """Raises Unsuitable if anything outside `read_by` reads some of these channels."""
-    for reader in walk.downstream(rows.linear, through=walk.TRANSPARENT):
+    for reader in walk.downstream(rows.linear, tokenwise=True):
         for value in () if reader in read_by else reader.all_input_nodes:
             others = _around(value)
             if others is not None and others.overlaps(rows):
@@ -183,7 +191,7 @@ def _around(value: Node) -> Rows | None:
         try:
             return rows_of(value)
         except Unsuitable:
-            if value.target not in walk.TRANSPARENT:
+            if value.target not in walk.TRANSPARENT and not walk.is_tokenwise(value):
                 return None
         source = walk.argument(value, 0)
         if value.target is operator.getitem:
