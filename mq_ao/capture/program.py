@@ -17,6 +17,7 @@ from mq_ao.capture import mamba_ssm, transformers
 from mq_ao.capture.layout import ChannelLast
 from mq_ao.capture.replacing import replaced
 from mq_ao.errors import MqAoError
+from mq_ao.graph.canonical import canonicalise
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def export(
         raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {reason}") from error
     # torch.export keeps what nobody reads, and the reordering that ChannelLast made needless is that.
     program.graph.eliminate_dead_code()
-    program.graph_module.recompile()
+    canonicalise(program)
     return program
 
 

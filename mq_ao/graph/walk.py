@@ -30,6 +30,8 @@ ADD = frozenset({aten.add.Tensor})
 JOINING = frozenset({aten.cat.default, aten.concatenate.default, aten.stack.default})
 NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 SUM = frozenset({aten.sum.dim_IntList})
+PADDED = frozenset({aten.constant_pad_nd.default, aten.pad.default})
+_MASKED = frozenset({aten.masked_fill.Scalar})
 
 COPYING = frozenset(
     {
@@ -157,14 +159,10 @@ def is_tokenwise(node: Node) -> bool:
         return isinstance(x, Node) and isinstance(factor, Node) and _is_of_tokens(factor, x)
     if node.target in _MASKED:
         return not node.args[2] and _is_of_tokens(argument(node, 1), argument(node, 0))
-    if node.target in _PADDED:
+    if node.target in PADDED:
         _, pad, *how = node.args
         return list(pad[:2]) == [0, 0] and all(option in ("constant", None, 0) for option in how)
     return False
-
-
-_MASKED = frozenset({aten.masked_fill.Scalar})
-_PADDED = frozenset({aten.pad.default, aten.constant_pad_nd.default})
 
 
 def _is_of_tokens(factor: Node, x: Node) -> bool:
