@@ -193,33 +193,18 @@ class ChannelLast(TorchFunctionMode):
         # What broadcast against it may have given it longer axes, and the order is the same.
         return self._give(_View(base, known.groups))
 
-    def _getitem(self, name: str, x: Tensor, index: Any) -> Any:
-        """Ranges of a view's axes."""
-        known, parts = self._known(x), list(index) if isinstance(index, tuple) else [index]
-        if known is None or not all(part is ... or isinstance(part, slice) for part in parts):
-            return NotImplemented
-        if ... not in parts:
-            parts.append(...)
-        middle, whole = parts.index(...), slice(None)
-        parts[middle : middle + 1] = [whole] * (x.dim() - len(parts) + 1)
-        if len(parts) != x.dim():
-            return NotImplemented
-        selected = [whole] * known.base.dim()
-        for group, part in zip(known.groups, parts, strict=True):
-            if part.start is None and part.stop is None and part.step is None:
-                continue
-            if len(group) != 1:
-                return NotImplemented
-            selected[group[0]] = part
-        return self._give(_View(known.base[tuple(selected)], known.groups))
+    def _slice(self, name: str, x: Tensor, dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1) -> Any:
+        """What torch.export makes of ranges in square brackets."""
+        known = self._known(x)
+        if known is None or len(known.groups[dim]) != 1:
+            return torch.ops.aten.slice.Tensor(x, dim, start, stop, step)
+        part = torch.ops.aten.slice.Tensor(known.base, known.groups[dim][0], start, stop, step)
+        return self._give(_View(part, known.groups))
 
-    def _narrow(self, name: str, x: Tensor, dim: int, start: Any, length: int) -> Any:
+    def _narrow(self, name: str, x: Tensor, dim: int, start: Any, length: Any) -> Any:
         if not isinstance(start, int) or start < 0:
             return NotImplemented
-        index = [slice(None)] * x.dim()
-        index[dim] = slice(start, start + length)
-        result = self._getitem(name, x, tuple(index))
-        return x[tuple(index)] if result is NotImplemented else result
+        return self._slice(name, x, dim, start, start + length)
 
     def _pad(self, name: str, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
         """Zeros around a view."""
@@ -386,7 +371,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "contiguous": ChannelLast._contiguous,
     "silu": ChannelLast._silu,
     **dict.fromkeys(_POINTWISE, ChannelLast._pointwise),
-    "__getitem__": ChannelLast._getitem,
+    "slice": ChannelLast._slice,
     "narrow": ChannelLast._narrow,
     "pad": ChannelLast._pad,
     "to": ChannelLast._cast,

@@ -175,17 +175,29 @@ def _low_rank(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tup
     """(conv1d, x_projs, dt_projs) of a Mamba-1 scan."""
     u, delta = _node(scan, 0), _node(scan, 1)
     dt_projs = _sources([delta], walk.LINEAR, "delta", "dt_proj (a linear)", also_through=walk.NORM)
-    low = [_node(dt_proj, 0) for dt_proj in dt_projs]
-    x_projs = _sources(low, walk.LINEAR, "dt_proj's input", "x_proj (a linear)", also_through=walk.NORM)
+    found: set[Node] = set()
     for name, node in (("B", b), ("C", c)):
-        if set(_sources([node], walk.LINEAR, name, "x_proj (a linear)", also_through=walk.NORM)) != set(x_projs):
-            raise _WalkEnded(f"{name} does not come from {_listed(x_projs)}, from which delta comes")
+        found.update(_sources([node], walk.LINEAR, name, "x_proj (a linear)", also_through=walk.NORM))
     conv1d = _expect(u, walk.CONV, "u", "conv1d", also_through=walk.ACTIVATION)
-    inputs = [_node(x_proj, 0) for x_proj in x_projs]
-    found = _sources(inputs, walk.CONV, "x_proj's input", "conv1d", also_through=walk.ACTIVATION)
-    if found != (conv1d,):
-        raise _WalkEnded(f"x_proj's input does not come from {conv1d.name}, from which u comes")
+    for dt_proj in dt_projs:
+        # Where dt has its full rank, this linear reads the convolution itself.
+        if not _comes_from(dt_proj, conv1d):
+            low = [_node(dt_proj, 0)]
+            found.update(_sources(low, walk.LINEAR, "dt_proj's input", "x_proj (a linear)", also_through=walk.NORM))
+    x_projs = tuple(sorted(found))
+    for x_proj in x_projs:
+        if not _comes_from(x_proj, conv1d):
+            raise _WalkEnded(f"the input of {x_proj.name} does not come from {conv1d.name}, from which u comes")
     return conv1d, x_projs, dt_projs
+
+
+def _comes_from(linear: Node, conv1d: Node) -> bool:
+    """Whether a linear reads a convolution's output."""
+    try:
+        inputs = [_node(linear, 0)]
+        return _sources(inputs, walk.CONV, "its input", "conv1d", also_through=walk.ACTIVATION) == (conv1d,)
+    except _WalkEnded:
+        return False
 
 
 def _state_space_duality(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:

@@ -10,7 +10,6 @@ from itertools import accumulate
 from typing import Any
 
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mq_ao.errors import Unsuitable
 from mq_ao.graph import walk
@@ -115,15 +114,19 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
     Returns:
         (axis of its input, first channel there, one past the last), or None where channels are mixed or changed.
     """
-    size = int(node.meta["val"].shape[axis])
+    size = node.meta["val"].shape[axis]
+    if not isinstance(size, int):
+        return None  # It varies: these are no channels.
     if node.target is operator.getitem:
         split = walk.argument(node, 0)
         source = walk.argument(split, 0).meta["val"]
         if split.target not in _SPLITS:
             return None
+        if not isinstance(source.shape[axis], int):
+            return None
         bounds = piece_bounds(split, axis)
         # Along another axis, a piece has all channels.
-        return (axis, 0, int(source.shape[axis])) if bounds is None else (axis, *bounds[_index(node)])
+        return (axis, 0, size) if bounds is None else (axis, *bounds[_index(node)])
     if not isinstance(node.args[0], Node):
         return None
     source = walk.argument(node, 0).meta["val"]
@@ -156,7 +159,9 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
 def _sliced(node: Node, axis: int) -> tuple[int, int, int] | None:
     source = walk.argument(node, 0).meta["val"]
     _, dim, start, stop, step = walk.padded(node, 5)
-    size = int(source.shape[axis])
+    size = source.shape[axis]
+    if not isinstance(size, int):
+        return None
     if _positive([dim or 0], source.dim()) != [axis]:
         return axis, 0, size
     if step not in (None, 1) or not isinstance(start or 0, int) or not isinstance(stop or size, int):
@@ -169,9 +174,7 @@ def _reshaped(source: Sequence[Any], target: Sequence[Any], axis: int) -> tuple[
     """The axis of a reshape's input that is `axis` of its output, if that is one and the same axis."""
     size, behind = target[axis], math.prod(target[axis + 1 :])
     for candidate in range(len(source)):
-        # Not `and` alone: the truth of a comparison of sizes that vary would fix them.
-        same = (source[candidate] == size, math.prod(source[candidate + 1 :]) == behind)
-        if all(map(statically_known_true, same)):
+        if walk.same_size(source[candidate], size) and walk.same_size(math.prod(source[candidate + 1 :]), behind):
             return candidate, 0, int(size)
     return None
 
@@ -220,7 +223,9 @@ def piece_bounds(split: Node, axis: int = -1) -> list[tuple[int, int]] | None:
     along = split.args[2] if len(split.args) > 2 else 0
     if _positive([along], source.dim()) != _positive([axis], source.dim()):
         return None
-    width = int(source.shape[axis])
+    width = source.shape[axis]
+    if not isinstance(width, int):
+        return None
     if split.target == aten.split_with_sizes.default:
         sizes = list(how)
     else:

@@ -85,6 +85,17 @@ def value(node: Node) -> Any:
     return node.meta["val"]
 
 
+def same_size(first: Any, second: Any) -> bool:
+    """Whether two sizes are known to be equal. To compare them as numbers would fix those that vary."""
+    return statically_known_true(first == second)
+
+
+def same_shape(first: Node, second: Node) -> bool:
+    """Whether the values of two nodes are known to have one shape."""
+    shapes = value(first).shape, value(second).shape
+    return len(shapes[0]) == len(shapes[1]) and all(map(same_size, *shapes))
+
+
 def padded(node: Node, count: int) -> list[Any]:
     """Positional arguments, padded with None where defaults were left out."""
     assert not node.kwargs, f"{node.name} has keyword arguments"
@@ -170,9 +181,9 @@ def _is_of_tokens(factor: Node, x: Node) -> bool:
     if factor.target == aten.expand.default:
         factor = argument(factor, 0)
     one, many = value(factor), value(x)
-    if not 0 < one.dim() <= many.dim() or statically_known_true(many.shape[-1] == 1):
+    if not 0 < one.dim() <= many.dim() or same_size(many.shape[-1], 1):
         return False
-    return statically_known_true(one.shape[-1] == 1)
+    return same_size(one.shape[-1], 1)
 
 
 def only_user(node: Node) -> Node | None:

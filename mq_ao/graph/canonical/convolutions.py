@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mq_ao.graph import walk
 from mq_ao.graph.canonical.spelling import Spelling
@@ -54,7 +53,7 @@ def trimmed(spelling: Spelling, node: Node) -> None:
     first, last = (_value(item, default) for item, default in ((start, 0), (stop, whole)))
     # A stop behind the end is the end: INT64_MAX where none was written.
     open_end = behind == 0 and (stop is None or (isinstance(last, int) and last == _INT64_MAX))
-    if not (_equal(first, before) and (open_end or _equal(last, before + length))):
+    if not (walk.same_size(first, before) and (open_end or walk.same_size(last, before + length))):
         return
     new = spelling.call(CONV, (x, weight, bias, None, activation), conv)
     spelling.substitute(node, spelling.call(walk.getitem, (new, 0), conv))
@@ -73,7 +72,3 @@ def _convolution(y: Node) -> Node | None:
 
 def _value(size: Any, default: Any) -> Any:
     return size.meta["val"] if isinstance(size, Node) else default if size is None else size
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)

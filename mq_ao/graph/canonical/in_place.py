@@ -34,7 +34,7 @@ def undo(graph: Graph) -> None:
 
 def _is_private(node: Node, order: dict[Node, int]) -> bool:
     written = walk.argument(node, 0)
-    if written.meta["val"].shape != node.meta["val"].shape or written.meta["val"].dtype != node.meta["val"].dtype:
+    if not walk.same_shape(written, node) or written.meta["val"].dtype != node.meta["val"].dtype:
         return False
     base = written
     while _is_alias(base):

@@ -24,7 +24,7 @@ def masked(spelling: Spelling, node: Node) -> None:
                 node.args = (first, second)
     elif node.target == aten.where.ScalarOther and node.args[2] == 0:
         condition, x = (walk.argument(node, index) for index in (0, 1))
-        if x.meta["val"].shape == node.meta["val"].shape:
+        if walk.same_shape(x, node):
             inverted = spelling.call(aten.logical_not.default, (condition,), node)
             spelling.become(node, aten.masked_fill.Scalar, (x, inverted, 0))
 

@@ -54,7 +54,7 @@ def merged(spelling: Spelling, node: Node) -> None:
     for product, other in _both_ways(node):
         if not isinstance(product, Node) or not isinstance(other, Node) or walk.only_user(product) is not node:
             continue
-        if product.target not in walk.LINEAR or product.meta["val"].shape != other.meta["val"].shape:
+        if product.target not in walk.LINEAR or not walk.same_shape(product, other):
             continue
         x, weight, bias = walk.padded(product, 3)
         if not spelling.is_constant(weight):

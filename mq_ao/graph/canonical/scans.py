@@ -69,7 +69,7 @@ def _apart(spelling: Spelling, total: Node, scan: Node) -> tuple[Node, Node | No
         for delta, bias in (total.args[:2], total.args[1::-1]):
             if isinstance(delta, Node) and spelling.is_vector(bias, total.meta["val"].shape[-1]):
                 assert isinstance(bias, Node)
-                if delta.meta["val"].shape == total.meta["val"].shape:
+                if walk.same_shape(delta, total):
                     return delta, spelling.vector(bias, scan)
     return total, None
 

@@ -45,7 +45,7 @@ class Spelling:
             return False
         assert isinstance(node, Node)
         shape = node.meta["val"].shape
-        return len(shape) > 0 and shape[-1] == width and shape.numel() == width
+        return len(shape) > 0 and walk.same_size(shape[-1], width) and walk.same_size(shape.numel(), width)
 
     def vector(self, node: Node, before: Node) -> Node:
         """A value that `is_vector`, as one of a single axis, computed before a node."""
