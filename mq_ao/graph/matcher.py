@@ -16,6 +16,7 @@ from mq_ao.graph.edit import is_constant
 from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
 
+
 @dataclass(frozen=True)
 class Rejection:
     """A node that was looked at and left out.

@@ -93,7 +93,7 @@ def _rows(node: Node, axis: int, of: Node, shift: bool) -> Rows:
         return Rows(node, 0, int(node.meta["val"].shape[-1]))
     source = node.args[0] if node.args else None
     if shift and walk.is_tokenwise(node):
-        raise Unsuitable(f"{node.name} masks or pads {of.name}, and a shift before it is not one behind it.")
+        raise Unsuitable(f"{of.name} is masked or padded by {node.name}, and a shift before that is not one behind it.")
     if isinstance(source, Node):
         if node.target is operator.getitem:
             source = walk.argument(source, 0)
@@ -115,20 +115,10 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
         (axis of its input, first channel there, one past the last), or None where channels are mixed or changed.
     """
     size = node.meta["val"].shape[axis]
-    if not isinstance(size, int):
-        return None  # It varies: these are no channels.
+    if not isinstance(size, int) or not isinstance(node.args[0], Node):
+        return None  # Sizes that vary are no channels.
     if node.target is operator.getitem:
-        split = walk.argument(node, 0)
-        source = walk.argument(split, 0).meta["val"]
-        if split.target not in _SPLITS:
-            return None
-        if not isinstance(source.shape[axis], int):
-            return None
-        bounds = piece_bounds(split, axis)
-        # Along another axis, a piece has all channels.
-        return (axis, 0, size) if bounds is None else (axis, *bounds[_index(node)])
-    if not isinstance(node.args[0], Node):
-        return None
+        return _piece(node, axis)
     source = walk.argument(node, 0).meta["val"]
     whole = (axis, 0, size)
     if walk.is_tokenwise(node):
@@ -154,6 +144,16 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
     if node.target in _RESHAPES:
         return _reshaped(source.shape, node.meta["val"].shape, axis)
     return None
+
+
+def _piece(node: Node, axis: int) -> tuple[int, int, int] | None:
+    split = walk.argument(node, 0)
+    size = walk.argument(split, 0).meta["val"].shape[axis] if split.target in _SPLITS else None
+    if not isinstance(size, int):
+        return None
+    bounds = piece_bounds(split, axis)
+    # Along another axis, a piece has all channels.
+    return (axis, 0, size) if bounds is None else (axis, *bounds[_index(node)])
 
 
 def _sliced(node: Node, axis: int) -> tuple[int, int, int] | None:

@@ -127,9 +127,7 @@ def upstream(node: Node, *, through: frozenset[object] = TRANSPARENT, tokenwise:
     return node
 
 
-def downstream(
-    node: Node, *, through: frozenset[object] = TRANSPARENT, tokenwise: bool = False
-) -> Iterator[Node]:
+def downstream(node: Node, *, through: frozenset[object] = TRANSPARENT, tokenwise: bool = False) -> Iterator[Node]:
     """Yields the users of `node` that are not in `through`, looking behind those that are.
 
     Args:

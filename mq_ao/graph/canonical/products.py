@@ -77,7 +77,7 @@ def _map(spelling: Spelling, value: Node, x: Node, before: Node) -> Node | None:
             return None
         matrix = _map(spelling, source, x, before)
         return matrix if matrix is None or not scales else spelling.call(value.target, (matrix, *factor), before)
-    if value.target not in walk.LINEAR or len(value.args) > 2 and value.args[2] is not None:
+    if value.target not in walk.LINEAR or (len(value.args) > 2 and value.args[2] is not None):
         return None
     inner, weight = walk.argument(value, 0), walk.argument(value, 1)
     if not spelling.is_constant(weight):

@@ -25,9 +25,7 @@ class Spelling:
         signature = program.graph_signature
         changing = set(signature.buffers_to_mutate.values())
         self._constants = {
-            item.arg.name
-            for item in signature.input_specs
-            if item.kind in _CONSTANT and item.target not in changing
+            item.arg.name for item in signature.input_specs if item.kind in _CONSTANT and item.target not in changing
         }
 
     def is_constant(self, node: object) -> bool:
