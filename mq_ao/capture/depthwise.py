@@ -30,9 +30,11 @@ def padding(x: Tensor, weight: Tensor, groups: int, options: Mapping[str, Any]) 
     if given == "same":
         left = (d_conv - 1) // 2
         return left, d_conv - 1 - left
-    sizes = {"valid": (0,)}.get(given, ()) if isinstance(given, str) else (given,) if isinstance(given, int) else given
-    # Zeros that no tap of the first output meets: nobody writes that.
-    return (sizes[0], sizes[0]) if len(sizes) == 1 and sizes[0] < d_conv else None
+    if given == "valid":
+        given = 0
+    size = given if isinstance(given, int) else given[0]
+    # With as many zeros as taps, the first output would be of zeros alone: nobody writes that.
+    return (size, size) if size < d_conv else None
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, zeros: tuple[int, int]) -> Tensor:

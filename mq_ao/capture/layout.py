@@ -45,7 +45,7 @@ class ChannelLast(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
+        name = _PROPERTIES.get(func) or str(getattr(func, "__name__", ""))
         if _writes(name, kwargs):
             # What is written to may be a copy of what it is a view of, or the other way round.
             self._views.clear()
@@ -107,7 +107,7 @@ class ChannelLast(TorchFunctionMode):
         return self._reordered(lambda x: x.transpose(dim0, dim1), x, order)
 
     def _t(self, name: str, x: Tensor) -> Any:
-        return self._transpose(name, x, 0, 1) if x.dim() == 2 else NotImplemented
+        return self._transpose(name, x, -2, -1) if x.dim() == 2 or name == "mT" else NotImplemented
 
     def _reshape(self, name: str, x: Tensor, *shape: Any) -> Any:
         if len(shape) == 1 and isinstance(shape[0], Sequence):
@@ -291,6 +291,7 @@ _POINTWISE: dict[str, Callable[..., Tensor]] = {
 }
 _CONV1D = {"stride": 1, "padding": 0, "dilation": 1}
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
+_PROPERTIES: dict[Any, str] = {Tensor.mT.__get__: "mT", Tensor.T.__get__: "T"}  # type: ignore[attr-defined]
 _JOINING = frozenset({"cat", "concat", "concatenate"})
 _WRITING = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())})
 
@@ -305,7 +306,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "permute": ChannelLast._permute,
     "transpose": ChannelLast._transpose,
     "swapaxes": ChannelLast._transpose,
-    "t": ChannelLast._t,
+    **dict.fromkeys(("t", "T", "mT"), ChannelLast._t),
     "reshape": ChannelLast._reshape,
     "view": ChannelLast._reshape,
     "chunk": ChannelLast._split,

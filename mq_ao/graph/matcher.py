@@ -279,7 +279,10 @@ def _sources(
         elif end.op == "call_function" and end.target in targets:
             found[end] = None
         else:
-            raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected")
+            remedy = (
+                "; of a layer and an adapter such as LoRA: merge the adapter first" if end.target in walk.ADD else ""
+            )
+            raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected{remedy}")
     return tuple(sorted(found))
 
 

@@ -69,7 +69,7 @@ def _is_router(scores: Node, *, choice: bool = False) -> bool:
     """
     for user in walk.downstream(scores):
         if user.target in _ORDERED:
-            if any(_is_router(part, choice=choice or part.args[1] == 1) for part in user.users):
+            if any(_is_router(part, choice=choice or part.args[1:] == (1,)) for part in user.users):
                 return True
         elif user.target in _SCORES or walk.is_scaling(user):
             if _is_router(user, choice=choice or user.target in _CHOICES):

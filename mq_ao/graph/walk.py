@@ -169,8 +169,8 @@ def is_tokenwise(node: Node) -> bool:
     if node.target in _MASKED:
         return not node.args[2] and _is_of_tokens(argument(node, 1), argument(node, 0))
     if node.target in PADDED:
-        _, pad, *how = node.args
-        return list(pad[:2]) == [0, 0] and all(option in ("constant", None, 0) for option in how)
+        given = arguments(node)
+        return list(given["pad"][:2]) == [0, 0] and given.get("mode") in (None, "constant") and not given["value"]
     return False
 
 
@@ -179,7 +179,7 @@ def _is_of_tokens(factor: Node, x: Node) -> bool:
     if factor.target == aten.expand.default:
         factor = argument(factor, 0)
     one, many = value(factor), value(x)
-    if not 0 < one.dim() <= many.dim() or same_size(many.shape[-1], 1):
+    if not isinstance(one, torch.Tensor) or not 0 < one.dim() <= many.dim() or same_size(many.shape[-1], 1):
         return False
     return same_size(one.shape[-1], 1)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
 from mq_ao.graph import walk
-from mq_ao.graph.canonical.spelling import Spelling
+from mq_ao.graph.canonical.spelling import Spelling, both_ways
 
 aten = walk.aten
 
@@ -33,7 +31,7 @@ def silu(spelling: Spelling, node: Node) -> None:
     """x sigmoid(x)."""
     if node.target not in walk.MUL:
         return
-    for x, factor in _both_ways(node):
+    for x, factor in both_ways(node):
         if isinstance(factor, Node) and factor.target == aten.sigmoid.default and factor.args[0] is x:
             spelling.become(node, aten.silu.default, (x,))
             return
@@ -47,7 +45,7 @@ def rms_norm(spelling: Spelling, node: Node) -> None:
     x, inner = found
     if inner.target not in walk.ADD or inner.kwargs:
         return
-    for mean, eps in _both_ways(inner):
+    for mean, eps in both_ways(inner):
         if isinstance(mean, Node) and isinstance(eps, int | float) and _is_mean_square(mean, x):
             width = x.meta["val"].shape[_CHANNELS]
             if isinstance(width, int):
@@ -59,7 +57,7 @@ def weighted(spelling: Spelling, node: Node) -> None:
     """An RMSNorm without a weight, times one number a channel."""
     if node.target not in walk.MUL:
         return
-    for norm, weight in _both_ways(node):
+    for norm, weight in both_ways(node):
         if not isinstance(norm, Node) or norm.target != aten.rms_norm.default or walk.only_user(norm) is not node:
             continue
         x, shape, old, eps = walk.padded(norm, 4)
@@ -72,7 +70,7 @@ def weighted(spelling: Spelling, node: Node) -> None:
 def _normalised(node: Node) -> tuple[Node, Node] | None:
     """(x, v) of x / sqrt(v)."""
     if node.target in walk.MUL:
-        for x, factor in _both_ways(node):
+        for x, factor in both_ways(node):
             if isinstance(x, Node) and isinstance(factor, Node):
                 inner = _inverse_root(factor)
                 if inner is not None:
@@ -113,8 +111,3 @@ def _is_mean_square(mean: Node, x: Node) -> bool:
     powers = square.target == aten.pow.Tensor_Scalar and square.args[1] == 2
     products = square.target in walk.MUL and square.args[1] is square.args[0]
     return square.args[0] is x and (powers or products or square.target == aten.square.default)
-
-
-def _both_ways(node: Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    first, second = node.args[:2]
-    return (first, second), (second, first)

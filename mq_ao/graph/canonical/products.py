@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from mq_ao.graph import walk
-from mq_ao.graph.canonical.spelling import Spelling
+from mq_ao.graph.canonical.spelling import Spelling, both_ways
 
 aten = walk.aten
 
@@ -17,14 +17,12 @@ _TRANSPOSES = frozenset({aten.t.default, aten.numpy_T.default, aten.mT.default})
 
 def linear(spelling: Spelling, node: Node) -> None:
     """x @ W^T, and b + x @ W^T in one operator."""
-    bias = None
-    if node.target in _PRODUCTS:
-        x, matrix = node.args[:2]
-    elif node.target == aten.addmm.default and not node.kwargs:
-        bias, x, matrix = node.args[:3]
-    else:
+    operands: list[Any] = list(node.args)
+    bias = operands.pop(0) if node.target == aten.addmm.default and not node.kwargs else None
+    if node.target not in _PRODUCTS and bias is None:
         return
-    if not isinstance(x, Node) or not isinstance(matrix, Node) or x.meta["val"].dim() < 2 or spelling.is_constant(x):
+    x, matrix = operands
+    if x.meta["val"].dim() < 2 or spelling.is_constant(x):
         return
     if matrix.meta["val"].dim() != 2 or not spelling.is_constant(matrix):
         return
@@ -38,7 +36,7 @@ def biased(spelling: Spelling, node: Node) -> None:
     """A linear without a bias, plus one number a channel."""
     if node.target not in walk.ADD or node.kwargs:
         return
-    for product, bias in _both_ways(node):
+    for product, bias in both_ways(node):
         if not isinstance(product, Node) or product.target not in walk.LINEAR or walk.only_user(product) is not node:
             continue
         x, weight, old = walk.padded(product, 3)
@@ -51,7 +49,7 @@ def merged(spelling: Spelling, node: Node) -> None:
     """A linear plus others of the same input, such as a low-rank adapter (LoRA): W x + s B A x = (W + s B A) x."""
     if node.target not in walk.ADD or node.kwargs:
         return
-    for product, other in _both_ways(node):
+    for product, other in both_ways(node):
         if not isinstance(product, Node) or not isinstance(other, Node) or walk.only_user(product) is not node:
             continue
         if product.target not in walk.LINEAR or not walk.same_shape(product, other):
@@ -60,7 +58,7 @@ def merged(spelling: Spelling, node: Node) -> None:
         if not spelling.is_constant(weight):
             continue
         added = _map(spelling, other, walk.upstream(x, through=walk.COPYING), node)
-        if added is not None:
+        if added is not None and added.meta["val"].dtype == weight.meta["val"].dtype:
             total = spelling.call(aten.add.Tensor, (weight, added), node)
             spelling.become(node, aten.linear.default, (x, total) if bias is None else (x, total, bias))
             return
@@ -93,18 +91,9 @@ def _is_number(spelling: Spelling, factor: object) -> bool:
 
 
 def _transposed(spelling: Spelling, matrix: Node, before: Node) -> Node:
-    if matrix.target in _TRANSPOSES or (matrix.target == aten.permute.default and _swaps(matrix.args[1])):
-        return walk.argument(matrix, 0)
-    if matrix.target == aten.transpose.int and sorted(axis % 2 for axis in matrix.args[1:3]) == [0, 1]:
+    args: tuple[Any, ...] = matrix.args
+    permuted = matrix.target == aten.permute.default and [axis % 2 for axis in args[1]] == [1, 0]
+    swapped = matrix.target == aten.transpose.int and (args[1] - args[2]) % 2
+    if permuted or swapped or matrix.target in _TRANSPOSES:
         return walk.argument(matrix, 0)
     return spelling.call(aten.transpose.int, (matrix, 0, 1), before)
-
-
-def _swaps(axes: Any) -> bool:
-    """Whether `permute` by these axes of a matrix transposes it."""
-    return [axis % 2 for axis in axes] == [1, 0]
-
-
-def _both_ways(node: Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    first, second = node.args[:2]
-    return (first, second), (second, first)

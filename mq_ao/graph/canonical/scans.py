@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from mq_ao.graph import walk
-from mq_ao.graph.canonical.spelling import Spelling
+from mq_ao.graph.canonical.spelling import Spelling, both_ways
 
 aten = walk.aten
 
@@ -46,7 +46,7 @@ def skip(spelling: Spelling, node: Node) -> None:
     """y + D u, of a scan of u without a D."""
     if node.target not in walk.ADD or node.kwargs:
         return
-    for y, product in (node.args[:2], node.args[1::-1]):
+    for y, product in both_ways(node):
         if not isinstance(y, Node) or not isinstance(product, Node) or product.target not in walk.MUL:
             continue
         scan = y.args[0] if y.target is walk.getitem and y.args[1] == 0 else None
@@ -54,9 +54,8 @@ def skip(spelling: Spelling, node: Node) -> None:
             continue
         args: list[Any] = [*scan.args, *[None] * (_SKIP + 1 - len(scan.args))]
         u = args[0]
-        for value, factor in (product.args[:2], product.args[1::-1]):
+        for value, factor in both_ways(product):
             if args[_SKIP] is None and value is u and spelling.is_vector(factor, u.meta["val"].shape[-1]):
-                assert isinstance(factor, Node)
                 args[_SKIP] = spelling.vector(factor, scan)
                 scan.args = tuple(args)
                 spelling.substitute(node, y)
@@ -66,11 +65,10 @@ def skip(spelling: Spelling, node: Node) -> None:
 def _apart(spelling: Spelling, total: Node, scan: Node) -> tuple[Node, Node | None]:
     """delta and bias of their sum."""
     if total.target in walk.ADD and not total.kwargs:
-        for delta, bias in (total.args[:2], total.args[1::-1]):
-            if isinstance(delta, Node) and spelling.is_vector(bias, total.meta["val"].shape[-1]):
-                assert isinstance(bias, Node)
-                if walk.same_shape(delta, total):
-                    return delta, spelling.vector(bias, scan)
+        for delta, bias in both_ways(total):
+            vector = isinstance(delta, Node) and spelling.is_vector(bias, total.meta["val"].shape[-1])
+            if vector and walk.same_shape(delta, total):
+                return delta, spelling.vector(bias, scan)
     return total, None
 
 

@@ -10,6 +10,8 @@ from torch.fx import Node
 
 from mq_ao.graph import edit, walk
 
+Operands = tuple[Any, Any]
+
 _CONSTANT = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 
 
@@ -73,3 +75,9 @@ class Spelling:
         for item in constant.all_input_nodes:
             self._hoist(item, before)
         before.prepend(constant)
+
+
+def both_ways(node: Node) -> tuple[Operands, Operands]:
+    """Operands of a sum or product, which commute."""
+    first, second = node.args[:2]
+    return (first, second), (second, first)
