@@ -585,6 +585,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], d
         ((6, 4), (6, 4)),
         {"linear": 1},
     ),
+    "adapters of a shared layer": (
+        lambda x, w, a, b: (
+            (functional.linear(x, w) + functional.linear(functional.linear(x, a), b)) * functional.linear(x * 2, w)
+        ),
+        ((6, 4), (2, 4), (6, 2)),
+        {"linear": 4},
+    ),
     "sum of linears of two inputs": (
         lambda x, a, b: functional.linear(x, a) + functional.linear(x * 2, b),
         ((6, 4), (6, 4)),

@@ -56,8 +56,8 @@ def is_output(value: Node) -> bool:
 def is_product(node: Node) -> bool:
     """Whether a node multiplies by a constant matrix, but is no linear."""
     name = getattr(node.target, "_opname", "")
-    weights = (item for item in walk.inputs(node) if is_constant(item))
-    return bool(_PRODUCT.search(name)) and any(weight.meta["val"].dim() > 1 for weight in weights)
+    weights = (item for item in walk.inputs(node) if is_constant(item) and item.meta["val"].dim() > 1)
+    return bool(_PRODUCT.search(name)) and any(weights) and not is_constant(node)
 
 
 def _is_router(scores: Node, *, choice: bool = False) -> bool:

@@ -55,7 +55,8 @@ def merged(spelling: Spelling, node: Node) -> None:
         if product.target not in walk.LINEAR or not walk.same_shape(product, other):
             continue
         x, weight, bias = walk.padded(product, 3)
-        if not spelling.is_constant(weight):
+        # A weight that layers share, each with an adapter of its own, stays one.
+        if not spelling.is_constant(weight) or walk.only_user(weight) is not product:
             continue
         added = _map(spelling, other, walk.upstream(x, through=walk.COPYING), node)
         if added is not None and added.meta["val"].dtype == weight.meta["val"].dtype:
