@@ -134,10 +134,10 @@ class MambaQuantizer(Quantizer):
         pairs = self._match.by_role()
         self._check_module_names([node for _, node in pairs])
         annotator = Annotator(self._planned, self.backend)
-        decisions = [self._decide(annotator, role, node) for role, node in pairs]
-        for block in self._match.blocks:
-            for role, node, operands in block.operands():
-                decisions.append(self._decide(annotator, role, node, operands))
+        parts: list[tuple[Role, Node, Mapping[str, Node] | None]] = [(role, node, None) for role, node in pairs]
+        parts += [part for block in self._match.blocks for part in block.operands()]
+        # In the graph's order: what several nodes read is observed at the first of them, and the others refer to it.
+        decisions = [self._decide(annotator, *part) for part in sorted(parts, key=lambda part: part[1])]
         for scan, state in self._carried_states(self._match).items():
             decisions.append(self._decide_state(annotator, scan, state))
         decisions += [Decision(item.node, "", None, False, item.reason) for item in self._match.rejected]

@@ -9,50 +9,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import Parameter, functional
 from torch.nn.functional import linear, silu
 from torch.overrides import TorchFunctionMode
 
-from mq_ao.capture import grouped
-
-Groups = tuple[tuple[int, ...], ...]
+from mq_ao.capture import depthwise, grouped
+from mq_ao.capture.views import View, identity, merged
 
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class _View:
-    """A tensor as another one with its axes reordered and merged.
-
-    Attributes:
-        base: the other tensor.
-        groups: for each axis of the view, the axes of `base` that it runs over, as in einops' "b l d -> d (b l)":
-            ((2,), (0, 1)).
-        product: (x, weight) if `base` is their linear, without a bias.
-    """
-
-    base: Tensor
-    groups: Groups
-    product: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes of `base` in the view's order."""
-        return tuple(axis for group in self.groups for axis in group)
-
-    @property
-    def last(self) -> tuple[int, ...]:
-        """The group of an axis that is the last axis of `base`."""
-        return (self.base.dim() - 1,)
-
-
-def _identity(dims: int) -> Groups:
-    return tuple((axis,) for axis in range(dims))
 
 
 class ChannelLast(TorchFunctionMode):
@@ -67,7 +35,7 @@ class ChannelLast(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         # By id, with the tensor itself so that the id stays its own.
-        self._views: dict[int, tuple[Tensor, _View]] = {}
+        self._views: dict[int, tuple[Tensor, View]] = {}
 
     def __torch_function__(
         self,
@@ -77,14 +45,18 @@ class ChannelLast(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
+        name = _PROPERTIES.get(func) or str(getattr(func, "__name__", ""))
         if _writes(name, kwargs):
             # What is written to may be a copy of what it is a view of, or the other way round.
             self._views.clear()
         elif name == "einsum" and len(args) == 3:
-            product = grouped.einsum(*args)
-            if product is not None:
+            product = self._einsum(*args)
+            if product is not NotImplemented:
                 return product
+        elif name in _JOINING and args and not kwargs.keys() - {"dim"}:
+            joined = self._cat(*args, **kwargs)
+            if joined is not NotImplemented:
+                return joined
         elif name in _HANDLERS and args and isinstance(args[0], Tensor):
             handler = _HANDLERS[name]
             try:
@@ -99,18 +71,18 @@ class ChannelLast(TorchFunctionMode):
                 func = Tensor.reshape
         return func(*args, **kwargs)
 
-    def _known(self, x: Tensor) -> _View | None:
+    def _known(self, x: Tensor) -> View | None:
         entry = self._views.get(id(x))
         return None if entry is None else entry[1]
 
-    def _remember(self, x: Tensor, view: _View) -> Tensor:
+    def _remember(self, x: Tensor, view: View) -> Tensor:
         self._views[id(x)] = (x, view)
         return x
 
-    def _give(self, view: _View) -> Tensor:
+    def _give(self, view: View) -> Tensor:
         """The tensor that a view describes: `base` itself where nothing is reordered."""
         base, groups = view.base, view.groups
-        if groups == _identity(base.dim()):
+        if groups == identity(base.dim()):
             return base if view.product is None else self._remember(base, view)
         x = base if view.axes == tuple(range(base.dim())) else base.permute(view.axes)
         if any(len(group) != 1 for group in groups):
@@ -120,8 +92,9 @@ class ChannelLast(TorchFunctionMode):
     def _reordered(self, func: Callable[..., Tensor], x: Tensor, order: Sequence[int]) -> Tensor:
         known = self._known(x)
         if known is None:
-            return self._remember(func(x), _View(x, tuple((axis % x.dim(),) for axis in order)))
-        return self._give(_View(known.base, tuple(known.groups[axis] for axis in order), known.product))
+            groups = tuple((axis % x.dim(),) for axis in order)
+            return x if groups == identity(x.dim()) else self._remember(func(x), View(x, groups))
+        return self._give(View(known.base, tuple(known.groups[axis] for axis in order), known.product))
 
     def _permute(self, name: str, x: Tensor, *order: Any) -> Any:
         if len(order) == 1 and not isinstance(order[0], int):
@@ -134,27 +107,27 @@ class ChannelLast(TorchFunctionMode):
         return self._reordered(lambda x: x.transpose(dim0, dim1), x, order)
 
     def _t(self, name: str, x: Tensor) -> Any:
-        return self._transpose(name, x, 0, 1) if x.dim() == 2 else NotImplemented
+        return self._transpose(name, x, -2, -1) if x.dim() == 2 or name == "mT" else NotImplemented
 
     def _reshape(self, name: str, x: Tensor, *shape: Any) -> Any:
         if len(shape) == 1 and isinstance(shape[0], Sequence):
             (shape,) = shape
         if not all(isinstance(size, int | torch.SymInt) for size in shape):
             return NotImplemented
-        known = self._known(x) or _View(x, _identity(x.dim()))
-        groups = _merged(known, shape)
+        known = self._known(x) or View(x, identity(x.dim()))
+        groups = merged(known, shape)
         if groups is None:
             return NotImplemented
         if known.base is x:
-            return x if groups == known.groups else self._remember(x.reshape(shape), _View(x, groups))
-        return self._give(_View(known.base, groups, known.product))
+            return x if groups == known.groups else self._remember(x.reshape(shape), View(x, groups))
+        return self._give(View(known.base, groups, known.product))
 
     def _split(self, name: str, x: Tensor, sizes: Any, dim: int = 0) -> Any:
         known = self._known(x)
         if known is None or len(known.groups[dim]) != 1:
             return NotImplemented
         parts = getattr(known.base, name)(sizes, dim=known.groups[dim][0])
-        return tuple(self._give(_View(part, known.groups)) for part in parts)
+        return tuple(self._give(View(part, known.groups)) for part in parts)
 
     def _contiguous(self, name: str, x: Tensor) -> Any:
         known = self._known(x)
@@ -164,7 +137,69 @@ class ChannelLast(TorchFunctionMode):
         if inplace:
             self._views.clear()
         known = self._known(x)
-        return NotImplemented if known is None else self._give(_View(silu(known.base), known.groups))
+        return NotImplemented if known is None else self._give(View(silu(known.base), known.groups))
+
+    def _pointwise(self, name: str, x: Tensor, *options: float) -> Any:
+        """A function of every value by itself."""
+        known = self._known(x)
+        return (
+            NotImplemented if known is None else self._give(View(_POINTWISE[name](known.base, *options), known.groups))
+        )
+
+    def _binary(self, name: str, x: Tensor, other: Any) -> Any:
+        """A sum or product of a view with a number, with a view alike, or with what broadcasts against it."""
+        function = torch.add if "add" in name else torch.mul
+        known = self._known(x)
+        if known is None:
+            # Sums and products commute.
+            known, x, other = self._known(other) if isinstance(other, Tensor) else None, other, x
+        if known is None:
+            return NotImplemented
+        if isinstance(other, int | float):
+            return self._give(View(function(known.base, other), known.groups))
+        if not isinstance(other, Tensor) or other.dim() > x.dim() or any(len(group) != 1 for group in known.groups):
+            return NotImplemented
+        while other.dim() < x.dim():
+            other = other.unsqueeze(0)
+        return self._give(View(function(known.base, self._permute("permute", other, known.order)), known.groups))
+
+    def _cat(self, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+        """Views of one order, or a view and what is given that order."""
+        known = next((view for x in tensors if (view := self._known(x)) is not None), None)
+        if known is None or any(len(group) != 1 for group in known.groups):
+            return NotImplemented
+        if any(x.dim() != len(known.groups) for x in tensors):
+            return NotImplemented
+        bases = [self._permute("permute", x, known.order) for x in tensors]
+        return self._give(View(torch.cat(bases, known.groups[dim][0]), known.groups))
+
+    def _slice(self, name: str, x: Tensor, dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1) -> Any:
+        """What torch.export makes of ranges in square brackets."""
+        known = self._known(x)
+        if known is None or len(known.groups[dim]) != 1:
+            return torch.ops.aten.slice.Tensor(x, dim, start, stop, step)
+        part = torch.ops.aten.slice.Tensor(known.base, known.groups[dim][0], start, stop, step)
+        return self._give(View(part, known.groups))
+
+    def _narrow(self, name: str, x: Tensor, dim: int, start: Any, length: Any) -> Any:
+        if not isinstance(start, int) or start < 0:
+            return NotImplemented
+        return self._slice(name, x, dim, start, start + length)
+
+    def _pad(self, name: str, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+        """Zeros around a view."""
+        known = self._known(x)
+        if known is None or mode != "constant" or value:
+            return NotImplemented
+        sizes = [(0, 0)] * known.base.dim()
+        for index, group in enumerate(known.groups[::-1][: len(pad) // 2]):
+            pair = (pad[2 * index], pad[2 * index + 1])
+            if len(group) == 1:
+                sizes[group[0]] = pair
+            elif pair != (0, 0):
+                return NotImplemented
+        flat = [size for pair in sizes[::-1] for size in pair]
+        return self._give(View(functional.pad(known.base, flat), known.groups))
 
     def _cast(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if name in _CASTS:
@@ -179,83 +214,85 @@ class ChannelLast(TorchFunctionMode):
             return x
         if known is None or not isinstance(wanted, torch.dtype):
             return NotImplemented
-        return self._give(_View(known.base.to(wanted), known.groups))
+        return self._give(View(known.base.to(wanted), known.groups))
 
     def _linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         known = self._known(x)
         if known is None or known.groups[-1] != known.last:
             return NotImplemented
-        return self._give(_View(linear(known.base, weight, bias), known.groups))
+        return self._give(View(linear(known.base, weight, bias), known.groups))
 
-    def _matmul(self, name: str, weight: Tensor, x: Tensor) -> Any:
-        known = self._known(x)
-        if known is None or weight.dim() != 2 or x.dim() < 2 or known.groups[-2] != known.last:
+    def _matmul(self, name: str, first: Tensor, second: Tensor) -> Any:
+        """`x @ weight` and `weight @ x`."""
+        weight = self._weight(second)
+        if weight is not None and first.dim() >= 2 and self._weight(first) is None:
+            product = self._linear(name, first, weight)
+            return linear(first, weight) if product is NotImplemented else product
+        if first.dim() != 2 or second.dim() < 2:
             return NotImplemented
-        return self._give(_View(linear(known.base, weight), known.groups, (known.base, weight)))
+        if self._known(second) is None and isinstance(first, Parameter) and second.dim() > 2:
+            second = self._transpose(name, self._transpose(name, second, -1, -2), -1, -2)
+        known = self._known(second)
+        if known is None or known.groups[-2] != known.last:
+            return NotImplemented
+        return self._give(View(linear(known.base, first), known.groups, (known.base, first)))
+
+    def _weight(self, matrix: Tensor) -> Tensor | None:
+        """The weight (out, in) of the linear that a product with a parameter (in, out) from the right is."""
+        known = self._known(matrix)
+        parameter = matrix if known is None else known.base
+        if not isinstance(parameter, Parameter) or matrix.dim() != 2 or parameter.dim() != 2:
+            return None
+        return self._transpose("t", matrix, 0, 1)
+
+    def _einsum(self, equation: str, first: Tensor, second: Tensor) -> Any:
+        product = grouped.einsum(equation, first, second)
+        if product is not None:
+            return product
+        plan = grouped.plain(equation, first, second)
+        if plan is None:
+            return NotImplemented
+        x = self._permute("permute", plan.x, plan.before)
+        weight = plan.weight.t() if plan.transposed else plan.weight
+        product = self._linear("linear", x, weight)
+        return self._permute("permute", linear(x, weight) if product is NotImplemented else product, plan.after)
 
     def _conv1d(
         self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """A convolution of kernel size 1 is a linear."""
+        """A convolution of kernel size 1 is a linear, and a depthwise one causal."""
         given = {**dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)), **kwargs}
         groups = given.pop("groups", 1)
         changed = {key: value for key, value in given.items() if value not in (_CONV1D[key], (_CONV1D[key],))}
         product = grouped.pointwise_conv1d(x, weight, bias, groups, changed)
-        return NotImplemented if product is None else product
+        if product is not None:
+            return product
+        padding = depthwise.padding(x, weight, groups, changed)
+        if padding is None:
+            return NotImplemented
+        y = depthwise.conv1d(self._transpose("transpose", x, 1, 2), weight, bias, padding)
+        return self._transpose("transpose", y, 1, 2)
 
     def _add(self, name: str, x: Tensor, other: Any) -> Any:
         """`weight @ x + bias[:, None]` is one linear."""
         known = self._known(x)
-        if known is None or known.product is None or not isinstance(other, Tensor):
-            return NotImplemented
-        if known.last not in known.groups:
-            return NotImplemented
+        if known is None or known.product is None or not isinstance(other, Tensor) or known.last not in known.groups:
+            return self._binary(name, x, other)
         after = len(known.groups) - 1 - known.groups.index(known.last)
         if other.shape != (known.base.shape[-1], *[1] * after):
-            return NotImplemented
-        return self._give(_View(linear(*known.product, other.flatten()), known.groups))
+            return self._binary(name, x, other)
+        return self._give(View(linear(*known.product, other.flatten()), known.groups))
 
 
-def _merged(view: _View, shape: Sequence[Any]) -> Groups | None:
-    """Groups of a view after a reshape that merges whole axes or takes merged ones apart; None for any other."""
-    base, axes = view.base, list(view.axes)
-    if sum(isinstance(size, int) and size == -1 for size in shape) > 1:
-        return None
-    after = 0
-    for size in reversed(shape):
-        if isinstance(size, int) and size == -1:
-            break
-        after += 1
-    back = _take(base, axes[::-1], list(shape)[::-1][:after])
-    if back is None:
-        return None
-    if after == len(shape):
-        return tuple(group[::-1] for group in reversed(back)) if sum(map(len, back)) == len(axes) else None
-    tail = tuple(group[::-1] for group in reversed(back))
-    axes = axes[: len(axes) - sum(map(len, back))]
-    front = _take(base, axes, list(shape)[: len(shape) - after - 1])
-    if front is None:
-        return None
-    return (*front, tuple(axes[sum(map(len, front)) :]), *tail)
-
-
-def _take(base: Tensor, axes: Sequence[int], sizes: Sequence[Any]) -> list[tuple[int, ...]] | None:
-    """Divides the first `axes` into groups of these sizes, in order."""
-    groups, start = [], 0
-    for size in sizes:
-        stop, product = start, 1
-        while not statically_known_true(product == size):
-            if stop == len(axes):
-                return None
-            product = product * base.shape[axes[stop]]
-            stop += 1
-        groups.append(tuple(axes[start:stop]))
-        start = stop
-    return groups
-
-
+_POINTWISE: dict[str, Callable[..., Tensor]] = {
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+    "softplus": functional.softplus,
+}
 _CONV1D = {"stride": 1, "padding": 0, "dilation": 1}
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
+_PROPERTIES: dict[Any, str] = {Tensor.mT.__get__: "mT", Tensor.T.__get__: "T"}  # type: ignore[attr-defined]
+_JOINING = frozenset({"cat", "concat", "concatenate"})
 _WRITING = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())})
 
 
@@ -269,7 +306,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "permute": ChannelLast._permute,
     "transpose": ChannelLast._transpose,
     "swapaxes": ChannelLast._transpose,
-    "t": ChannelLast._t,
+    **dict.fromkeys(("t", "T", "mT"), ChannelLast._t),
     "reshape": ChannelLast._reshape,
     "view": ChannelLast._reshape,
     "chunk": ChannelLast._split,
@@ -277,13 +314,16 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "split_with_sizes": ChannelLast._split,
     "contiguous": ChannelLast._contiguous,
     "silu": ChannelLast._silu,
+    **dict.fromkeys(_POINTWISE, ChannelLast._pointwise),
+    "slice": ChannelLast._slice,
+    "narrow": ChannelLast._narrow,
+    "pad": ChannelLast._pad,
     "to": ChannelLast._cast,
     "type_as": ChannelLast._cast,
     **dict.fromkeys(_CASTS, ChannelLast._cast),
     "linear": ChannelLast._linear,
-    "matmul": ChannelLast._matmul,
-    "__matmul__": ChannelLast._matmul,
+    **dict.fromkeys(("matmul", "__matmul__", "mm"), ChannelLast._matmul),
     "conv1d": ChannelLast._conv1d,
-    "add": ChannelLast._add,
-    "__add__": ChannelLast._add,
+    **dict.fromkeys(("add", "__add__", "__radd__"), ChannelLast._add),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply"), ChannelLast._binary),
 }

@@ -20,6 +20,7 @@ from mq_ao.capture.layout import ChannelLast
 from mq_ao.capture.replacing import Replacement, replaced
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.errors import MqAoError
+from mq_ao.graph.canonical import canonicalise
 from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.S
     modes.inline(program)
     # torch.export keeps what nobody reads, and the reordering that ChannelLast made needless is that.
     program.graph.eliminate_dead_code()
-    program.graph_module.recompile()
+    canonicalise(program)
     return program
 
 

@@ -27,9 +27,9 @@ class Direction:
         name: the block's name; of several directions, with the scan node's.
         scan: `mq_ao::selective_scan` or `mq_ao::ssd_scan`, or `mq_ao::scan_states` where h C was taken out of it.
         conv1d: depthwise convolution.
-        x_projs: linear that yields dt's low rank, B and C; several where groups of channels have their own (VMamba's
-            four directions in one scan), none in Mamba-2, whose in_proj yields them.
-        dt_projs: linears that raise dt to d_inner, likewise.
+        x_projs: linear that yields dt's low rank, B and C; several where each has its own, or groups of channels have
+            (VMamba's four directions in one scan), none in Mamba-2, whose in_proj yields them.
+        dt_projs: linears that raise dt to d_inner, likewise; where dt has its full rank, they read what x_projs read.
         c: operand C of the scan.
         y: the scan's output, D u included.
         product: multiplication h C where it is a node of its own, else None.

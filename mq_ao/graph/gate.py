@@ -41,7 +41,7 @@ class Gate:
     @property
     def is_plain(self) -> bool:
         """Whether the multiplication reads the activation itself, and y and z are of one shape: kernels want that."""
-        return self.activated is self.end and walk.value(self.y).shape == walk.value(self.z).shape
+        return self.activated is self.end and walk.same_shape(self.y, self.z)
 
     @property
     def readers(self) -> set[Node]:

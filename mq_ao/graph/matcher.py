@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import walk
+from mq_ao.graph import outside, walk
 from mq_ao.graph.block import Block, Direction
 from mq_ao.graph.edit import is_constant
 from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
-
-_PRODUCT = re.compile(r"(^|_)(add|badd)?b?(mm|matmul)(_|$)")
-"""In the name of an operator that multiplies matrices; libraries define their own for experts."""
-_ROUTING = frozenset({walk.aten.topk.default, walk.aten.softmax.int, walk.aten._softmax.default})
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ class Match:
         embeddings: embedding look-ups.
         rejected: scans whose neighbourhood was not understood, and linears without a role.
         linears: other linears, such as those of attention and MLPs.
+        convolutions: convolutions that no scan reads, such as that of a branch beside it.
     """
 
     blocks: tuple[Block, ...]
@@ -51,12 +48,14 @@ class Match:
     embeddings: tuple[Node, ...] = ()
     rejected: tuple[Rejection, ...] = field(default=())
     linears: tuple[Node, ...] = ()
+    convolutions: tuple[Node, ...] = ()
 
     def by_role(self) -> list[tuple[Role, Node]]:
         """Every (role, node) pair of the graph."""
         pairs = [(Role.EMBEDDING, node) for node in self.embeddings]
         for block in self.blocks:
             pairs.extend(block.by_role())
+        pairs += [(Role.CONV1D, node) for node in self.convolutions]
         pairs += [(Role.LINEAR, node) for node in self.linears]
         pairs += [(Role.HEAD, node) for node in self.heads]
         return list(dict.fromkeys(pairs))  # blocks may share an in_proj
@@ -78,6 +77,7 @@ class Match:
             rows += [("norm", norm) for norm in block.norms]
             lines += [f"    {role:<9} {_label(node)}" for role, node in rows if node is not None]
         lines += [f"embedding   {_label(node)}" for node in self.embeddings]
+        lines += [f"conv1d      {_label(node)}" for node in self.convolutions]
         lines += [f"linear      {_label(node)}" for node in self.linears]
         lines += [f"head        {_label(node)}" for node in self.heads]
         lines += [f"left out    {item.node}: {item.reason}" for item in self.rejected]
@@ -124,43 +124,20 @@ def match(module: GraphModule) -> Match:
     for node in walk.calls(module, walk.LINEAR):
         if node in taken:
             continue
-        reason = _unsuited(node)
+        reason = outside.unsuited(node)
         if reason is not None:
             rejected.append(Rejection(node.name, reason))
-        elif _is_output(node):
+        elif outside.is_output(node):
             heads.append(node)
         else:
             linears.append(node)
     for node in module.graph.nodes:
-        if _is_product(node):
+        if outside.is_product(node):
             reason = "a product with constant weights that is no linear, as of experts: it stays in float"
             rejected.append(Rejection(node.name, reason))
     embeddings = walk.calls(module, {walk.aten.embedding.default})
-    return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears))
-
-
-def _is_product(node: Node) -> bool:
-    """Whether a node multiplies by a constant matrix, but is no linear."""
-    name = getattr(node.target, "_opname", "")
-    weights = (item for item in walk.inputs(node) if is_constant(item))
-    return bool(_PRODUCT.search(name)) and any(weight.meta["val"].dim() > 1 for weight in weights)
-
-
-def _is_output(value: Node) -> bool:
-    """Whether the graph gives a value, perhaps multiplied by a number."""
-    users = list(walk.downstream(value))
-    return any(user.op == "output" or (walk.is_scaling(user) and _is_output(user)) for user in users)
-
-
-def _unsuited(linear: Node) -> str | None:
-    """Why a linear outside the blocks has no role."""
-    if not is_constant(linear.args[1]):
-        return "its weight is computed at run time"
-    if walk.argument(linear, 1).meta["val"].shape[1] == 1:
-        return "it has one input, so there is no product to speed up"
-    if any(user.target in _ROUTING for user in walk.downstream(linear)):
-        return "a router: its few scores choose experts, and a rounded one chooses others"
-    return None
+    convolutions = [node for node in walk.calls(module, {torch.ops.mq_ao.causal_conv1d.default}) if node not in taken]
+    return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears), tuple(convolutions))
 
 
 @dataclass(frozen=True)
@@ -201,17 +178,29 @@ def _low_rank(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tup
     """(conv1d, x_projs, dt_projs) of a Mamba-1 scan."""
     u, delta = _node(scan, 0), _node(scan, 1)
     dt_projs = _sources([delta], walk.LINEAR, "delta", "dt_proj (a linear)", also_through=walk.NORM)
-    low = [_node(dt_proj, 0) for dt_proj in dt_projs]
-    x_projs = _sources(low, walk.LINEAR, "dt_proj's input", "x_proj (a linear)", also_through=walk.NORM)
+    found: set[Node] = set()
     for name, node in (("B", b), ("C", c)):
-        if set(_sources([node], walk.LINEAR, name, "x_proj (a linear)", also_through=walk.NORM)) != set(x_projs):
-            raise _WalkEnded(f"{name} does not come from {_listed(x_projs)}, from which delta comes")
+        found.update(_sources([node], walk.LINEAR, name, "x_proj (a linear)", also_through=walk.NORM))
     conv1d = _expect(u, walk.CONV, "u", "conv1d", also_through=walk.ACTIVATION)
-    inputs = [_node(x_proj, 0) for x_proj in x_projs]
-    found = _sources(inputs, walk.CONV, "x_proj's input", "conv1d", also_through=walk.ACTIVATION)
-    if found != (conv1d,):
-        raise _WalkEnded(f"x_proj's input does not come from {conv1d.name}, from which u comes")
+    for dt_proj in dt_projs:
+        # Where dt has its full rank, this linear reads the convolution itself.
+        if not _comes_from(dt_proj, conv1d):
+            low = [_node(dt_proj, 0)]
+            found.update(_sources(low, walk.LINEAR, "dt_proj's input", "x_proj (a linear)", also_through=walk.NORM))
+    x_projs = tuple(sorted(found))
+    for x_proj in x_projs:
+        if not _comes_from(x_proj, conv1d):
+            raise _WalkEnded(f"the input of {x_proj.name} does not come from {conv1d.name}, from which u comes")
     return conv1d, x_projs, dt_projs
+
+
+def _comes_from(linear: Node, conv1d: Node) -> bool:
+    """Whether a linear reads a convolution's output."""
+    try:
+        inputs = [_node(linear, 0)]
+        return _sources(inputs, walk.CONV, "its input", "conv1d", also_through=walk.ACTIVATION) == (conv1d,)
+    except _WalkEnded:
+        return False
 
 
 def _state_space_duality(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
@@ -292,7 +281,10 @@ def _sources(
         elif end.op == "call_function" and end.target in targets:
             found[end] = None
         else:
-            raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected")
+            remedy = (
+                "; of a layer and an adapter such as LoRA: merge the adapter first" if end.target in walk.ADD else ""
+            )
+            raise _WalkEnded(f"the walk from {what} ended at {_label(end)}, where {wanted} was expected{remedy}")
     return tuple(sorted(found))
 
 
@@ -301,10 +293,10 @@ def _listed(nodes: Iterable[Node]) -> str:
 
 
 def _unscaled(node: Node, through: frozenset[object]) -> Node:
-    """Where a walk up ends that also passes multiplications by constants, as of mup-parametrised models."""
-    end = walk.upstream(node, through=through)
+    """Where a walk up ends that also passes masks, and multiplications by constants, as of mup-parametrised models."""
+    end = walk.upstream(node, through=through, tokenwise=True)
     while end.target in walk.MUL and (walk.is_scaling(end) or is_constant(end.args[1])):
-        end = walk.upstream(walk.argument(end, 0), through=through)
+        end = walk.upstream(walk.argument(end, 0), through=through, tokenwise=True)
     return end
 
 
@@ -344,13 +336,23 @@ def _output_side(y: Node) -> _Output:
             return _Output(tuple(gates), tuple(norms), node)
         if node.op == "call_function" and node.target in walk.NORM:
             norms.append(node)
+        elif node.target in walk.JOINING:
+            if not _joins_channels(node):
+                raise _WalkEnded(f"{_label(node)}, after the scan, joins values along another axis than the channels")
         elif node.op != "call_function" or node.target not in walk.MUL | walk.DIV | walk.ADD:
             raise _WalkEnded(f"the walk from the scan's output ended at {_label(node)}, where out_proj was expected")
         elif node.target in walk.MUL and not walk.is_scaling(node) and not any(map(is_constant, walk.inputs(node))):
             gate = gate_of(node, previous)
-            if gate is None:
+            if gate is not None:
+                gates.append(gate)
+            elif not walk.is_tokenwise(node):
                 raise _WalkEnded(f"no operand of {node.name} is an activated gate")
-            gates.append(gate)
+
+
+def _joins_channels(node: Node) -> bool:
+    """Whether a concatenation is along the last axis."""
+    axis: Any = node.args[1] if len(node.args) > 1 else 0
+    return node.target != walk.aten.stack.default and axis in (-1, node.meta["val"].dim() - 1)
 
 
 def _next(node: Node) -> Node:

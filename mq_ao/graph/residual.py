@@ -156,6 +156,8 @@ def _backward(stream: Stream, value: Node) -> list[Node]:
             return _end(stream, value, "it normalises over more than the channels")
         stream.norms.append(value)
         return [walk.argument(value, 0)]
+    if walk.is_tokenwise(value):
+        return [walk.argument(value, 0)]
     if value.target in _BY_CHANNEL or walk.is_scaling(value):
         if not keeps_channels(value, stream.width):
             return _end(stream, value, _misplaced(value))
@@ -170,8 +172,9 @@ def _operands(stream: Stream, value: Node) -> list[Node]:
     if value.target in (aten.index.Tensor, aten.index_select.default, aten.gather.default):
         operands = operands[:1]
     for operand in operands:
-        if channels(operand) != stream.width:
-            return _end(stream, value, f"it combines {channels(operand)} with {stream.width} channels")
+        width = operand.meta["val"].shape[-1:]
+        if not width or not walk.same_size(width[0], stream.width):
+            return _end(stream, value, f"it combines {width[0] if width else 1} with {stream.width} channels")
         if is_constant(operand):
             if operand not in value.args:
                 return _end(stream, value, "it joins a constant that lies in a list")
@@ -196,6 +199,8 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
         return [user]
     if user.op == "output":
         return _end(stream, value, "it is an output of the graph")
+    if walk.is_tokenwise(user) and user.args[0] is value:
+        return [user]
     if user.target in _BY_CHANNEL or walk.is_scaling(user):
         if not keeps_channels(user, stream.width):
             return _end(stream, user, _misplaced(user))
@@ -221,7 +226,7 @@ def keeps_channels(user: Node, width: int) -> bool:
     if user.kwargs and user.target not in walk.COPYING:
         return False
     value, source = user.meta["val"], user.all_input_nodes[0].meta["val"]
-    if value.dim() == 0 or value.shape[-1] != width:
+    if value.dim() == 0 or not walk.same_size(value.shape[-1], width):
         return False
     if user.target in walk.COPYING:
         return True
@@ -239,7 +244,7 @@ def keeps_channels(user: Node, width: int) -> bool:
     elif user.target == aten.gather.default:
         # The same row for every channel: an index of one column, spread out.
         index = walk.argument(user, 2)
-        if index.target != aten.expand.default or walk.argument(index, 0).meta["val"].shape[-1] != 1:
+        if index.target != aten.expand.default or not walk.same_size(walk.value(walk.argument(index, 0)).shape[-1], 1):
             return False
         axes = [acted_on]
     elif user.target == aten.unsqueeze.default:

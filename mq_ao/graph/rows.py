@@ -10,7 +10,6 @@ from itertools import accumulate
 from typing import Any
 
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mq_ao.errors import Unsuitable
 from mq_ao.graph import walk
@@ -53,17 +52,19 @@ class Rows:
         return self.linear is other.linear and self.start < other.stop and other.start < self.stop
 
 
-def rows_of(node: Node, read_by: Collection[Node] = ()) -> Rows:
+def rows_of(node: Node, read_by: Collection[Node] = (), *, shift: bool = False) -> Rows:
     """Follows the channels of `node`, its last axis, up to the linear that computes them.
 
     Args:
         node: a value.
         read_by: who may read these channels; empty: it does not matter.
+        shift: a constant is to be added to these channels, and not only a linear map of them to be changed: masks and
+            zeros for padding are then in the way.
 
     Raises:
         Unsuitable: something on the way changes or mixes channels, or others read them too.
     """
-    rows = _rows(node, node.meta["val"].dim() - 1, node)
+    rows = _rows(node, node.meta["val"].dim() - 1, node, shift)
     if read_by:
         _check_readers(rows, read_by)
     return rows
@@ -86,18 +87,20 @@ def origin(value: Node) -> Node:
     return node
 
 
-def _rows(node: Node, axis: int, of: Node) -> Rows:
+def _rows(node: Node, axis: int, of: Node, shift: bool) -> Rows:
     """Rows of the linear behind `node`, whose channels lie on `axis`; `of` is what was asked about."""
     if node.target in walk.LINEAR and axis == node.meta["val"].dim() - 1:
         return Rows(node, 0, int(node.meta["val"].shape[-1]))
     source = node.args[0] if node.args else None
+    if shift and walk.is_tokenwise(node):
+        raise Unsuitable(f"{of.name} is masked or padded by {node.name}, and a shift before that is not one behind it.")
     if isinstance(source, Node):
         if node.target is operator.getitem:
             source = walk.argument(source, 0)
         found = channel_source(node, axis)
         if found is not None:
             inner, start, stop = found
-            return _within(_rows(source, inner, of), start, stop)
+            return _within(_rows(source, inner, of, shift), start, stop)
     raise Unsuitable(f"{of.name} is not a range of channels of a linear, so it cannot be scaled or rotated there.")
 
 
@@ -111,17 +114,15 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
     Returns:
         (axis of its input, first channel there, one past the last), or None where channels are mixed or changed.
     """
-    size = int(node.meta["val"].shape[axis])
+    size = node.meta["val"].shape[axis]
+    if not isinstance(size, int) or not isinstance(node.args[0], Node):
+        return None  # Sizes that vary are no channels.
     if node.target is operator.getitem:
-        split = walk.argument(node, 0)
-        source = walk.argument(split, 0).meta["val"]
-        if split.target not in _SPLITS:
-            return None
-        bounds = piece_bounds(split, axis)
-        # Along another axis, a piece has all channels.
-        return (axis, 0, int(source.shape[axis])) if bounds is None else (axis, *bounds[_index(node)])
+        return _piece(node, axis)
     source = walk.argument(node, 0).meta["val"]
     whole = (axis, 0, size)
+    if walk.is_tokenwise(node):
+        return whole if axis == source.dim() - 1 else None
     if node.target in walk.COPYING or node.target == aten.expand.default:
         return whole if source.dim() == node.meta["val"].dim() else None
     if node.target in (aten.flip.default, aten.index_select.default):
@@ -145,10 +146,22 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
     return None
 
 
+def _piece(node: Node, axis: int) -> tuple[int, int, int] | None:
+    split = walk.argument(node, 0)
+    size = walk.argument(split, 0).meta["val"].shape[axis] if split.target in _SPLITS else None
+    if not isinstance(size, int):
+        return None
+    bounds = piece_bounds(split, axis)
+    # Along another axis, a piece has all channels.
+    return (axis, 0, size) if bounds is None else (axis, *bounds[_index(node)])
+
+
 def _sliced(node: Node, axis: int) -> tuple[int, int, int] | None:
     source = walk.argument(node, 0).meta["val"]
     _, dim, start, stop, step = walk.padded(node, 5)
-    size = int(source.shape[axis])
+    size = source.shape[axis]
+    if not isinstance(size, int):
+        return None
     if _positive([dim or 0], source.dim()) != [axis]:
         return axis, 0, size
     if step not in (None, 1) or not isinstance(start or 0, int) or not isinstance(stop or size, int):
@@ -161,16 +174,14 @@ def _reshaped(source: Sequence[Any], target: Sequence[Any], axis: int) -> tuple[
     """The axis of a reshape's input that is `axis` of its output, if that is one and the same axis."""
     size, behind = target[axis], math.prod(target[axis + 1 :])
     for candidate in range(len(source)):
-        # Not `and` alone: the truth of a comparison of sizes that vary would fix them.
-        same = (source[candidate] == size, math.prod(source[candidate + 1 :]) == behind)
-        if all(map(statically_known_true, same)):
+        if walk.same_size(source[candidate], size) and walk.same_size(math.prod(source[candidate + 1 :]), behind):
             return candidate, 0, int(size)
     return None
 
 
 def _check_readers(rows: Rows, read_by: Collection[Node]) -> None:
     """Raises Unsuitable if anything outside `read_by` reads some of these channels."""
-    for reader in walk.downstream(rows.linear, through=walk.TRANSPARENT):
+    for reader in walk.downstream(rows.linear, tokenwise=True):
         for value in () if reader in read_by else reader.all_input_nodes:
             others = _around(value)
             if others is not None and others.overlaps(rows):
@@ -183,7 +194,7 @@ def _around(value: Node) -> Rows | None:
         try:
             return rows_of(value)
         except Unsuitable:
-            if value.target not in walk.TRANSPARENT:
+            if value.target not in walk.TRANSPARENT and not walk.is_tokenwise(value):
                 return None
         source = walk.argument(value, 0)
         if value.target is operator.getitem:
@@ -212,7 +223,9 @@ def piece_bounds(split: Node, axis: int = -1) -> list[tuple[int, int]] | None:
     along = split.args[2] if len(split.args) > 2 else 0
     if _positive([along], source.dim()) != _positive([axis], source.dim()):
         return None
-    width = int(source.shape[axis])
+    width = source.shape[axis]
+    if not isinstance(width, int):
+        return None
     if split.target == aten.split_with_sizes.default:
         sizes = list(how)
     else:

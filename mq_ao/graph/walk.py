@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.errors import MqAoError
@@ -29,6 +30,8 @@ ADD = frozenset({aten.add.Tensor})
 JOINING = frozenset({aten.cat.default, aten.concatenate.default, aten.stack.default})
 NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 SUM = frozenset({aten.sum.dim_IntList})
+PADDED = frozenset({aten.constant_pad_nd.default, aten.pad.default})
+_MASKED = frozenset({aten.masked_fill.Scalar})
 
 COPYING = frozenset(
     {
@@ -82,6 +85,17 @@ def value(node: Node) -> Any:
     return node.meta["val"]
 
 
+def same_size(first: Any, second: Any) -> bool:
+    """Whether two sizes are known to be equal. To compare them as numbers would fix those that vary."""
+    return statically_known_true(first == second)
+
+
+def same_shape(first: Node, second: Node) -> bool:
+    """Whether the values of two nodes are known to have one shape."""
+    shapes = value(first).shape, value(second).shape
+    return len(shapes[0]) == len(shapes[1]) and all(map(same_size, *shapes))
+
+
 def padded(node: Node, count: int) -> list[Any]:
     """Positional arguments, padded with None where defaults were left out."""
     assert not node.kwargs, f"{node.name} has keyword arguments"
@@ -98,18 +112,33 @@ def arguments(node: Node) -> dict[str, Any]:
     return found
 
 
-def upstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Node:
-    """Follows first inputs from `node` (included) while the operator is in `through`; returns where it ends."""
-    while node.op == "call_function" and node.target in through and isinstance(node.args[0], Node):
+def upstream(node: Node, *, through: frozenset[object] = TRANSPARENT, tokenwise: bool = False) -> Node:
+    """Follows first inputs from `node` (included) while the operator is in `through`; returns where it ends.
+
+    Args:
+        node: where to begin.
+        through: operators to pass.
+        tokenwise: pass what `is_tokenwise` too.
+    """
+    while node.op == "call_function" and (node.target in through or (tokenwise and is_tokenwise(node))):
+        if not isinstance(node.args[0], Node):
+            break
         node = node.args[0]
     return node
 
 
-def downstream(node: Node, *, through: frozenset[object] = TRANSPARENT) -> Iterator[Node]:
-    """Yields the users of `node` that are not in `through`, looking behind those that are."""
+def downstream(node: Node, *, through: frozenset[object] = TRANSPARENT, tokenwise: bool = False) -> Iterator[Node]:
+    """Yields the users of `node` that are not in `through`, looking behind those that are.
+
+    Args:
+        node: where to begin.
+        through: operators to pass.
+        tokenwise: pass what `is_tokenwise` too.
+    """
     for user in node.users:
-        if user.op == "call_function" and user.target in through:
-            yield from downstream(user, through=through)
+        passes = user.target in through or (tokenwise and is_tokenwise(user) and user.args[0] is node)
+        if user.op == "call_function" and passes:
+            yield from downstream(user, through=through, tokenwise=tokenwise)
         else:
             yield user
 
@@ -127,6 +156,32 @@ def check_scans(module: GraphModule, known: frozenset[object], backend: str) -> 
 def is_scaling(node: Node) -> bool:
     """Whether a node multiplies or divides a value by one number."""
     return node.target in MUL | DIV and isinstance(node.args[1], int | float)
+
+
+def is_tokenwise(node: Node) -> bool:
+    """Whether a node multiplies every token by a number of its own, such as a mask, or puts zeros between tokens.
+
+    Linear maps of the channels commute with that, a shift does not. The value is the node's first argument.
+    """
+    if node.target in MUL:
+        x, factor = node.args[:2]
+        return isinstance(x, Node) and isinstance(factor, Node) and _is_of_tokens(factor, x)
+    if node.target in _MASKED:
+        return not node.args[2] and _is_of_tokens(argument(node, 1), argument(node, 0))
+    if node.target in PADDED:
+        given = arguments(node)
+        return list(given["pad"][:2]) == [0, 0] and given.get("mode") in (None, "constant") and not given["value"]
+    return False
+
+
+def _is_of_tokens(factor: Node, x: Node) -> bool:
+    """Whether `factor` has one number for all channels of x, its last axis."""
+    if factor.target == aten.expand.default:
+        factor = argument(factor, 0)
+    one, many = value(factor), value(x)
+    if not isinstance(one, torch.Tensor) or not 0 < one.dim() <= many.dim() or same_size(many.shape[-1], 1):
+        return False
+    return same_size(one.shape[-1], 1)
 
 
 def only_user(node: Node) -> Node | None:

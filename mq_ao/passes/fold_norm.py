@@ -79,6 +79,6 @@ def _uncentred(stream: Stream) -> str | None:
             return f"the weight of {norm.name} could not be folded"
     for node in stream.inputs:
         through = SELECTING | MOVING | {aten.mean.dim, aten.flip.default}
-        if walk.upstream(node, through=through) not in stream.norms:
+        if walk.upstream(node, through=through, tokenwise=True) not in stream.norms:
             return f"{node.name} is read without a norm"
     return None

@@ -28,8 +28,12 @@ class LowRank:
     dt_proj: Node
 
 
-def low_rank(direction: Direction) -> LowRank:
+def low_rank(direction: Direction, *, shift: bool = False) -> LowRank:
     """The pair of a scan.
+
+    Args:
+        direction: the scan with its layers.
+        shift: a constant is to be added to dt: see `rows_of`.
 
     Raises:
         Unsuitable: there is none or several, or something is between both linears.
@@ -39,7 +43,7 @@ def low_rank(direction: Direction) -> LowRank:
     if direction.dt is None:
         raise Unsuitable("groups of channels have a pair of linears each.")
     (dt_proj,) = direction.dt_projs
-    return LowRank(direction.dt, rows_of(direction.dt, {dt_proj}), dt_proj)
+    return LowRank(direction.dt, rows_of(direction.dt, {dt_proj}, shift=shift), dt_proj)
 
 
 def requests_for_dt(rewrite: Rewrite, *, covariance: bool = False) -> list[Request]:

@@ -28,7 +28,7 @@ def readers_of(norm: Node) -> list[Node] | str:
             moves = reader.target in _ONWARD and keeps_channels(reader, channels(norm))
             if reader.target in walk.LINEAR:
                 readers[reader] = None
-            elif moves or (walk.is_scaling(reader) and not biased):
+            elif moves or ((walk.is_scaling(reader) or walk.is_tokenwise(reader)) and not biased):
                 pending.append(reader)
             else:
                 return f"{norm.name} is also read by {reader.name}, which is not a linear"

@@ -34,10 +34,10 @@ class ShiftDt(Pass):
             if direction.scan.target in walk.SCAN_STATES:
                 raise MqAoError("shift_dt changes the scan's bias: put it before expose_state.")
             with self.where_suitable(rewrite, direction.name):
-                pair = low_rank(direction)
+                pair = low_rank(direction, shift=True)
                 # What is added to dt_proj's output goes into this scan's bias, so nothing else may read it, or change
                 # it on the way.
-                rows_of(walk.argument(direction.scan, 1), {direction.scan})
+                rows_of(walk.argument(direction.scan, 1), {direction.scan}, shift=True)
                 statistics = rewrite.of(pair.dt)
                 low, high = statistics.extremes
                 middle = (low + high) / 2

@@ -117,7 +117,7 @@ def _check_path(block: Block) -> None:
             continue
         if end.target in walk.ADD:
             pending += walk.inputs(end)
-        elif walk.is_scaling(end) or (end.target in walk.MUL and _weighting(end) == 1):
+        elif walk.is_scaling(end) or walk.is_tokenwise(end) or (end.target in walk.MUL and _weighting(end) == 1):
             pending.append(walk.argument(end, 0))
         else:
             raise Unsuitable(f"{end.name} lies between the gate and out_proj.")
