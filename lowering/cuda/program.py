@@ -37,6 +37,8 @@ class Mode(StrEnum):
     MAX_AUTOTUNE = "max-autotune"
 
 
+_GPU_TOKENS = 65536
+"""Tokens that a GPU runs at once: it needs more rows than a CPU, and has the memory for them. Not measured."""
 _WITH_GRAPHS = (Mode.CUDA_GRAPHS, Mode.MAX_AUTOTUNE)
 
 
@@ -70,7 +72,7 @@ class CudaProgram(StatefulProgram):
         wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if wanted.type == "cuda":
             require_cuda(wanted)
-        super().__init__(info, wanted)
+        super().__init__(info, wanted, *((_GPU_TOKENS,) if wanted.type == "cuda" else ()))
         self._exported = exported
         self.mode = parse_mode(mode, wanted)
         module = exported.module(check_guards=False)
@@ -182,17 +184,7 @@ class _Held:
                 )
 
     def take(self, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The memory, with these states in it.
-
-        Raises:
-            MqAoError: they are not of its shapes; it is as it was.
-        """
-        for state, value in zip(self._states, given, strict=True):
-            if value.shape != state.shape:
-                raise MqAoError(
-                    f"a state has shape {tuple(value.shape)} where a step of these sequences takes "
-                    f"{tuple(state.shape)}: give the states of the same sequences."
-                )
+        """The memory, with these states in it."""
         if not all(map(self._knows, given)):
             # Those of other sequences, which may go on later, in memory of their own from now on.
             with torch.inference_mode(False):

@@ -30,7 +30,7 @@ from mq_ao.lowering.executorch.options import Options, Scan
 from mq_ao.lowering.executorch.program import ExecutorchProgram
 from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.states import buffers
-from mq_ao.lowering.graphs import StateShapes
+from mq_ao.lowering.graphs import state_shapes
 from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, simulated_nodes
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def rewrite(module: GraphModule, options: Options) -> GraphModule:
 
 def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
     graph = rewrite(module, options)
-    shapes = StateShapes.of(graph)
+    shapes = state_shapes(graph)
     vocab_size = int(info["vocab_size"])
     max_count = options.max_count(vocab_size)
     programs = export_methods(graph, buffers(shapes, options.batch), options, max_count)

@@ -20,7 +20,7 @@ from mq_ao.files import check_output, replacing
 from mq_ao.lowering.executorch.info import FORMAT, INFO
 from mq_ao.lowering.executorch.options import Scan
 from mq_ao.models.generate import Sampling, generate, stream
-from mq_ao.models.program import check_ids
+from mq_ao.models.inputs import one_token, refuse_mask, token_ids
 from mq_ao.ops.native import executorch_build
 
 
@@ -95,40 +95,51 @@ class ExecutorchProgram:
         """Bytes of the file: weights and scales, and the little that lies around them."""
         return self._path.stat().st_size
 
-    def __call__(self, input_ids: Tensor, conv_state: Any = None, ssm_state: Any = None) -> States:
+    def __call__(
+        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
+    ) -> States:
         """Logits of all tokens: (batch, length, vocab_size) float32, and what stands for the state after the last."""
-        self._enter(input_ids, conv_state)
-        pieces = [
-            self._prefill(piece, torch.arange(piece.shape[1])) for piece in input_ids.split(self._info["max_count"], 1)
-        ]
+        refuse_mask(attention_mask)
+        ids = self._enter(input_ids, conv_state, ssm_state)
+        pieces = [self._prefill(piece, torch.arange(piece.shape[1])) for piece in ids.split(self._info["max_count"], 1)]
         return self._leave(torch.cat(pieces, dim=1))
 
-    def prefill(self, input_ids: Tensor, conv_state: Any = None, ssm_state: Any = None) -> States:
+    def prefill(
+        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
+    ) -> States:
         """Logits of the last token only: (batch, 1, vocab_size), and what stands for the state after it."""
-        self._enter(input_ids, conv_state)
-        for piece in input_ids.split(self._info["max_length"], 1):
+        refuse_mask(attention_mask)
+        for piece in self._enter(input_ids, conv_state, ssm_state).split(self._info["max_length"], 1):
             logits = self._prefill(piece, torch.tensor([piece.shape[1] - 1]))
         return self._leave(logits)
 
-    def decode(self, input_ids: Tensor, conv_state: Any, ssm_state: Any = None) -> States:
+    def decode(self, input_ids: Any, conv_state: Any, ssm_state: Any = None) -> States:
         """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and the state."""
-        self._enter(input_ids, conv_state)
-        if input_ids.shape[1] != 1:
-            raise MqAoError(f"decode takes one token a sequence, not {input_ids.shape[1]}: use prefill.")
-        return self._leave(self._run("decode", input_ids))
+        one_token(token_ids(input_ids))
+        if conv_state is None:
+            raise MqAoError("the state is missing: give what the last call returned, or start with prefill.")
+        return self._leave(self._run("decode", self._enter(input_ids, conv_state, ssm_state)))
 
     def reset(self) -> None:
         """Sets the states to zero; every prompt that is given without a state does."""
         self._run("reset")
         self._state = KeptState()
 
-    def stream(self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
+    def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
         """Yields the next tokens one by one; see `models.generate.stream`."""
-        return stream(self.prefill, input_ids, max_new_tokens, sampling)
+        return stream(self.prefill, input_ids, max_new_tokens, self._within(sampling))
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        *,
+        attention_mask: None = None,
+    ) -> Tensor:
         """Prompt and continuation; see `models.generate.generate`."""
-        return generate(self.prefill, input_ids, max_new_tokens, sampling)
+        refuse_mask(attention_mask)
+        return generate(self.prefill, input_ids, max_new_tokens, self._within(sampling))
 
     def save(self, path: str | Path) -> None:
         """Writes the program to a `.pte` file, under a temporary name that is renamed when it is complete.
@@ -144,21 +155,26 @@ class ExecutorchProgram:
             return self._run("decode", ids)
         return self._run("prefill", ids, positions)
 
-    def _enter(self, input_ids: Tensor, state: Any) -> None:
-        """Checks the input, and starts from zeros where no state is given."""
+    def _within(self, sampling: Sampling | None) -> Sampling:
+        return (sampling or Sampling()).within(self._info.get("known_tokens"))
+
+    def _enter(self, input_ids: Any, *states: Any) -> Tensor:
+        """Token ids as they are given, checked; starts from zeros where no state is given."""
         batch = self._info["batch"]
-        check_ids(input_ids, self._info["vocab_size"])
-        if input_ids.shape[0] != batch:
+        ids = token_ids(input_ids, self._info["vocab_size"])
+        if len(ids) != batch:
             raise MqAoError(
-                f"this program was made for a batch of {batch}, not {input_ids.shape[0]}: lower it again with that "
-                "batch in its options."
+                f"this program was made for a batch of {batch}, not {len(ids)}: lower it again with that batch in its "
+                "options."
             )
-        if state is None:
+        given = [state for state in states if state is not None]
+        if not given:
             self.reset()
-        elif state is not self._state:
+        elif any(state is not self._state for state in given):
             raise MqAoError(
                 "this program keeps the state of its last call alone: give what that call gave, or None to start anew."
             )
+        return ids.cpu()
 
     def _leave(self, logits: Tensor) -> States:
         self._state = KeptState()

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import mq_ao.ops
-from mq_ao.lowering.graphs import StateShapes, flat, with_positions
+from mq_ao.lowering.graphs import flat, state_shapes, with_positions
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.program import InductorProgram
 from mq_ao.lowering.inductor.rewrite import Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.lowering.methods import export_decode, export_prefill
+from mq_ao.models.states import StateShapes
 from mq_ao.ops.native.build import compiler
 
 
@@ -88,12 +89,12 @@ def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> Ind
     """
     graph = rewrite(converted)
     described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
-    return _compile(graph.module, StateShapes.of(graph.module), described)
+    return _compile(graph.module, state_shapes(graph.module), described)
 
 
 def compile_float_language_model(module: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
     """Compiles the float graph of a language model in the same way, for comparison; it has no integer kernels."""
-    shapes = StateShapes.of(module)
+    shapes = state_shapes(module)
     module = copy.deepcopy(module)
     fold_constants(module)
     return _compile(module, shapes, {**info, "integer_kernels": {}, "simulated": []})
