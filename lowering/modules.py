@@ -107,10 +107,10 @@ def _take_results(module: GraphModule) -> tuple[int | list[Any], ...]:
             if not (result is None or isinstance(result, bool | int | float | str)):
                 raise MqAoError(f"the model gives {result!r}: a saved program gives tensors and constants alone.")
             leaves.append([result])
-        elif isinstance(result.meta.get("val"), Tensor):
-            leaves.append(tensors.setdefault(result, len(tensors)))
-        else:
+        elif isinstance(result.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
             raise MqAoError(f"the model gives {result.name}, which is no tensor: a saved program cannot give it.")
+        else:
+            leaves.append(tensors.setdefault(result, len(tensors)))
     if not tensors:
         raise MqAoError("the model gives no tensor: there is nothing to run.")
     output.args = (tuple(tensors),)

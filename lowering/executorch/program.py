@@ -1,4 +1,4 @@
-"""A program for ExecuTorch, run by the runtime of its Python package."""
+"""Programs for ExecuTorch, run by the runtime of its Python package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, replacing
 from mq_ao.lowering.executorch.info import FORMAT, INFO
 from mq_ao.lowering.executorch.options import Scan
+from mq_ao.lowering.module_program import ModuleProgram
 from mq_ao.models.generate import Sampling, generate, stream
 from mq_ao.models.inputs import one_token, refuse_mask, token_ids
 from mq_ao.ops.native import executorch_build
@@ -31,16 +32,12 @@ class KeptState:
 States = tuple[Tensor, KeptState, KeptState]
 
 
-class ExecutorchProgram:
-    """A language model in a `.pte` file, with the interface of a compiled one.
+class _Loaded:
+    """A `.pte` file, loaded.
 
-    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. The
-    program keeps its states in its own memory: without a state a call starts from zeros, and the state that a call
-    gives stands for what the program keeps. It can be given to the very next call alone.
-
-    The first program that lives in a process packs the weights that prefill and decode share once. Others pack them
-    twice, and so does one with the same integers under different scales: XNNPACK's cache knows a weight by its integers
-    alone, and what it packs depends on the scales around them too.
+    The first program that lives in a process packs the weights that its methods share once. Others pack them twice, and
+    so does one with the same integers under different scales: XNNPACK's cache knows a weight by its integers alone, and
+    what it packs depends on the scales around them too.
 
     Args:
         path: the file, which stays open as long as the program lives.
@@ -48,37 +45,72 @@ class ExecutorchProgram:
         info: what it says of itself.
     """
 
-    _sharing: weakref.ref[ExecutorchProgram] | Callable[[], None] = staticmethod(lambda: None)
+    _sharing: weakref.ref[_Loaded] | Callable[[], None] = staticmethod(lambda: None)
     """The program whose weights are packed once."""
 
     def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
         self._path = path
         self._program = program
         self._info = info
+        self._methods: set[str] = set()
+        if _Loaded._sharing() is None and info["scan"] == Scan.NATIVE and info["packed_once"]:
+            _Loaded._sharing = weakref.ref(self)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the file: weights and scales, and the little that lies around them."""
+        return self._path.stat().st_size
+
+    def save(self, path: str | Path) -> None:
+        """Writes the program to a `.pte` file, under a temporary name that is renamed when it is complete.
+
+        Raises:
+            MqAoError: the path cannot be written.
+        """
+        with replacing(check_output(path, ".pte")) as temporary:
+            shutil.copyfile(self._path, temporary)
+
+    def _execute(self, method: str, *inputs: Tensor) -> list[Tensor]:
+        """Runs a method; the first time it is loaded, and packs its weights."""
+        if method not in self._methods and self._info["scan"] == Scan.NATIVE:
+            executorch_build.share_packed_weights(_Loaded._sharing() is self)
+        self._methods.add(method)
+        try:
+            return self._program.load_method(method).execute([tensor.contiguous() for tensor in inputs])
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise MqAoError(f"ExecuTorch cannot run {method!r} of {self._path}: {reason}") from error
+
+
+class ExecutorchProgram(_Loaded):
+    """A language model in a `.pte` file, with the interface of a compiled one.
+
+    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. The
+    program keeps its states in its own memory: without a state a call starts from zeros, and the state that a call
+    gives stands for what the program keeps. It can be given to the very next call alone.
+
+    Args:
+        path: the file, which stays open as long as the program lives.
+        program: the file, loaded by ExecuTorch's runtime.
+        info: what it says of itself.
+    """
+
+    def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
+        super().__init__(path, program, info)
         self._state = KeptState()
-        self._loaded: set[str] = set()
-        if ExecutorchProgram._sharing() is None and info["scan"] == Scan.NATIVE and info["packed_once"]:
-            ExecutorchProgram._sharing = weakref.ref(self)
 
     @classmethod
     def load(cls, path: str | Path) -> ExecutorchProgram:
         """Loads a program saved by `save`; the native operators are loaded or built first, where it needs them.
 
         Raises:
-            MqAoError: the file is missing, damaged, not ours or of another version, or executorch or the native
-                operators are missing.
+            MqAoError: the file is missing, damaged, not ours, of another version or not a language model's, or
+                executorch or the native operators are missing.
         """
-        path = Path(path)
-        program, info = open_program(path)
-        if info["scan"] == Scan.NATIVE:
-            try:
-                executorch_build.load()
-            except MqAoError as error:
-                raise MqAoError(
-                    f"{path} needs the native operators for ExecuTorch, which `mq-ao build-kernels --executorch` "
-                    f"builds: {error}"
-                ) from error
-        return cls(path, program, info)
+        program = load(path)
+        if not isinstance(program, cls):
+            raise MqAoError(f"{path} is not the program of a language model: load it with mq_ao.load.")
+        return program
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -89,11 +121,6 @@ class ExecutorchProgram:
     def integer_kernels(self) -> Mapping[str, int]:
         """Calls of integer kernels in one prefill, by kind; empty for a float program."""
         return self._info["integer_kernels"]
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the file: weights and scales, and the little that lies around them."""
-        return self._path.stat().st_size
 
     def __call__(
         self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
@@ -141,15 +168,6 @@ class ExecutorchProgram:
         refuse_mask(attention_mask)
         return generate(self.prefill, input_ids, max_new_tokens, self._within(sampling))
 
-    def save(self, path: str | Path) -> None:
-        """Writes the program to a `.pte` file, under a temporary name that is renamed when it is complete.
-
-        Raises:
-            MqAoError: the path cannot be written.
-        """
-        with replacing(check_output(path, ".pte")) as temporary:
-            shutil.copyfile(self._path, temporary)
-
     def _prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
         if ids.shape[1] == 1:
             return self._run("decode", ids)
@@ -181,16 +199,47 @@ class ExecutorchProgram:
         return logits, self._state, self._state
 
     def _run(self, method: str, *inputs: Tensor) -> Tensor:
-        """Runs a method; the first time it is loaded, and packs its weights."""
-        if method not in self._loaded and self._info["scan"] == Scan.NATIVE:
-            executorch_build.share_packed_weights(ExecutorchProgram._sharing() is self)
-        self._loaded.add(method)
-        try:
-            (result,) = self._program.load_method(method).execute([tensor.contiguous() for tensor in inputs])
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise MqAoError(f"ExecuTorch cannot run {method!r} of {self._path}: {reason}") from error
+        (result,) = self._execute(method, *inputs)
         return result
+
+
+class ExecutorchModule(_Loaded, ModuleProgram):
+    """A module of any kind in a `.pte` file, with the method `forward`.
+
+    Args:
+        path: the file, which stays open as long as the program lives.
+        program: the file, loaded by ExecuTorch's runtime.
+        info: what it says of itself.
+    """
+
+    def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
+        _Loaded.__init__(self, path, program, info)
+        ModuleProgram.__init__(self, info)
+
+    def run(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """See `ModuleProgram.run`."""
+        # The runtime's outputs lie in memory that its next call overwrites.
+        return [tensor.clone() for tensor in self._execute("forward", *inputs)]
+
+
+def load(path: str | Path) -> ExecutorchProgram | ExecutorchModule:
+    """Loads a program saved by `save`; the native operators are loaded or built first, where it needs them.
+
+    Raises:
+        MqAoError: the file is missing, damaged, not ours or of another version, or executorch or the native operators
+            are missing.
+    """
+    path = Path(path)
+    program, info = open_program(path)
+    if info["scan"] == Scan.NATIVE:
+        try:
+            executorch_build.load()
+        except MqAoError as error:
+            raise MqAoError(
+                f"{path} needs the native operators for ExecuTorch, which `mq-ao build-kernels --executorch` "
+                f"builds: {error}"
+            ) from error
+    return (ExecutorchModule if "signature" in info else ExecutorchProgram)(path, program, info)
 
 
 def open_program(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
