@@ -32,6 +32,10 @@ def split_documents(text: bytes) -> list[bytes]:
 class Codec(Protocol):
     """Turns text into a model's tokens and back."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that have a text are below it; a model's vocabulary may be padded beyond."""
+
     def documents(self, text: bytes) -> list[list[int]]:
         """The text's documents as tokens, each behind the token that starts a document."""
 
@@ -41,6 +45,8 @@ class Codec(Protocol):
 
 class ByteCodec:
     """Tokens are bytes; a 0 byte starts a document and ends it."""
+
+    vocab_size = BYTE_VOCABULARY
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: documents are separated by 0 bytes."""
@@ -63,6 +69,11 @@ class TokenizerCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Codec`: added tokens count."""
+        return len(self._tokenizer)
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: the whole text is one document."""

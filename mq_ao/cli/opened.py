@@ -13,7 +13,7 @@ from mq_ao.files import PROGRAM_SUFFIXES
 
 if TYPE_CHECKING:
     from mq_ao.models import MambaLM
-    from mq_ao.models.program import Program
+    from mq_ao.models.program import LanguageProgram
     from mq_ao.text import Codec
 
 MODEL_HELP = '"demo", a folder (transformers, mamba_ssm or mq-ao layout), or a hub id.'
@@ -33,7 +33,7 @@ class Opened:
     """
 
     source: str
-    run: MambaLM | Program
+    run: MambaLM | LanguageProgram
     vocab_size: int
     tokenizer: str | None
 
@@ -57,6 +57,13 @@ class Opened:
                 "with --tokenizer (a folder or hub id)."
             )
         return self.codec
+
+    @property
+    def known_tokens(self) -> int | None:
+        """Tokens of its vocabulary before it was padded, where it tells."""
+        from mq_ao.models import MambaLM
+
+        return self.run.known_tokens if isinstance(self.run, MambaLM) else self.run.info.get("known_tokens")
 
     @property
     def weight_bytes(self) -> int:
@@ -101,6 +108,9 @@ def open_any(source: str, tokenizer: str | None = None) -> Opened:
         ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load
+        from mq_ao.models.program import is_language_program
 
         program = load(source)
+    if not is_language_program(program):
+        raise MqAoError(f"{source} is not the program of a language model: call it from Python, with mq_ao.load.")
     return Opened(source, program, int(program.info["vocab_size"]), tokenizer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.models.config import Mamba2Config, MambaConfig
-from mq_ao.models.inputs import is_plain, refuse_mask, token_ids
+from mq_ao.models.inputs import refuse_mask, token_ids
 from mq_ao.models.mamba_nd_config import MambaNDConfig
 from mq_ao.models.states import StateShapes
 
@@ -204,8 +204,10 @@ class MambaLM(nn.Module):
             MqAoError: ids or states are not that, or there is a mask. Not while the model is traced.
         """
         refuse_mask(attention_mask)
-        if not _is_traced(input_ids):
-            input_ids = token_ids(input_ids, self.config.vocab_size).to(self.backbone.embedding.weight.device)
+        weight = self.backbone.embedding.weight
+        # Shapes alone have no values to be checked.
+        if not (torch.compiler.is_compiling() or weight.is_meta or isinstance(input_ids, torch._subclasses.FakeTensor)):
+            input_ids = token_ids(input_ids, self.config.vocab_size).to(weight.device)
             if conv_state is not None or ssm_state is not None:
                 self._states.check(len(input_ids), conv_state, ssm_state)
         zero_conv, zero_ssm = self.initial_states(input_ids.shape[0])
@@ -277,8 +279,3 @@ def dt_bias(count: int, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: flo
     """Biases (count,) whose softplus is log-uniform in [dt_min, dt_max]."""
     dt = torch.exp(torch.rand(count) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_floor)
     return dt + torch.log(-torch.expm1(-dt))
-
-
-def _is_traced(input_ids: Any) -> bool:
-    """Whether ids have no values to be checked: torch.export, torch.compile, shapes on the meta device."""
-    return torch.compiler.is_compiling() or (isinstance(input_ids, Tensor) and not is_plain(input_ids))
