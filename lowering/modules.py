@@ -42,8 +42,7 @@ def export_module(
         operators: functions that are traced in the place of operators.
 
     Raises:
-        MqAoError: an input or a result is neither a tensor nor a constant, the module writes to its buffers, or a
-            size does not suit it.
+        MqAoError: an input or a result is neither a tensor nor a constant, or a size does not suit it.
     """
     info: Any = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
     graph_module = flat(module)
@@ -61,10 +60,6 @@ def export_module(
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MqAoError(f"the graph cannot be exported for inputs of shapes {shapes}: {reason}") from error
-    if written := sorted(set(exported.graph_signature.buffers_to_mutate.values())):
-        raise MqAoError(
-            f"the module writes to its buffers ({', '.join(written)}): a saved program keeps nothing between calls."
-        )
     positional, keywords = pytree.tree_unflatten(range(info.in_spec.num_leaves), info.in_spec)
     inputs, least, most = _sizes(exported, placeholders)
     return exported, Signature(
@@ -80,6 +75,19 @@ def export_module(
         most=most,
         guards=tuple(guard.text for guard in map(Guard.of, exported._guards_code)),
     )
+
+
+def refuse_memory(converted: GraphModule) -> None:
+    """Raises MqAoError if a graph writes to its buffers: a saved program keeps nothing between calls."""
+    for node in converted.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for value, argument in zip(node.args, schema.arguments if schema else (), strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
+            if written and (source := walk.upstream(value, through=walk.TRANSPARENT)).op == "get_attr":
+                raise MqAoError(
+                    f"the module writes to its buffer {source.target}: a saved program keeps nothing between calls. Give "
+                    "it as an input, and return what it becomes."
+                )
 
 
 def _take_constants(module: GraphModule) -> dict[int, Any]:

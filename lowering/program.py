@@ -69,7 +69,7 @@ class StatefulProgram(ABC):
         """
         ids, conv, ssm = self._given(input_ids, conv_state, ssm_state, attention_mask)
         pieces = self._pieces(ids)
-        logits, conv, ssm = self._prefill(pieces[0], conv, ssm, torch.arange(pieces[0].shape[1]))
+        logits, conv, ssm = self._run_piece(pieces[0], conv, ssm, torch.arange(pieces[0].shape[1]))
         if len(pieces) == 1:
             return logits, conv, ssm
         # One tensor from the start: no copy of all when the pieces are done.
@@ -77,7 +77,7 @@ class StatefulProgram(ABC):
         places = every.split([piece.shape[1] for piece in pieces], dim=1)
         places[0].copy_(logits)
         for piece, place in zip(pieces[1:], places[1:], strict=True):
-            logits, conv, ssm = self._prefill(piece, conv, ssm, torch.arange(piece.shape[1]))
+            logits, conv, ssm = self._run_piece(piece, conv, ssm, torch.arange(piece.shape[1]))
             place.copy_(logits)
         return every, conv, ssm
 
@@ -91,7 +91,7 @@ class StatefulProgram(ABC):
         """
         ids, conv, ssm = self._given(input_ids, conv_state, ssm_state, attention_mask)
         for piece in self._pieces(ids):
-            logits, conv, ssm = self._prefill(piece, conv, ssm, torch.tensor([piece.shape[1] - 1]))
+            logits, conv, ssm = self._run_piece(piece, conv, ssm, torch.tensor([piece.shape[1] - 1]))
         return logits, conv, ssm
 
     def decode(self, input_ids: Any, conv_state: Any, ssm_state: Any) -> States:
@@ -146,7 +146,7 @@ class StatefulProgram(ABC):
         starts = range(0, max(1, length - size // 2), size)
         return [ids[:, start : length if start == starts[-1] else start + size] for start in starts]
 
-    def _prefill(self, ids: Tensor, conv: Tensor, ssm: Tensor, positions: Tensor) -> States:
+    def _run_piece(self, ids: Tensor, conv: Tensor, ssm: Tensor, positions: Tensor) -> States:
         if ids.shape[1] == 1:
             return self._call("decode", ids, conv, ssm)
         return self._call("prefill", ids, conv, ssm, positions)

@@ -16,7 +16,7 @@ from mq_ao.lowering.cuda.rewrite import Rewriter
 from mq_ao.lowering.graphs import state_shapes, with_positions
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.lowering.methods import export_prefill
-from mq_ao.lowering.modules import export_module
+from mq_ao.lowering.modules import export_module, refuse_memory
 from mq_ao.models.states import StateShapes
 
 
@@ -65,6 +65,7 @@ def lower_module(converted: GraphModule, info: Mapping[str, Any]) -> CudaModule:
     Raises:
         MqAoError: see `lower`; or it cannot be saved (see `modules.export_module`).
     """
+    refuse_memory(converted)
     graph = lower(converted)
     exported, signature = export_module(graph.module)
     described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}

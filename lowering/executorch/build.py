@@ -33,7 +33,7 @@ from mq_ao.lowering.executorch.program import ExecutorchModule, ExecutorchProgra
 from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.states import buffers
 from mq_ao.lowering.graphs import state_shapes
-from mq_ao.lowering.modules import export_module
+from mq_ao.lowering.modules import export_module, refuse_memory
 from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, simulated_nodes
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: Options) -> 
 
 def lower_module(converted: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchModule:
     """See the package's `lower_module`."""
+    refuse_memory(converted)
     graph = rewrite(converted, options)
     operators = OPERATORS if options.scan is Scan.PORTABLE else {}
     exported, signature = export_module(graph, options.batch, options.max_length, operators)

@@ -22,7 +22,7 @@ from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, loa
 from mq_ao.lowering.inductor.rewrite import Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.lowering.methods import export_decode, export_prefill
-from mq_ao.lowering.modules import export_module
+from mq_ao.lowering.modules import export_module, refuse_memory
 from mq_ao.models.states import StateShapes
 from mq_ao.ops.native.build import compiler
 
@@ -115,6 +115,7 @@ def lower_module(converted: GraphModule, info: Mapping[str, Any]) -> InductorMod
         MqAoError: there is nothing quantized in the graph, it cannot be saved (see `modules.export_module`), or there
             is no C++ compiler.
     """
+    refuse_memory(converted)
     graph = rewrite(converted)
     exported, signature = export_module(graph.module)
     described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
