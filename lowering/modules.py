@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -85,8 +85,8 @@ def refuse_memory(converted: GraphModule) -> None:
             written = argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
             if written and (source := walk.upstream(value, through=walk.TRANSPARENT)).op == "get_attr":
                 raise MqAoError(
-                    f"the module writes to its buffer {source.target}: a saved program keeps nothing between calls. Give "
-                    "it as an input, and return what it becomes."
+                    f"the module writes to its buffer {source.target}: a saved program keeps nothing between calls. "
+                    "Give it as an input, and return what it becomes."
                 )
 
 
@@ -201,12 +201,8 @@ def _sizes_of_one(exported: ExportedProgram, values: Sequence[Tensor], names: Se
     torch.export takes for granted that a size that varies is 2 or more, also where 1 would do. It does where all shapes
     in the graph come out as they are written there, since that is all that compiled code knows.
     """
-    hints = {
-        _expression(size): int(size.node.hint)
-        for value in values
-        for size in value.shape
-        if isinstance(size, SymInt) and isinstance(_expression(size), sympy.Symbol)
-    }
+    varying: list[Any] = [size for value in values for size in value.shape if isinstance(size, SymInt)]
+    hints = {_expression(size): int(size.node.hint) for size in varying if isinstance(_expression(size), sympy.Symbol)}
     module = exported.module(check_guards=False)
     alone = {name for name in names if _holds(module, values, {**hints, name: 1})}
     together = {**hints, **dict.fromkeys(alone, 1)}
@@ -217,7 +213,9 @@ def _holds(module: Any, values: Sequence[Tensor], sizes: Sizes) -> bool:
     """Whether every shape in a graph is as written there, for inputs of these sizes."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         shapes = [[int(_expression(size).subs(sizes)) for size in value.shape] for value in values]
-        inputs = [mode.from_tensor(torch.zeros(shape, dtype=value.dtype)) for shape, value in zip(shapes, values)]  # noqa: B905
+        inputs = [
+            mode.from_tensor(torch.zeros(shape, dtype=value.dtype)) for shape, value in zip(shapes, values, strict=True)
+        ]
         try:
             _Checking(module, sizes).run(*inputs)
         except (RuntimeError, AssertionError, MqAoError, IndexError, ValueError, TypeError):

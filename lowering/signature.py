@@ -109,7 +109,9 @@ class Signature:
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Signature:
         """From what `described` gave, after a while in a file."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
+        values: dict[str, Any] = dict(described)
+        for name in ("positions", "names", "leaves", "guards"):
+            values[name] = tuple(described[name])
         values["inputs"] = tuple(Input(**{**item, "sizes": tuple(item["sizes"])}) for item in described["inputs"])
         values["constants"] = {int(key): value for key, value in described["constants"].items()}
         return cls(**values)
