@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.fx.graph import CodeGen
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.models.states import StateShapes, are_states
 
 aten = torch.ops.aten
 qd = torch.ops.quantized_decomposed
@@ -37,78 +37,19 @@ _HEADS = walk.LINEAR | {
 }
 
 
-@dataclass(frozen=True)
-class StateShapes:
-    """Shapes of a language model's carried states, without the batch.
+def state_shapes(module: GraphModule) -> StateShapes:
+    """Reads them from the placeholders of `(input_ids, conv_state, ssm_state)`.
 
-    Attributes:
-        n_layer: number of blocks.
-        conv: (d_conv - 1, channels of the convolution).
-        ssm: (d_inner, d_state), or (heads, headdim, d_state) in Mamba-2.
-        conv_dtype: of the convolutions' states.
-        ssm_dtype: of the scans' states: int8 where they are carried as integers.
+    Raises:
+        MqAoError: the graph has other inputs.
     """
-
-    n_layer: int
-    conv: tuple[int, ...]
-    ssm: tuple[int, ...]
-    conv_dtype: torch.dtype = torch.float32
-    ssm_dtype: torch.dtype = torch.float32
-
-    @classmethod
-    def of(cls, module: GraphModule) -> StateShapes:
-        """Reads them from the placeholders of `(input_ids, conv_state, ssm_state)`.
-
-        Raises:
-            MqAoError: the graph has other inputs.
-        """
-        return cls.of_values(*(node.meta["val"] for node in module.graph.find_nodes(op="placeholder")))
-
-    @classmethod
-    def find(cls, module: GraphModule) -> StateShapes | None:
-        """The same, or None if the graph has other inputs."""
-        values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
-        if not all(isinstance(value, Tensor) for value in values) or not _are_states(values):
-            return None
-        return cls.of_values(*values)
-
-    @classmethod
-    def of_values(cls, *values: Tensor) -> StateShapes:
-        """From example values of these inputs.
-
-        Raises:
-            MqAoError: they are others.
-        """
-        if not _are_states(values):
-            raise MqAoError(
-                "the graph is not that of a language model with states: its inputs must be input_ids (batch, length), "
-                "conv_state (n_layer, batch, d_conv - 1, channels) and ssm_state (n_layer, batch, d_inner, d_state) or "
-                "(n_layer, batch, heads, headdim, d_state)."
-            )
-        _, conv, ssm = values
-        conv_shape, ssm_shape = (tuple(map(int, state.shape[2:])) for state in (conv, ssm))
-        return cls(int(conv.shape[0]), conv_shape, ssm_shape, conv.dtype, ssm.dtype)
-
-    @classmethod
-    def read(cls, described: Mapping[str, Any]) -> StateShapes:
-        """From what `described` gave."""
-        dtypes = (getattr(torch, described[name]) for name in ("conv_dtype", "ssm_dtype"))
-        return cls(described["n_layer"], tuple(described["conv"]), tuple(described["ssm"]), *dtypes)
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """The same as JSON can hold it."""
-        dtypes = {"conv_dtype": str(self.conv_dtype)[6:], "ssm_dtype": str(self.ssm_dtype)[6:]}
-        return {"n_layer": self.n_layer, "conv": self.conv, "ssm": self.ssm, **dtypes}
-
-    def zeros(self, batch: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Initial conv and ssm states."""
-        conv = torch.zeros(self.n_layer, batch, *self.conv, dtype=self.conv_dtype, device=device)
-        return conv, torch.zeros(self.n_layer, batch, *self.ssm, dtype=self.ssm_dtype, device=device)
+    return StateShapes.of_values(*(node.meta["val"] for node in module.graph.find_nodes(op="placeholder")))
 
 
-def _are_states(values: Sequence[Tensor]) -> bool:
-    return [value.dim() for value in values] in ([2, 4, 4], [2, 4, 5])
+def find_state_shapes(module: GraphModule) -> StateShapes | None:
+    """The same, or None if the graph has other inputs."""
+    values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+    return StateShapes.of_values(*values) if are_states(values) else None
 
 
 def with_positions(module: GraphModule) -> GraphModule:

@@ -6,7 +6,8 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from mq_ao.lowering.graphs import StateShapes, export
+from mq_ao.lowering.graphs import export
+from mq_ao.models.states import StateShapes
 
 
 def export_prefill(module: GraphModule, shapes: StateShapes) -> ExportedProgram:

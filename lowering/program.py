@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mq_ao.errors import MqAoError
-from mq_ao.lowering.graphs import StateShapes
 from mq_ao.models.generate import Sampling, generate, stream
-from mq_ao.models.program import check_ids
+from mq_ao.models.inputs import one_token, refuse_mask, token_ids
+from mq_ao.models.states import StateShapes
 
 States = tuple[Tensor, Tensor, Tensor]
 
@@ -21,18 +20,26 @@ class StatefulProgram(ABC):
     """A language model whose states are inputs and outputs.
 
     Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. States
-    are to be given back as they came: an int8 ssm_state where the scheme has a `carried_state`, else float32.
+    are to be given back as they came: an int8 ssm_state where the scheme has a `carried_state`, else float32. Token ids
+    are (batch, length) integers: a tensor of any width, a numpy array, or lists. Every input is checked here, before
+    compiled code reads it.
+
+    A long input is run in pieces, which carry the states. So memory beyond that of the logits does not grow with the
+    length. Without pieces the bundled demo took 10 kB a token; the logits of all tokens are 4 bytes times vocab_size a
+    token, those of `prefill` one row.
 
     Args:
         info: what the program says of itself.
         device: where it runs; inputs are moved there.
+        piece_tokens: tokens of all sequences of a batch that run at once; more do not run faster on a CPU.
     """
 
-    def __init__(self, info: Mapping[str, Any], device: torch.device | None = None) -> None:
+    def __init__(self, info: Mapping[str, Any], device: torch.device | None = None, piece_tokens: int = 2048) -> None:
         self._info = info
         self._device = device or torch.device("cpu")
         self._shapes = StateShapes.read(info["states"])
         self._vocab_size = int(info["vocab_size"])
+        self._piece_tokens = piece_tokens
 
     @abstractmethod
     def run(self, name: str, *inputs: Tensor) -> States:
@@ -51,44 +58,104 @@ class StatefulProgram(ABC):
         """Calls of integer kernels in one forward pass, by operator name; empty for a float program."""
         return self._info["integer_kernels"]
 
-    def __call__(self, input_ids: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None) -> States:
-        """Logits of all tokens: (batch, length, vocab_size), and both states after the last token."""
-        return self._start(input_ids, conv_state, ssm_state, torch.arange(self._length(input_ids)))
+    def __call__(
+        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
+    ) -> States:
+        """Logits of all tokens: (batch, length, vocab_size), and both states after the last token.
 
-    def prefill(self, input_ids: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None) -> States:
-        """Logits of the last token only: (batch, 1, vocab_size), and both states after it."""
-        last = torch.tensor([self._length(input_ids) - 1])
-        return self._start(input_ids, conv_state, ssm_state, last)
+        Raises:
+            MqAoError: ids or states are not what `inputs.token_ids` and `StateShapes.check` ask for, or there is an
+                attention mask.
+        """
+        ids, conv, ssm = self._given(input_ids, conv_state, ssm_state, attention_mask)
+        pieces = self._pieces(ids)
+        logits, conv, ssm = self._run_piece(pieces[0], conv, ssm, torch.arange(pieces[0].shape[1]))
+        if len(pieces) == 1:
+            return logits, conv, ssm
+        # One tensor from the start: no copy of all when the pieces are done.
+        every = logits.new_empty(*ids.shape, logits.shape[-1])
+        places = every.split([piece.shape[1] for piece in pieces], dim=1)
+        places[0].copy_(logits)
+        for piece, place in zip(pieces[1:], places[1:], strict=True):
+            logits, conv, ssm = self._run_piece(piece, conv, ssm, torch.arange(piece.shape[1]))
+            place.copy_(logits)
+        return every, conv, ssm
 
-    def decode(self, input_ids: Tensor, conv_state: Tensor, ssm_state: Tensor) -> States:
-        """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and both states."""
-        return self._call("decode", input_ids, conv_state, ssm_state)
+    def prefill(
+        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
+    ) -> States:
+        """Logits of the last token only: (batch, 1, vocab_size), and both states after it.
 
-    def stream(self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
+        Raises:
+            MqAoError: as for `__call__`.
+        """
+        ids, conv, ssm = self._given(input_ids, conv_state, ssm_state, attention_mask)
+        for piece in self._pieces(ids):
+            logits, conv, ssm = self._run_piece(piece, conv, ssm, torch.tensor([piece.shape[1] - 1]))
+        return logits, conv, ssm
+
+    def decode(self, input_ids: Any, conv_state: Any, ssm_state: Any) -> States:
+        """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and both states.
+
+        Raises:
+            MqAoError: as for `__call__`; or there is more than one token a sequence, or a state is missing.
+        """
+        ids = token_ids(input_ids, self._vocab_size)
+        one_token(ids)
+        self._shapes.check(len(ids), conv_state, ssm_state)
+        return self._call("decode", ids, conv_state, ssm_state)
+
+    def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
         """Yields the next tokens one by one; see `models.generate.stream`."""
-        return stream(self.prefill, input_ids, max_new_tokens, sampling)
+        return stream(self._step, input_ids, max_new_tokens, self._within(sampling))
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        *,
+        attention_mask: None = None,
+    ) -> Tensor:
         """Prompt and continuation; see `models.generate.generate`."""
-        return generate(self.prefill, input_ids, max_new_tokens, sampling)
+        refuse_mask(attention_mask)
+        return generate(self._step, input_ids, max_new_tokens, self._within(sampling))
 
-    def _length(self, input_ids: Tensor) -> int:
-        check_ids(input_ids, self._vocab_size)
-        return input_ids.shape[1]
+    def _within(self, sampling: Sampling | None) -> Sampling:
+        return (sampling or Sampling()).within(self._info.get("known_tokens"))
 
-    def _start(self, ids: Tensor, conv: Tensor | None, ssm: Tensor | None, positions: Tensor) -> States:
+    def _step(self, ids: Tensor, conv: Tensor | None, ssm: Tensor | None) -> States:
+        """A step of generation: after the prompt, on tokens and states that came from here."""
         if conv is None or ssm is None:
-            zero_conv, zero_ssm = self._shapes.zeros(ids.shape[0], self._device)
-            conv = zero_conv if conv is None else conv
-            ssm = zero_ssm if ssm is None else ssm
+            return self.prefill(ids)
+        return self._call("decode", ids, conv, ssm)
+
+    def _given(self, input_ids: Any, conv_state: Any, ssm_state: Any, attention_mask: Any) -> States:
+        refuse_mask(attention_mask)
+        ids = token_ids(input_ids, self._vocab_size)
+        return ids, *self._shapes.given(len(ids), conv_state, ssm_state, self._device)
+
+    def _pieces(self, ids: Tensor) -> list[Tensor]:
+        """Pieces of about `piece_tokens`.
+
+        They begin at multiples of 64, with which Mamba-2's scan sums as in one piece, and the last is long enough to
+        run as the others do. So the results are the same bits where all linears are integer kernels.
+        """
+        length = ids.shape[1]
+        size = max(64, self._piece_tokens // len(ids) // 64 * 64)
+        starts = range(0, max(1, length - size // 2), size)
+        return [ids[:, start : length if start == starts[-1] else start + size] for start in starts]
+
+    def _run_piece(self, ids: Tensor, conv: Tensor, ssm: Tensor, positions: Tensor) -> States:
         if ids.shape[1] == 1:
-            return self.decode(ids, conv, ssm)
+            return self._call("decode", ids, conv, ssm)
         return self._call("prefill", ids, conv, ssm, positions)
 
     def _call(self, name: str, *inputs: Tensor) -> States:
-        wanted = {"conv_state": self._shapes.conv_dtype, "ssm_state": self._shapes.ssm_dtype}
-        for state, (what, dtype) in zip(inputs[1:3], wanted.items(), strict=True):
-            if state.dtype != dtype:
-                raise MqAoError(f"{what} is {state.dtype}, but this program carries {dtype}: give what it returned.")
         # Compiled code reads memory as if it were contiguous and of the right type, whatever the tensor says.
-        return self.run(name, *(tensor.to(self._device).contiguous() for tensor in inputs))
+        return self.run(name, *(_plain(tensor).to(self._device).contiguous() for tensor in inputs))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without a history; the tensor itself where it has none."""
+    return tensor.detach() if tensor.requires_grad else tensor

@@ -29,10 +29,10 @@ from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES, check_output
 from mq_ao.graph import match, walk
 from mq_ao.lowering import cuda, executorch, inductor
-from mq_ao.lowering.graphs import StateShapes
+from mq_ao.lowering.graphs import find_state_shapes
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
-from mq_ao.models.program import Program
+from mq_ao.models.program import LanguageProgram
 from mq_ao.quantizer import MambaQuantizer, QuantizationReport
 from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe, get_recipe
@@ -85,13 +85,22 @@ class QuantizedProgram:
         vocab_size: of a language model, else None.
         source: the rewritten float graph and a few inputs, for `report(html=...)`. Float weights that rewrites made
             stay in memory with it; `lower` does not need them, and what it returns does not hold them.
+        known_tokens: tokens of a language model that its tokenizer knows, where the model tells.
     """
 
-    def __init__(self, converted: GraphModule, report: Report, vocab_size: int | None, source: build.Source) -> None:
+    def __init__(
+        self,
+        converted: GraphModule,
+        report: Report,
+        vocab_size: int | None,
+        source: build.Source,
+        known_tokens: int | None = None,
+    ) -> None:
         self.converted = converted
         self._report = report
         self._vocab_size = vocab_size
         self._source = source
+        self._known = {} if known_tokens is None else {"known_tokens": known_tokens}
 
     def report(self, html: str | Path | None = None, *, title: str | None = None) -> Report:
         """What was matched, rewritten, quantized and left out, and why; `print` it.
@@ -112,16 +121,18 @@ class QuantizedProgram:
         return self._report
 
     @in_turn
-    def lower(self, backend: str | None = None, options: executorch.Options | None = None) -> Program:
-        """Compiles the graph.
+    def lower(self, backend: str | None = None, options: executorch.Options | None = None) -> LanguageProgram | Any:
+        """Compiles the graph to a program that can be called, saved, and loaded by `load`.
+
+        That of a `MambaLM` is a `LanguageProgram`: prefill, decode and generation. That of any other model is a
+        `Program`, which is called with the model's inputs and gives what the model gives.
 
         Args:
             backend: the one that the graph was quantized for; None: that one.
             options: batch, longest prefill and more, for `executorch`.
 
         Raises:
-            MqAoError: unknown or other backend, nothing quantized, or not a language model (for those use
-                `mq_ao.lowering.inductor.lower` on `.converted`).
+            MqAoError: unknown or other backend, nothing quantized, or a graph that cannot be saved as a program.
         """
         wanted = self._report.backend
         if backend is not None and check_backend(backend).name != wanted:
@@ -129,18 +140,17 @@ class QuantizedProgram:
                 f"this graph was quantized for {wanted}, whose integers are not those of {backend}: "
                 f"call mq_ao.quantize(..., backend={backend!r})."
             )
-        if self._vocab_size is None:
-            raise MqAoError(
-                "only language models become saved programs: call mq_ao.lowering.inductor.lower(q.converted, inputs) "
-                "or mq_ao.lowering.cuda.lower(q.converted, device)."
-            )
-        info = {"recipe": self._report.recipe.name, "vocab_size": self._vocab_size}
-        if wanted == "executorch":
-            return executorch.lower(self.converted, info, options)
-        if options is not None:
+        info = {"recipe": self._report.recipe.name}
+        if options is not None and wanted != "executorch":
             raise MqAoError("options are for programs of executorch.")
-        lowering = cuda if wanted == "cuda" else inductor
-        return lowering.lower_language_model(self.converted, info)
+        if self._vocab_size is None:
+            if wanted == "executorch":
+                return executorch.lower_module(self.converted, info, options)
+            return (cuda if wanted == "cuda" else inductor).lower_module(self.converted, info)
+        described = {**info, "vocab_size": self._vocab_size, **self._known}
+        if wanted == "executorch":
+            return executorch.lower(self.converted, described, options)
+        return (cuda if wanted == "cuda" else inductor).lower_language_model(self.converted, described)
 
 
 def capture(model: nn.Module, example: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> GraphModule:
@@ -240,14 +250,20 @@ def _quantized(
         *(recipe, quantizer.backend.name, description, tuple(rewrite.transforms), quantizer.report),
         *(count, sum(counts), str(dtype).removeprefix("torch.")),
     )
-    return QuantizedProgram(converted, report, _language_model_vocabulary(converted), source)
+    vocab_size = _language_model_vocabulary(converted)
+    known_tokens = model.known_tokens if isinstance(model, MambaLM) else None
+    return QuantizedProgram(converted, report, vocab_size, source, known_tokens)
 
 
 @in_turn
-def compile_float(model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None) -> Program:
+def compile_float(
+    model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None
+) -> LanguageProgram:
     """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
     dtype = str(float_dtype(model)).removeprefix("torch.")
     info = {"recipe": dtype, "vocab_size": model.config.vocab_size}
+    if model.known_tokens is not None:
+        info["known_tokens"] = model.known_tokens
     check_backend(backend)
     with in_float32(model):
         graph = capture(model, ())
@@ -258,19 +274,19 @@ def compile_float(model: MambaLM, backend: str = "inductor", options: executorch
     return inductor.compile_float_language_model(graph, info)
 
 
-def load(path: str | Path) -> Program:
+def load(path: str | Path) -> LanguageProgram | Any:
     """Loads a program that `save` wrote: `.pt2` (inductor), `.pte` (executorch) or `.ptc` (cuda).
 
-    A program for cuda runs on the GPU if there is one, else on the CPU, slowly; `cuda.CudaProgram.load` can choose.
+    A program for cuda runs on the GPU if there is one, else on the CPU, slowly; `mq_ao.lowering.cuda.load` can choose.
 
     Raises:
         MqAoError: the file is missing, damaged, not ours, or of another version.
     """
     if Path(path).suffix == PROGRAM_SUFFIXES["executorch"]:
-        return executorch.ExecutorchProgram.load(path)
+        return executorch.load(path)
     if Path(path).suffix == PROGRAM_SUFFIXES["cuda"]:
-        return cuda.CudaProgram.load(path)
-    return inductor.InductorProgram.load(path)
+        return cuda.load(path)
+    return inductor.load(path)
 
 
 def _opened(model: nn.Module | ExportedProgram | str | Path) -> nn.Module:
@@ -298,7 +314,7 @@ def _vocab_size(model: nn.Module) -> int | None:
 
 def _language_model_vocabulary(graph: GraphModule) -> int | None:
     """The vocabulary of the graph of a language model with states, or None for any other."""
-    if StateShapes.find(graph) is None:
+    if find_state_shapes(graph) is None:
         return None
     (output,) = graph.graph.find_nodes(op="output")
     results: Any = output.args[0]
@@ -307,7 +323,7 @@ def _language_model_vocabulary(graph: GraphModule) -> int | None:
 
 def _inputs(graph: GraphModule, calls: Iterable[Call], counts: list[int]) -> Iterator[tuple[Any, ...]]:
     """Calls as inputs of the graph, with zero states where a language model was given none; tokens are counted."""
-    shapes = StateShapes.find(graph)
+    shapes = find_state_shapes(graph)
     zeros: dict[int, tuple[Tensor, Tensor]] = {}
     for call in calls:
         flat = tree_leaves(call)

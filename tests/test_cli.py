@@ -344,3 +344,20 @@ def test_a_bench_whose_own_program_fails_fails(
     run = mq_ao("bench", "--model", files.model, "--peers", "none", "--tokens", "4", "--repeats", "1")
     assert run.code == 2
     assert "fp32 compiled: there is no file" in run.err
+
+
+def test_generate_writes_no_tokens_that_the_tokenizer_does_not_know(mq_ao: CommandLine, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(vocab_size=16, d_model=16, n_layer=1, d_state=4, tie_embeddings=False))
+    with torch.no_grad():
+        model.lm_head.weight[4:] *= 100  # what the vocabulary was padded with is the likeliest
+    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(tmp_path)
+    run = mq_ao("generate", tmp_path, "--prompt", "a b", "-n", "30", "--temperature", "1")
+    assert run.code == 0, run.err
+    assert run.out.startswith("a b") and run.out.endswith("\n")
+    assert len(run.out.removeprefix("a b").split()) == 30  # ids that it does not know have no text

@@ -200,7 +200,7 @@ def test_only_the_last_state_can_be_gone_on_from(program: ExecutorchProgram) -> 
     ("ids", "message"),
     [
         (tokens(2, 4), "made for a batch of 1, not 2"),
-        (tokens(1, 4).int(), r"must be \(batch, length\) int64"),
+        (tokens(1, 4).float(), r"must be \(batch, length\) int64"),
         (tokens(1, 0), "input_ids is empty"),
         (torch.tensor([[VOCAB]]), "outside the vocabulary of 256"),
     ],

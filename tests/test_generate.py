@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mq_ao
+from mq_ao.api import compile_float
 from mq_ao.errors import MqAoError
 from mq_ao.models import MambaConfig, MambaLM, Sampling, generate, stream
 
@@ -123,3 +127,49 @@ def test_negative_length_is_refused(model: MambaLM) -> None:
 def test_bad_sampling_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(MqAoError, match=next(iter(options))):
         Sampling(**options)
+
+
+def padded_model() -> MambaLM:
+    """A vocabulary of 40 of which a tokenizer knows 5; the others are the likeliest everywhere."""
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(vocab_size=40, d_model=16, n_layer=1, d_state=4, tie_embeddings=False)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[5:] *= 100
+    return model
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=1.0), Sampling(temperature=2.0, top_k=20), Sampling(temperature=1.0, top_p=0.9)],
+)
+def test_tokens_that_a_tokenizer_does_not_know_are_never_chosen(sampling: Sampling) -> None:
+    model = padded_model()
+    assert generate(model, PROMPT, 20, sampling)[:, 3:].max() >= 5  # or it would prove nothing
+    for bound in (sampling.within(5), sampling.within(7).within(5), sampling.within(5).within(7).within(None)):
+        result = generate(model, PROMPT, 20, bound)[:, 3:]
+        assert result.max() < 5
+    assert len(result.unique()) > 1 or sampling.temperature == 0
+    assert sampling.within(None) is sampling
+    with pytest.raises(MqAoError, match="known_tokens is 0: give the number of tokens that may be chosen"):
+        sampling.within(0)
+
+
+def test_a_bound_beyond_the_vocabulary_changes_nothing(model: MambaLM) -> None:
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        assert torch.equal(generate(model, PROMPT, 9, sampling.within(1000)), generate(model, PROMPT, 9, sampling))
+
+
+def test_a_model_and_its_programs_keep_to_the_tokens_that_the_configuration_tells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(MambaConfig, "known_tokens", 5, raising=False)
+    model = padded_model()
+    assert model.generate(PROMPT, 20)[:, 3:].max() < 5
+    program = compile_float(model, "cuda")
+    program.save(tmp_path / "m.ptc")
+    loaded = mq_ao.load(tmp_path / "m.ptc")
+    assert loaded.info["known_tokens"] == 5 and loaded(PROMPT)[0].shape[-1] == 40
+    for sampling in (None, Sampling(temperature=1.0), Sampling(known_tokens=7)):
+        assert loaded.generate(PROMPT, 20, sampling)[:, 3:].max() < 5
+        assert max(int(token.max()) for token in loaded.stream(PROMPT, 20, sampling)) < 5
+    assert loaded.generate(PROMPT, 20, Sampling(known_tokens=2))[:, 3:].max() < 2

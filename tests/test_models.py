@@ -171,5 +171,5 @@ def test_impossible_shapes_are_refused(options: dict[str, object], word: str) ->
 
 
 def test_empty_sequence_is_refused() -> None:
-    with pytest.raises(MqAoError, match="length 0"):
+    with pytest.raises(MqAoError, match="input_ids is empty"):
         build()(torch.zeros(1, 0, dtype=torch.int64))

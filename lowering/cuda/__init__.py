@@ -7,17 +7,22 @@ from __future__ import annotations
 
 from mq_ao.lowering.cuda.compiled import compiled
 from mq_ao.lowering.cuda.device import require_cuda
-from mq_ao.lowering.cuda.lower import float_language_model, lower, lower_language_model
-from mq_ao.lowering.cuda.program import CudaProgram, Mode
+from mq_ao.lowering.cuda.lower import float_language_model, lower, lower_language_model, lower_module
+from mq_ao.lowering.cuda.module import CudaModule, load
+from mq_ao.lowering.cuda.program import CudaProgram
 from mq_ao.lowering.cuda.rewrite import INTEGER_KERNELS
+from mq_ao.lowering.cuda.saved import Mode
 
 __all__ = [
     "INTEGER_KERNELS",
+    "CudaModule",
     "CudaProgram",
     "Mode",
     "compiled",
     "float_language_model",
+    "load",
     "lower",
     "lower_language_model",
+    "lower_module",
     "require_cuda",
 ]

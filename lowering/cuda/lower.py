@@ -10,11 +10,14 @@ import torch
 from torch.fx import GraphModule
 
 from mq_ao.lowering.cuda.device import require_cuda
+from mq_ao.lowering.cuda.module import CudaModule
 from mq_ao.lowering.cuda.program import CudaProgram
 from mq_ao.lowering.cuda.rewrite import Rewriter
-from mq_ao.lowering.graphs import StateShapes, with_positions
+from mq_ao.lowering.graphs import state_shapes, with_positions
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.lowering.methods import export_prefill
+from mq_ao.lowering.modules import export_module, refuse_memory
+from mq_ao.models.states import StateShapes
 
 
 def lower(converted: GraphModule, device: torch.device | str = "cpu") -> IntegerGraph:
@@ -51,14 +54,27 @@ def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> Cud
     Raises:
         MqAoError: see `lower`; or it is not a language model's graph.
     """
-    StateShapes.of(converted)
+    state_shapes(converted)
     graph = lower(with_positions(converted))
     return _program(graph.module, {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated})
 
 
+def lower_module(converted: GraphModule, info: Mapping[str, Any]) -> CudaModule:
+    """Makes a program of a converted module of any kind, on the CPU likewise.
+
+    Raises:
+        MqAoError: see `lower`; or it cannot be saved (see `modules.export_module`).
+    """
+    refuse_memory(converted)
+    graph = lower(converted)
+    exported, signature = export_module(graph.module)
+    described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
+    return CudaModule(exported, {**described, "signature": signature.described}, "cpu")
+
+
 def float_language_model(module: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
     """Makes a program of the float graph of a language model in the same way, for comparison."""
-    StateShapes.of(module)
+    state_shapes(module)
     module = with_positions(copy.deepcopy(module))
     fold_constants(module)
     return _program(module, {**info, "integer_kernels": {}, "simulated": []})

@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
-import mq_ao.ops  # noqa: F401  (the operators of saved graphs)
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES, check_output, replacing
-from mq_ao.graph import walk
-from mq_ao.lowering import archive
 from mq_ao.lowering.cuda.compiled import compiled
-from mq_ao.lowering.cuda.device import require_cuda
+from mq_ao.lowering.cuda.saved import (
+    WITH_GRAPHS,
+    Mode,
+    SavedGraph,
+    parse_mode,
+    placed,
+    read,
+    wanted_device,
+    without_graphs,
+)
 from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.lowering.program import StatefulProgram, States
 
-FORMAT = 1
-SUFFIX = PROGRAM_SUFFIXES["cuda"]
+_GPU_TOKENS = 65536
+"""Tokens that a GPU runs at once: it needs more rows than a CPU, and has the memory for them. Not measured."""
 
 
-class Mode(StrEnum):
-    """How a program runs."""
-
-    EAGER = "eager"
-    DEFAULT = "default"
-    CUDA_GRAPHS = "reduce-overhead"
-    MAX_AUTOTUNE = "max-autotune"
-
-
-_WITH_GRAPHS = (Mode.CUDA_GRAPHS, Mode.MAX_AUTOTUNE)
-
-
-class CudaProgram(StatefulProgram):
+class CudaProgram(SavedGraph, StatefulProgram):
     """A language model for GPUs. On the CPU it runs the operators' references, for checking and not for speed.
 
     Compiled, prefill serves any batch and length; decode is compiled for each batch size, and in the modes
@@ -67,32 +56,21 @@ class CudaProgram(StatefulProgram):
         device: torch.device | str | None = None,
         mode: Mode | str | None = None,
     ) -> None:
-        wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if wanted.type == "cuda":
-            require_cuda(wanted)
-        super().__init__(info, wanted)
+        wanted = wanted_device(device)
+        super().__init__(info, wanted, *((_GPU_TOKENS,) if wanted.type == "cuda" else ()))
         self._exported = exported
-        self.mode = parse_mode(mode, wanted)
-        module = exported.module(check_guards=False)
-        assert isinstance(module, GraphModule)
-        # They hold the device on which the graph was exported.
-        for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
-            module.graph.erase_node(node)
-        module.recompile()
-        if wanted.type != "cpu":
-            # Moving a module moves its parameters, which are the exported program's too.
-            module = copy.deepcopy(module).to(wanted)
-        self._module = module
+        self.mode = parse_mode(mode, Mode.CUDA_GRAPHS if wanted.type == "cuda" else Mode.EAGER)
+        module = self._module = placed(exported, wanted)
         self._last = torch.zeros(1, dtype=torch.int64, device=wanted)
         self._held: dict[int, _Held] = {}
         self._prefill: Any = module
         self._decode: Any = one_token(module)
-        if self.mode in _WITH_GRAPHS:
+        if self.mode in WITH_GRAPHS:
             # Kernels are tuned, and constants that they keep are made, outside of a CUDA graph's memory.
             with torch.no_grad():
                 self._decode(self._last[None], *self._shapes.zeros(1, wanted), self._last)
         if self.mode is not Mode.EAGER:
-            self._prefill = compiled(self._prefill, _without_graphs(self.mode), dynamic=True)
+            self._prefill = compiled(self._prefill, without_graphs(self.mode), dynamic=True)
             self._decode = compiled(self._decode, str(self.mode), dynamic=False)
 
     @classmethod
@@ -102,27 +80,17 @@ class CudaProgram(StatefulProgram):
         """Loads a program saved by `save`, on a machine with or without a GPU.
 
         Raises:
-            MqAoError: the file is missing, damaged, not ours, or of another version; or see the class.
+            MqAoError: the file is missing, damaged, not ours, of another version, or not a language model's; or see the
+                class.
         """
-        path = Path(path)
-        info = archive.read_info(path, _versions())
-        with path.open("rb") as file:
-            return cls(torch.export.load(file), info, device, mode)
+        exported, info = read(Path(path))
+        if "states" not in info:
+            raise MqAoError(f"{path} is not the program of a language model: load it with mq_ao.load.")
+        return cls(exported, info, device, mode)
 
     def on(self, device: torch.device | str, mode: Mode | str | None = None) -> CudaProgram:
         """The same program on another device, with weights of its own there."""
         return CudaProgram(self._exported, self._info, device, mode)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all resident weights and scales."""
-        tensors = [*self._module.parameters(), *self._module.buffers()]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self._device
 
     def _call(self, name: str, *inputs: Tensor) -> States:
         # Before parts of states become tensors of their own.
@@ -138,7 +106,7 @@ class CudaProgram(StatefulProgram):
             ids, *given = inputs
             held = self._memory(len(ids))
             logits = self._decode(ids, *held.take(given), self._last)
-            if self.mode in _WITH_GRAPHS:
+            if self.mode in WITH_GRAPHS:
                 logits = logits.clone()  # the next replay writes to the same memory
             conv, ssm = held.give()
         return logits, conv, ssm
@@ -150,16 +118,6 @@ class CudaProgram(StatefulProgram):
             with torch.inference_mode(False):
                 self._held[batch] = _Held(self._shapes.zeros(batch, self._device))
         return self._held[batch]
-
-    def save(self, path: str | Path) -> None:
-        """Writes the program to a `.ptc` file, under a temporary name that is renamed when it is complete.
-
-        Raises:
-            MqAoError: the path cannot be written.
-        """
-        described = json.dumps({**self._info, **_versions()})
-        with replacing(check_output(path, SUFFIX)) as temporary, temporary.open("wb") as file:
-            torch.export.save(self._exported, file, extra_files={archive.INFO: described})
 
 
 class _Held:
@@ -182,17 +140,7 @@ class _Held:
                 )
 
     def take(self, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The memory, with these states in it.
-
-        Raises:
-            MqAoError: they are not of its shapes; it is as it was.
-        """
-        for state, value in zip(self._states, given, strict=True):
-            if value.shape != state.shape:
-                raise MqAoError(
-                    f"a state has shape {tuple(value.shape)} where a step of these sequences takes "
-                    f"{tuple(state.shape)}: give the states of the same sequences."
-                )
+        """The memory, with these states in it."""
         if not all(map(self._knows, given)):
             # Those of other sequences, which may go on later, in memory of their own from now on.
             with torch.inference_mode(False):
@@ -211,28 +159,3 @@ class _Held:
 
     def _knows(self, value: Tensor) -> bool:
         return any(value is latest for latest in self._latest)
-
-
-def parse_mode(mode: Mode | str | None, device: torch.device) -> Mode:
-    """A mode by name; None: what suits the device.
-
-    Raises:
-        MqAoError: there is none of that name.
-    """
-    if mode is None:
-        return Mode.CUDA_GRAPHS if device.type == "cuda" else Mode.EAGER
-    try:
-        return Mode(mode)
-    except ValueError:
-        known = ", ".join(item.value for item in Mode)
-        raise MqAoError(f"unknown mode {mode!r}: the modes are {known}.") from None
-
-
-def _without_graphs(mode: Mode) -> str:
-    """For lengths that vary: a CUDA graph is of one size."""
-    return "max-autotune-no-cudagraphs" if mode is Mode.MAX_AUTOTUNE else "default"
-
-
-def _versions() -> dict[str, Any]:
-    """What a saved graph depends on: not on how PyTorch was built."""
-    return {"cuda_format": FORMAT, "torch": torch.__version__.split("+")[0]}

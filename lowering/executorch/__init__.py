@@ -12,9 +12,21 @@ from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.executorch.options import Options, Scan
-from mq_ao.lowering.executorch.program import ExecutorchProgram, KeptState, set_threads
+from mq_ao.lowering.executorch.program import ExecutorchModule, ExecutorchProgram, KeptState, load, set_threads
 
-__all__ = ["ExecutorchProgram", "KeptState", "Options", "Scan", "lower", "lower_float", "rewrite", "set_threads"]
+__all__ = [
+    "ExecutorchModule",
+    "ExecutorchProgram",
+    "KeptState",
+    "Options",
+    "Scan",
+    "load",
+    "lower",
+    "lower_float",
+    "lower_module",
+    "rewrite",
+    "set_threads",
+]
 
 
 def lower(converted: GraphModule, info: Mapping[str, Any], options: Options | None = None) -> ExecutorchProgram:
@@ -42,11 +54,29 @@ def lower_float(module: GraphModule, info: Mapping[str, Any], options: Options |
     return _build().lower_float(module, info, options or Options())
 
 
+def lower_module(converted: GraphModule, info: Mapping[str, Any], options: Options | None = None) -> ExecutorchModule:
+    """Lowers a converted module of any kind to a program of one method, `forward`.
+
+    Memory is planned when the program is made: the first axis of the first input gets the options' batch, and all other
+    sizes that vary go up to the options' `max_length`.
+
+    Args:
+        converted: see `lower`, with any inputs and results.
+        info: what the program is to say of itself.
+        options: batch, largest size, and what runs the scan.
+
+    Raises:
+        MqAoError: no linear of the program would run in integers, it cannot be saved (see `modules.export_module`), it
+            holds operators that ExecuTorch does not have, or executorch is not installed.
+    """
+    return _build().lower_module(converted, info, options or Options())
+
+
 def rewrite(module: GraphModule, options: Options | None = None) -> GraphModule:
     """A copy of a captured or converted graph in the operators that XNNPACK and our library have.
 
-    For graphs of any shape: export the result with torch.export, and lower it with `to_edge_transform_and_lower` and
-    XNNPACK's partitioner as any other. `lower` does that for language models.
+    Where neither `lower` nor `lower_module` makes the program that is wanted: export the result with torch.export, and
+    lower it with `to_edge_transform_and_lower` and XNNPACK's partitioner as any other.
 
     Args:
         module: captured, or converted with q/dq nodes on int8 (`MambaQuantizer(backend="executorch")`); it is not

@@ -19,18 +19,21 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from torch._inductor.constant_folding import constant_fold
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals
 from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_LENGTH, VOCAB_SIZE, versions
-from mq_ao.lowering.executorch.methods import METHODS, export_methods
+from mq_ao.lowering.executorch.methods import export_methods
 from mq_ao.lowering.executorch.options import Options, Scan
-from mq_ao.lowering.executorch.program import ExecutorchProgram
+from mq_ao.lowering.executorch.portable import OPERATORS
+from mq_ao.lowering.executorch.program import ExecutorchModule, ExecutorchProgram, load
 from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.states import buffers
-from mq_ao.lowering.graphs import StateShapes
+from mq_ao.lowering.graphs import state_shapes
+from mq_ao.lowering.modules import export_module, refuse_memory
 from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, simulated_nodes
 
 logger = logging.getLogger(__name__)
@@ -41,12 +44,29 @@ _STATIC = frozenset({DQ_STATIC, Q_STATIC})
 def lower(converted: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
     """See the package's `lower`."""
     program = _lower(converted, info, options)
-    if not any(kind.startswith("xnnpack") for kind in program.integer_kernels):
+    _check_integers(program.integer_kernels)
+    return program
+
+
+def lower_module(converted: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchModule:
+    """See the package's `lower_module`."""
+    refuse_memory(converted)
+    graph = rewrite(converted, options)
+    operators = OPERATORS if options.scan is Scan.PORTABLE else {}
+    exported, signature = export_module(graph, options.batch, options.max_length, operators)
+    made = _partition({"forward": exported}, "forward", graph, {**info, "signature": signature.described}, options)
+    program = _write(*made, {})
+    assert isinstance(program, ExecutorchModule)
+    _check_integers(program.integer_kernels)
+    return program
+
+
+def _check_integers(kernels: Mapping[str, int]) -> None:
+    if not any(kind.startswith("xnnpack") for kind in kernels):
         raise MqAoError(
             "no linear of this program runs in integers: quantize for this backend, with "
             'mq_ao.quantize(..., backend="executorch") or MambaQuantizer(backend="executorch").'
         )
-    return program
 
 
 def lower_float(module: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
@@ -74,31 +94,51 @@ def rewrite(module: GraphModule, options: Options) -> GraphModule:
 
 def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
     graph = rewrite(module, options)
-    shapes = StateShapes.of(graph)
+    shapes = state_shapes(graph)
     vocab_size = int(info["vocab_size"])
     max_count = options.max_count(vocab_size)
     programs = export_methods(graph, buffers(shapes, options.batch), options, max_count)
-    with refusals() as refused:
-        edge = to_edge_transform_and_lower(programs, partitioner=[XnnpackPartitioner()])
-    methods = {name: delegation(edge.exported_program(name), refused) for name in METHODS}
     described = {
+        **info,
+        "max_count": max_count,
+        "states": {"n_layer": shapes.n_layer, "conv": shapes.conv, "ssm": shapes.ssm},
+    }
+    made = _partition(programs, "prefill", graph, described, options)
+    program = _write(*made, {MAX_LENGTH: options.max_length, VOCAB_SIZE: vocab_size})
+    assert isinstance(program, ExecutorchProgram)
+    return program
+
+
+def _partition(
+    programs: Mapping[str, ExportedProgram], counted: str, graph: GraphModule, info: Mapping[str, Any], options: Options
+) -> tuple[EdgeProgramManager, dict[str, Any]]:
+    """Gives XNNPACK what it takes; returns the methods, and all that they say of themselves.
+
+    Args:
+        programs: by name of the method.
+        counted: the method whose integer kernels are counted.
+        graph: what they were exported from.
+        info: what else is to be said.
+        options: what they were made for.
+    """
+    with refusals() as refused:
+        edge = to_edge_transform_and_lower(dict(programs), partitioner=[XnnpackPartitioner()])
+    methods = {name: delegation(edge.exported_program(name), refused) for name in programs}
+    for name, item in methods.items():
+        if item.linears_outside:
+            logger.warning("XNNPACK did not take %d linears of %s: they run in float", item.linears_outside, name)
+    return edge, {
         **info,
         **versions(),
         "format": FORMAT,
         "batch": options.batch,
         "max_length": options.max_length,
-        "max_count": max_count,
         "scan": str(options.scan),
-        "states": {"n_layer": shapes.n_layer, "conv": shapes.conv, "ssm": shapes.ssm},
-        "integer_kernels": _integer_kernels(methods["prefill"]),
+        "integer_kernels": _integer_kernels(methods[counted]),
         "simulated": _in_float(graph),
         "packed_once": _packs_alike(graph),
         "methods": {name: item.to_dict() for name, item in methods.items()},
     }
-    for name, item in methods.items():
-        if item.linears_outside:
-            logger.warning("XNNPACK did not take %d linears of %s: they run in float", item.linears_outside, name)
-    return _write(edge, described)
 
 
 def _packs_alike(graph: GraphModule) -> bool:
@@ -132,10 +172,12 @@ def _integer_kernels(method: Delegation) -> dict[str, int]:
     return {**{f"xnnpack linear, {kind}": count for kind, count in method.integer_linears.items()}, **ours}
 
 
-def _write(edge: EdgeProgramManager, info: Mapping[str, Any]) -> ExecutorchProgram:
-    constants = {INFO: json.dumps(info), MAX_LENGTH: info["max_length"], VOCAB_SIZE: info["vocab_size"]}
+def _write(
+    edge: EdgeProgramManager, info: Mapping[str, Any], constants: Mapping[str, int]
+) -> ExecutorchProgram | ExecutorchModule:
+    said = {INFO: json.dumps(info), **constants}
     # Anew: what is said of delegates is known only now.
-    edge = EdgeProgramManager({name: edge.exported_program(name) for name in METHODS}, constants)
+    edge = EdgeProgramManager({name: edge.exported_program(name) for name in info["methods"]}, said)
     planning = MemoryPlanningPass(share_mutable_buffers=True)
     with warnings.catch_warnings():
         # That states start from zero is what is wanted.
@@ -146,7 +188,7 @@ def _write(edge: EdgeProgramManager, info: Mapping[str, Any]) -> ExecutorchProgr
     try:
         with path.open("wb") as file:
             program.write_to_file(file)
-        result = ExecutorchProgram.load(path)
+        result = load(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -16,11 +16,12 @@ mq = torch.ops.mq_ao
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, activation: str | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.causal_conv1d`, with the weight (channels, 1, d_conv) of `conv1d`."""
     channels, _, taps = weight.shape
-    padded = torch.cat([initial_state, x], dim=1)
+    before = x.new_zeros(x.shape[0], taps - 1, channels) if initial_state is None else initial_state
+    padded = torch.cat([before, x], dim=1)
     y = functional.conv1d(padded.transpose(1, 2), weight, bias, groups=channels).transpose(1, 2)
     last_state = padded[:, padded.shape[1] - (taps - 1) :]
     return (y if activation is None else y * torch.sigmoid(y)), last_state

@@ -1,4 +1,4 @@
-"""A program for ExecuTorch, run by the runtime of its Python package."""
+"""Programs for ExecuTorch, run by the runtime of its Python package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, replacing
 from mq_ao.lowering.executorch.info import FORMAT, INFO
 from mq_ao.lowering.executorch.options import Scan
+from mq_ao.lowering.module_program import ModuleProgram
 from mq_ao.models.generate import Sampling, generate, stream
-from mq_ao.models.program import check_ids
+from mq_ao.models.inputs import one_token, refuse_mask, token_ids
 from mq_ao.ops.native import executorch_build
 
 
@@ -31,16 +32,12 @@ class KeptState:
 States = tuple[Tensor, KeptState, KeptState]
 
 
-class ExecutorchProgram:
-    """A language model in a `.pte` file, with the interface of a compiled one.
+class _Loaded:
+    """A `.pte` file, loaded.
 
-    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. The
-    program keeps its states in its own memory: without a state a call starts from zeros, and the state that a call
-    gives stands for what the program keeps. It can be given to the very next call alone.
-
-    The first program that lives in a process packs the weights that prefill and decode share once. Others pack them
-    twice, and so does one with the same integers under different scales: XNNPACK's cache knows a weight by its integers
-    alone, and what it packs depends on the scales around them too.
+    The first program that lives in a process packs the weights that its methods share once. Others pack them twice, and
+    so does one with the same integers under different scales: XNNPACK's cache knows a weight by its integers alone, and
+    what it packs depends on the scales around them too.
 
     Args:
         path: the file, which stays open as long as the program lives.
@@ -48,37 +45,72 @@ class ExecutorchProgram:
         info: what it says of itself.
     """
 
-    _sharing: weakref.ref[ExecutorchProgram] | Callable[[], None] = staticmethod(lambda: None)
+    _sharing: weakref.ref[_Loaded] | Callable[[], None] = staticmethod(lambda: None)
     """The program whose weights are packed once."""
 
     def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
         self._path = path
         self._program = program
         self._info = info
+        self._methods: set[str] = set()
+        if _Loaded._sharing() is None and info["scan"] == Scan.NATIVE and info["packed_once"]:
+            _Loaded._sharing = weakref.ref(self)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the file: weights and scales, and the little that lies around them."""
+        return self._path.stat().st_size
+
+    def save(self, path: str | Path) -> None:
+        """Writes the program to a `.pte` file, under a temporary name that is renamed when it is complete.
+
+        Raises:
+            MqAoError: the path cannot be written.
+        """
+        with replacing(check_output(path, ".pte")) as temporary:
+            shutil.copyfile(self._path, temporary)
+
+    def _execute(self, method: str, *inputs: Tensor) -> list[Tensor]:
+        """Runs a method; the first time it is loaded, and packs its weights."""
+        if method not in self._methods and self._info["scan"] == Scan.NATIVE:
+            executorch_build.share_packed_weights(_Loaded._sharing() is self)
+        self._methods.add(method)
+        try:
+            return self._program.load_method(method).execute([tensor.contiguous() for tensor in inputs])
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise MqAoError(f"ExecuTorch cannot run {method!r} of {self._path}: {reason}") from error
+
+
+class ExecutorchProgram(_Loaded):
+    """A language model in a `.pte` file, with the interface of a compiled one.
+
+    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. The
+    program keeps its states in its own memory: without a state a call starts from zeros, and the state that a call
+    gives stands for what the program keeps. It can be given to the very next call alone.
+
+    Args:
+        path: the file, which stays open as long as the program lives.
+        program: the file, loaded by ExecuTorch's runtime.
+        info: what it says of itself.
+    """
+
+    def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
+        super().__init__(path, program, info)
         self._state = KeptState()
-        self._loaded: set[str] = set()
-        if ExecutorchProgram._sharing() is None and info["scan"] == Scan.NATIVE and info["packed_once"]:
-            ExecutorchProgram._sharing = weakref.ref(self)
 
     @classmethod
     def load(cls, path: str | Path) -> ExecutorchProgram:
         """Loads a program saved by `save`; the native operators are loaded or built first, where it needs them.
 
         Raises:
-            MqAoError: the file is missing, damaged, not ours or of another version, or executorch or the native
-                operators are missing.
+            MqAoError: the file is missing, damaged, not ours, of another version or not a language model's, or
+                executorch or the native operators are missing.
         """
-        path = Path(path)
-        program, info = open_program(path)
-        if info["scan"] == Scan.NATIVE:
-            try:
-                executorch_build.load()
-            except MqAoError as error:
-                raise MqAoError(
-                    f"{path} needs the native operators for ExecuTorch, which `mq-ao build-kernels --executorch` "
-                    f"builds: {error}"
-                ) from error
-        return cls(path, program, info)
+        program = load(path)
+        if not isinstance(program, cls):
+            raise MqAoError(f"{path} is not the program of a language model: load it with mq_ao.load.")
+        return program
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -90,91 +122,124 @@ class ExecutorchProgram:
         """Calls of integer kernels in one prefill, by kind; empty for a float program."""
         return self._info["integer_kernels"]
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the file: weights and scales, and the little that lies around them."""
-        return self._path.stat().st_size
-
-    def __call__(self, input_ids: Tensor, conv_state: Any = None, ssm_state: Any = None) -> States:
+    def __call__(
+        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
+    ) -> States:
         """Logits of all tokens: (batch, length, vocab_size) float32, and what stands for the state after the last."""
-        self._enter(input_ids, conv_state)
-        pieces = [
-            self._prefill(piece, torch.arange(piece.shape[1])) for piece in input_ids.split(self._info["max_count"], 1)
-        ]
+        refuse_mask(attention_mask)
+        ids = self._enter(input_ids, conv_state, ssm_state)
+        pieces = [self._prefill(piece, torch.arange(piece.shape[1])) for piece in ids.split(self._info["max_count"], 1)]
         return self._leave(torch.cat(pieces, dim=1))
 
-    def prefill(self, input_ids: Tensor, conv_state: Any = None, ssm_state: Any = None) -> States:
+    def prefill(
+        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
+    ) -> States:
         """Logits of the last token only: (batch, 1, vocab_size), and what stands for the state after it."""
-        self._enter(input_ids, conv_state)
-        for piece in input_ids.split(self._info["max_length"], 1):
+        refuse_mask(attention_mask)
+        for piece in self._enter(input_ids, conv_state, ssm_state).split(self._info["max_length"], 1):
             logits = self._prefill(piece, torch.tensor([piece.shape[1] - 1]))
         return self._leave(logits)
 
-    def decode(self, input_ids: Tensor, conv_state: Any, ssm_state: Any = None) -> States:
+    def decode(self, input_ids: Any, conv_state: Any, ssm_state: Any = None) -> States:
         """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and the state."""
-        self._enter(input_ids, conv_state)
-        if input_ids.shape[1] != 1:
-            raise MqAoError(f"decode takes one token a sequence, not {input_ids.shape[1]}: use prefill.")
-        return self._leave(self._run("decode", input_ids))
+        one_token(token_ids(input_ids))
+        if conv_state is None:
+            raise MqAoError("the state is missing: give what the last call returned, or start with prefill.")
+        return self._leave(self._run("decode", self._enter(input_ids, conv_state, ssm_state)))
 
     def reset(self) -> None:
         """Sets the states to zero; every prompt that is given without a state does."""
         self._run("reset")
         self._state = KeptState()
 
-    def stream(self, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
+    def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
         """Yields the next tokens one by one; see `models.generate.stream`."""
-        return stream(self.prefill, input_ids, max_new_tokens, sampling)
+        return stream(self.prefill, input_ids, max_new_tokens, self._within(sampling))
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        *,
+        attention_mask: None = None,
+    ) -> Tensor:
         """Prompt and continuation; see `models.generate.generate`."""
-        return generate(self.prefill, input_ids, max_new_tokens, sampling)
-
-    def save(self, path: str | Path) -> None:
-        """Writes the program to a `.pte` file, under a temporary name that is renamed when it is complete.
-
-        Raises:
-            MqAoError: the path cannot be written.
-        """
-        with replacing(check_output(path, ".pte")) as temporary:
-            shutil.copyfile(self._path, temporary)
+        refuse_mask(attention_mask)
+        return generate(self.prefill, input_ids, max_new_tokens, self._within(sampling))
 
     def _prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
         if ids.shape[1] == 1:
             return self._run("decode", ids)
         return self._run("prefill", ids, positions)
 
-    def _enter(self, input_ids: Tensor, state: Any) -> None:
-        """Checks the input, and starts from zeros where no state is given."""
+    def _within(self, sampling: Sampling | None) -> Sampling:
+        return (sampling or Sampling()).within(self._info.get("known_tokens"))
+
+    def _enter(self, input_ids: Any, *states: Any) -> Tensor:
+        """Token ids as they are given, checked; starts from zeros where no state is given."""
         batch = self._info["batch"]
-        check_ids(input_ids, self._info["vocab_size"])
-        if input_ids.shape[0] != batch:
+        ids = token_ids(input_ids, self._info["vocab_size"])
+        if len(ids) != batch:
             raise MqAoError(
-                f"this program was made for a batch of {batch}, not {input_ids.shape[0]}: lower it again with that "
-                "batch in its options."
+                f"this program was made for a batch of {batch}, not {len(ids)}: lower it again with that batch in its "
+                "options."
             )
-        if state is None:
+        given = [state for state in states if state is not None]
+        if not given:
             self.reset()
-        elif state is not self._state:
+        elif any(state is not self._state for state in given):
             raise MqAoError(
                 "this program keeps the state of its last call alone: give what that call gave, or None to start anew."
             )
+        return ids.cpu()
 
     def _leave(self, logits: Tensor) -> States:
         self._state = KeptState()
         return logits, self._state, self._state
 
     def _run(self, method: str, *inputs: Tensor) -> Tensor:
-        """Runs a method; the first time it is loaded, and packs its weights."""
-        if method not in self._loaded and self._info["scan"] == Scan.NATIVE:
-            executorch_build.share_packed_weights(ExecutorchProgram._sharing() is self)
-        self._loaded.add(method)
-        try:
-            (result,) = self._program.load_method(method).execute([tensor.contiguous() for tensor in inputs])
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise MqAoError(f"ExecuTorch cannot run {method!r} of {self._path}: {reason}") from error
+        (result,) = self._execute(method, *inputs)
         return result
+
+
+class ExecutorchModule(_Loaded, ModuleProgram):
+    """A module of any kind in a `.pte` file, with the method `forward`.
+
+    Args:
+        path: the file, which stays open as long as the program lives.
+        program: the file, loaded by ExecuTorch's runtime.
+        info: what it says of itself.
+    """
+
+    def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
+        _Loaded.__init__(self, path, program, info)
+        ModuleProgram.__init__(self, info)
+
+    def run(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """See `ModuleProgram.run`."""
+        # The runtime's outputs lie in memory that its next call overwrites.
+        return [tensor.clone() for tensor in self._execute("forward", *inputs)]
+
+
+def load(path: str | Path) -> ExecutorchProgram | ExecutorchModule:
+    """Loads a program saved by `save`; the native operators are loaded or built first, where it needs them.
+
+    Raises:
+        MqAoError: the file is missing, damaged, not ours or of another version, or executorch or the native operators
+            are missing.
+    """
+    path = Path(path)
+    program, info = open_program(path)
+    if info["scan"] == Scan.NATIVE:
+        try:
+            executorch_build.load()
+        except MqAoError as error:
+            raise MqAoError(
+                f"{path} needs the native operators for ExecuTorch, which `mq-ao build-kernels --executorch` "
+                f"builds: {error}"
+            ) from error
+    return (ExecutorchModule if "signature" in info else ExecutorchProgram)(path, program, info)
 
 
 def open_program(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
-from mq_ao.lowering.graphs import StateShapes
+from mq_ao.models.states import StateShapes
 
 aten = torch.ops.aten
 CONV, SSM = "conv_state", "ssm_state"

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 import mq_ao.ops
-from mq_ao.lowering.graphs import StateShapes, flat, with_positions
+from mq_ao.lowering.graphs import flat, state_shapes, with_positions
 from mq_ao.lowering.inductor import package
-from mq_ao.lowering.inductor.program import InductorProgram
+from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
 from mq_ao.lowering.inductor.rewrite import Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.lowering.methods import export_decode, export_prefill
+from mq_ao.lowering.modules import export_module, refuse_memory
+from mq_ao.models.states import StateShapes
 from mq_ao.ops.native.build import compiler
 
 
@@ -88,29 +91,57 @@ def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> Ind
     """
     graph = rewrite(converted)
     described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
-    return _compile(graph.module, StateShapes.of(graph.module), described)
+    return _compile(graph.module, state_shapes(graph.module), described)
 
 
 def compile_float_language_model(module: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
     """Compiles the float graph of a language model in the same way, for comparison; it has no integer kernels."""
-    shapes = StateShapes.of(module)
+    shapes = state_shapes(module)
     module = copy.deepcopy(module)
     fold_constants(module)
     return _compile(module, shapes, {**info, "integer_kernels": {}, "simulated": []})
 
 
+def lower_module(converted: GraphModule, info: Mapping[str, Any]) -> InductorModule:
+    """Compiles a converted graph of any module to one program that takes and gives what the module does.
+
+    Sizes vary as in the captured graph.
+
+    Args:
+        converted: result of `convert_pt2e`.
+        info: what the program is to say of itself.
+
+    Raises:
+        MqAoError: there is nothing quantized in the graph, it cannot be saved (see `modules.export_module`), or there
+            is no C++ compiler.
+    """
+    refuse_memory(converted)
+    graph = rewrite(converted)
+    exported, signature = export_module(graph.module)
+    described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
+    program = _write({"forward": exported}, {**described, "signature": signature.described})
+    assert isinstance(program, InductorModule)
+    return program
+
+
 def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) -> InductorProgram:
-    compiler()  # Inductor's own complaint would come late, and say less
-    mq_ao.ops.load_native()
     programs = {
         "prefill": export_prefill(with_positions(module), shapes),
         "decode": export_decode(flat(module), shapes),
     }
+    program = _write(programs, {**info, "states": shapes.described})
+    assert isinstance(program, InductorProgram)
+    return program
+
+
+def _write(programs: Mapping[str, ExportedProgram], info: Mapping[str, Any]) -> InductorProgram | InductorModule:
+    compiler()  # Inductor's own complaint would come late, and say less
+    mq_ao.ops.load_native()
     folder = tempfile.mkdtemp(prefix="mq_ao_")
     path = Path(folder) / "program.pt2"
     try:
-        package.write(path, programs, {**info, "states": shapes.described})
-        program = InductorProgram.load(path)
+        package.write(path, programs, info)
+        program = load(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -128,3 +128,13 @@ def kernel_counts(kernels: Mapping[str, int]) -> str:
 def kernel_name(operator: str) -> str:
     """`mq_ao.qlinear.default` -> `qlinear`."""
     return operator.removeprefix("mq_ao.").removesuffix(".default")
+
+
+def said(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a program says of itself, for a table of properties: how it is called in words, without what is counted."""
+    shown = {key: value for key, value in info.items() if key not in ("integer_kernels", "methods", "signature")}
+    if "signature" in info:
+        from mq_ao.lowering.signature import Signature
+
+        shown["inputs"] = str(Signature.read(info["signature"]))
+    return shown

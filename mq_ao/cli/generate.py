@@ -40,6 +40,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_any(model, tokenizer, states=True)
     codec = opened.needed_codec
+    sampling = sampling.within(opened.known_tokens).within(codec.known_tokens)
     ids = torch.tensor(codec.documents(prompt.encode())[-1:])
     if int(ids.max()) >= opened.vocab_size:
         raise MqAoError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mq_ao.cli.console import kernel_name, megabytes, out, step
+from mq_ao.cli.console import kernel_name, megabytes, out, said, step
 from mq_ao.cli.opened import ANY_HELP, is_program, open_model
 from mq_ao.errors import MqAoError
 from mq_ao.files import PROGRAM_SUFFIXES
@@ -77,7 +77,7 @@ def _program(path: Path) -> None:
     rows: Mapping[str, Any] = {
         "file": megabytes(path.stat().st_size),
         "resident weights": megabytes(program.weight_bytes),
-        **{key: value for key, value in program.info.items() if key != "integer_kernels"},
+        **said(program.info),
     }
     for key, value in rows.items():
         table.add_row(key, str(value))

@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mq_ao.cli.console import kernel_name, megabytes, out, step
+from mq_ao.cli.console import kernel_name, megabytes, out, said, step
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from mq_ao.lowering.executorch.anatomy import Anatomy
 
-_TABLES = ("integer_kernels", "methods")
-"""Properties that are tables of their own."""
 _ADDED = "added by ExecuTorch after delegation"
 
 
@@ -46,9 +44,8 @@ def _properties(path: Path, info: Mapping[str, Any], parts: Anatomy) -> Table:
 
     table = Table("property", "value", title=str(path), title_justify="left")
     table.add_row("file", megabytes(parts.file_bytes))
-    for key, value in info.items():
-        if key not in _TABLES:
-            table.add_row(key, _words(value))
+    for key, value in said(info).items():
+        table.add_row(key, _words(value))
     return table
 
 

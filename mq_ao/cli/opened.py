@@ -14,7 +14,7 @@ from mq_ao.files import PROGRAM_SUFFIXES
 if TYPE_CHECKING:
     from mq_ao.models import Logits, MambaLM
     from mq_ao.models.generate import Step
-    from mq_ao.models.program import Program
+    from mq_ao.models.program import LanguageProgram, Program
     from mq_ao.text import Codec
 
 MODEL_HELP = '"demo", a folder (transformers, mamba_ssm or mq-ao layout), or a hub id.'
@@ -36,7 +36,7 @@ class Opened:
     """
 
     source: str
-    run: MambaLM | Logits | Program
+    run: MambaLM | Logits | LanguageProgram | Program
     vocab_size: int
     tokenizer: str | None
     has_states: bool = True
@@ -73,6 +73,15 @@ class Opened:
                 "with --tokenizer (a folder or hub id)."
             )
         return self.codec
+
+    @property
+    def known_tokens(self) -> int | None:
+        """Tokens of its vocabulary before it was padded, where it tells."""
+        from mq_ao.models import Logits, MambaLM
+
+        if isinstance(self.run, MambaLM):
+            return self.run.known_tokens
+        return None if isinstance(self.run, Logits) else self.run.info.get("known_tokens")
 
     @property
     def weight_bytes(self) -> int:
@@ -138,9 +147,10 @@ def open_any(source: str, tokenizer: str | None = None, *, states: bool = False)
         ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load
+        from mq_ao.models.program import is_language_program
 
         program = load(source)
-    if "vocab_size" in program.info:
+    if is_language_program(program):
         return Opened(source, program, int(program.info["vocab_size"]), tokenizer)
     if states:
         raise MqAoError(f"{source} is a program without states, and cannot generate yet.")

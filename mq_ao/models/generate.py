@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
+from mq_ao.models.inputs import token_ids
 
 Step = Callable[..., tuple[Tensor, Any, Any]]
 """`(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`."""
@@ -24,12 +25,15 @@ class Sampling:
         top_k: keep the k likeliest tokens (0: all).
         top_p: keep the smallest set of tokens whose probability reaches p (1.0: all).
         seed: seed of the draw; None draws a fresh one.
+        known_tokens: only ids below it are chosen; None: any that there is a logit for. Vocabularies are padded to
+            sizes that hardware likes, and a tokenizer does not know the ids beyond its own.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = 0
+    known_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -38,6 +42,14 @@ class Sampling:
             raise MqAoError(f"top_k is {self.top_k}: give 0 (all tokens) or a positive number.")
         if not 0 < self.top_p <= 1:
             raise MqAoError(f"top_p is {self.top_p}: give a number above 0 and at most 1.")
+        if self.known_tokens is not None and self.known_tokens < 1:
+            raise MqAoError(f"known_tokens is {self.known_tokens}: give the number of tokens that may be chosen.")
+
+    def within(self, known_tokens: int | None) -> Sampling:
+        """The same, that keeps to so many tokens too; None: to none more."""
+        if known_tokens is None or (self.known_tokens is not None and self.known_tokens <= known_tokens):
+            return self
+        return replace(self, known_tokens=known_tokens)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A random generator with this seed."""
@@ -50,6 +62,7 @@ class Sampling:
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Next token for each row: logits (batch, vocab_size) -> (batch, 1) int64."""
+        logits = logits[..., : self.known_tokens]
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
         logits = logits.float() / self.temperature
@@ -75,19 +88,14 @@ def stream(step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Samplin
 
     Args:
         step: the model or lowered program.
-        input_ids: prompt, (batch, length) int64, length at least 1.
+        input_ids: prompt, (batch, length) integers, length at least 1; see `inputs.token_ids`.
         max_new_tokens: how many tokens to yield.
         sampling: greedy if None.
 
     Raises:
         MqAoError: the prompt is empty or not (batch, length) integers, or max_new_tokens is negative.
     """
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-        raise MqAoError(
-            f"a prompt is a (batch, length) int64 tensor; it is {tuple(input_ids.shape)}, {input_ids.dtype}."
-        )
-    if input_ids.numel() == 0:
-        raise MqAoError("the prompt is empty: give at least one token.")
+    input_ids = token_ids(input_ids, what="the prompt")
     if max_new_tokens < 0:
         raise MqAoError(f"max_new_tokens is {max_new_tokens}: give 0 or a positive number.")
     sampling = sampling or Sampling()
@@ -105,5 +113,6 @@ def stream(step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Samplin
 
 def generate(step: Step, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
     """Prompt and continuation: (batch, length) -> (batch, length + max_new_tokens) int64; see `stream`."""
+    input_ids = token_ids(input_ids, what="the prompt")
     following = [tokens.to(input_ids.device) for tokens in stream(step, input_ids, max_new_tokens, sampling)]
     return torch.cat([input_ids, *following], dim=1)

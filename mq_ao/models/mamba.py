@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
-from mq_ao.errors import MqAoError
 from mq_ao.models.config import Mamba2Config, MambaConfig
+from mq_ao.models.inputs import refuse_mask, token_ids
 from mq_ao.models.mamba_nd_config import MambaNDConfig
+from mq_ao.models.states import StateShapes
 
 if TYPE_CHECKING:
     from mq_ao.models.generate import Sampling
@@ -172,31 +173,47 @@ class MambaLM(nn.Module):
 
         They are float32, and float64 for a float64 model.
         """
+        return self._states.zeros(batch, self.backbone.embedding.weight.device)
+
+    @property
+    def _states(self) -> StateShapes:
         c = self.config
-        weight = self.backbone.embedding.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        conv = torch.zeros(c.n_layer, batch, c.d_conv - 1, c.conv_channels, dtype=dtype, device=weight.device)
-        return conv, torch.zeros(c.n_layer, batch, *c.ssm_shape, dtype=dtype, device=weight.device)
+        dtype = torch.float64 if self.backbone.embedding.weight.dtype == torch.float64 else torch.float32
+        return StateShapes(c.n_layer, (c.d_conv - 1, c.conv_channels), c.ssm_shape, dtype, dtype)
 
     def forward(
-        self, input_ids: Tensor, conv_state: Tensor | None = None, ssm_state: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        *,
+        attention_mask: None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs `length` tokens from the given states (zeros where None).
+        """Runs `length` tokens from the given states (zeros where there is neither).
 
         Args:
-            input_ids: (batch, length) int64, in [0, vocab_size).
+            input_ids: (batch, length) in [0, vocab_size): integers of any width, a numpy array, or lists.
             conv_state: (n_layer, batch, d_conv - 1, conv_channels) float32.
             ssm_state: (n_layer, batch, *ssm_shape) float32.
+            attention_mask: none is taken. Sequences of a batch have one length: padding would change the states.
 
         Returns:
             logits (batch, length, vocab_size) and both states after the last token.
+
+        Raises:
+            MqAoError: ids or states are not that, or there is a mask. Not while the model is traced.
         """
+        refuse_mask(attention_mask)
+        weight = self.backbone.embedding.weight
+        # Shapes alone have no values to be checked.
+        if not (torch.compiler.is_compiling() or weight.is_meta or isinstance(input_ids, torch._subclasses.FakeTensor)):
+            input_ids = token_ids(input_ids, self.config.vocab_size).to(weight.device)
+            if conv_state is not None or ssm_state is not None:
+                self._states.check(len(input_ids), conv_state, ssm_state)
         zero_conv, zero_ssm = self.initial_states(input_ids.shape[0])
-        hidden, conv_state, ssm_state = self.backbone(
-            input_ids,
-            zero_conv if conv_state is None else conv_state,
-            zero_ssm if ssm_state is None else ssm_state,
-        )
+        conv_state = zero_conv if conv_state is None else conv_state
+        ssm_state = zero_ssm if ssm_state is None else ssm_state
+        hidden, conv_state, ssm_state = self.backbone(input_ids, conv_state, ssm_state)
         return self.lm_head(hidden), conv_state, ssm_state
 
     @classmethod
@@ -215,22 +232,29 @@ class MambaLM(nn.Module):
 
         save_pretrained(self, folder)
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        *,
+        attention_mask: None = None,
+    ) -> Tensor:
         """Continues `input_ids` (batch, length); see `models.generate.generate`.
 
         Raises:
-            MqAoError: the prompt is empty, not (batch, length) integers, or outside the vocabulary.
+            MqAoError: the prompt is empty, not (batch, length) integers, or outside the vocabulary; or there is a mask.
         """
-        from mq_ao.models.generate import generate
+        from mq_ao.models.generate import Sampling, generate
 
-        if input_ids.numel():
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if not 0 <= low <= high < self.config.vocab_size:
-                raise MqAoError(
-                    f"the prompt's tokens run from {low} to {high}, and the model's vocabulary is 0 to "
-                    f"{self.config.vocab_size - 1}: was it encoded for another model?"
-                )
-        return generate(self, input_ids, max_new_tokens, sampling)
+        refuse_mask(attention_mask)
+        ids = token_ids(input_ids, self.config.vocab_size, "the prompt")
+        return generate(self, ids, max_new_tokens, (sampling or Sampling()).within(self.known_tokens))
+
+    @property
+    def known_tokens(self) -> int | None:
+        """Tokens that the vocabulary had before it was padded, where the configuration tells."""
+        return getattr(self.config, "known_tokens", None)
 
 
 def init_projections(in_proj: nn.Linear, out_proj: nn.Linear, n_layer: int) -> None:
