@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from mq_ao import batches, passes
+from mq_ao import batches, models, passes
 from mq_ao.batches import Call
 from mq_ao.calibrate import calibrate
 from mq_ao.capture import export
@@ -173,7 +173,7 @@ def capture(model: nn.Module, example: tuple[Any, ...], kwargs: Mapping[str, Any
 def quantize(
     model: nn.Module | ExportedProgram | str | Path,
     calibration: Iterable[Any],
-    recipe: str | Recipe = "mambaquant-w8a8",
+    recipe: str | Path | Recipe = "mambaquant-w8a8",
     *,
     backend: str = "inductor",
     scans: Scans | None = None,
@@ -291,7 +291,7 @@ def load(path: str | Path) -> LanguageProgram | Any:
 
 def _opened(model: nn.Module | ExportedProgram | str | Path) -> nn.Module:
     if isinstance(model, str | Path):
-        return MambaLM.from_pretrained(model)
+        return models.load(model)
     return model.module(check_guards=False) if isinstance(model, ExportedProgram) else unwrapped(model)
 
 
