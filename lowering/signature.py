@@ -148,7 +148,7 @@ class Signature:
         return pytree.tree_unflatten(values, self._result)
 
     def _arranged(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments by position and by keyword, as they were when the module was captured; constants may be left out."""
+        """Arguments by position and by keyword, as when the module was captured; constants may be left out."""
         if len(args) > len(self.names):
             raise self._refused(f"{len(args)} arguments are given")
         given = dict(zip(self.names, args, strict=False))

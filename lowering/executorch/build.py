@@ -19,8 +19,8 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
-from torch._inductor.constant_folding import constant_fold
 from torch._export.verifier import SpecViolationError
+from torch._inductor.constant_folding import constant_fold
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -182,7 +182,7 @@ def _no_operator() -> Iterator[None]:
     except (SpecViolationError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MqAoError(
-            f"ExecuTorch cannot take this model: {reason} Keep that part out of the model, or lower to inductor or cuda."
+            f"ExecuTorch cannot take this model: {reason} Leave that part out, or quantize for inductor or cuda."
         ) from error
 
 
