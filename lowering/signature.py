@@ -148,13 +148,13 @@ class Signature:
         return pytree.tree_unflatten(values, self._result)
 
     def _arranged(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments by position and by keyword, as they were when the module was captured."""
+        """Arguments by position and by keyword, as when the module was captured; constants may be left out."""
         if len(args) > len(self.names):
             raise self._refused(f"{len(args)} arguments are given")
         given = dict(zip(self.names, args, strict=False))
         if twice := sorted(given.keys() & kwargs.keys()):
             raise self._refused(f"{', '.join(twice)} is given twice")
-        given.update(kwargs)
+        given = {**self._defaults, **given, **kwargs}
         if missing := [name for name in self.names if name not in given]:
             raise self._refused(f"{', '.join(missing)} is missing")
         if unknown := [name for name in given if name not in self.names]:
@@ -184,6 +184,15 @@ class Signature:
 
     def _refused(self, why: str) -> MqAoError:
         return MqAoError(f"this program takes {self}; {why}.")
+
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        """Arguments that are constants."""
+        missing = object()
+        leaves = [self.constants.get(at, missing) for at in range(len(self.positions) + len(self.constants))]
+        args, kwargs = pytree.tree_unflatten(leaves, self._arguments)
+        values = zip(self.names, (*args, *kwargs.values()), strict=True)
+        return {name: value for name, value in values if value is None or isinstance(value, bool | int | float | str)}
 
     @cached_property
     def _guards(self) -> tuple[Guard, ...]:

@@ -206,6 +206,24 @@ def test_executorch_programs_have_a_batch_a_longest_input_and_may_be_portable() 
     assert relative(portable(ids, mask)["scores"][0], expected) < FLIPPED_STEPS
 
 
+class Special(Tagger):
+    """Ends with an operator that ExecuTorch does not have."""
+
+    def forward(self, ids: Tensor, mask: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        """See `Tagger`."""
+        return {"j0": torch.special.bessel_j0(super().forward(ids, mask, scale)["scores"][0])}
+
+
+@pytest.mark.skipif(not HAVE_EXECUTORCH, reason="needs executorch")
+def test_operators_that_executorch_does_not_have_are_named() -> None:
+    torch.manual_seed(0)
+    quantized = mq_ao.quantize(Special().eval(), [tokens(2, 24)], "rtn-w8a8", backend="executorch")
+    with pytest.raises(
+        MqAoError, match=r"ExecuTorch cannot take this model: .*bessel_j0.* quantize for inductor or cuda"
+    ):
+        quantized.lower()
+
+
 def test_on_a_gpu_it_compiles_for_all_sizes(tmp_path: Path) -> None:
     from mq_ao.lowering import cuda
 
@@ -242,6 +260,7 @@ def test_keywords_constants_and_types_of_transformers(tmp_path: Path) -> None:
     exported, signature = export_module(captured)
     signature = Signature.read(signature.described)
     (tensor,) = signature.bind((), {"use_cache": False, "input_ids": ids})
+    assert torch.equal(signature.bind((ids,), {})[0], tensor)  # what the program was made for may be left out
     result = signature.restore(exported.module(check_guards=False)(tensor))
     torch.testing.assert_close(result.logits, model(ids, use_cache=False).logits)
     with pytest.raises(MqAoError, match="it was made with False where True is given"):

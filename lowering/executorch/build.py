@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
+from torch._export.verifier import SpecViolationError
 from torch._inductor.constant_folding import constant_fold
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -121,7 +123,7 @@ def _partition(
         info: what else is to be said.
         options: what they were made for.
     """
-    with refusals() as refused:
+    with refusals() as refused, _no_operator():
         edge = to_edge_transform_and_lower(dict(programs), partitioner=[XnnpackPartitioner()])
     methods = {name: delegation(edge.exported_program(name), refused) for name in programs}
     for name, item in methods.items():
@@ -172,6 +174,18 @@ def _integer_kernels(method: Delegation) -> dict[str, int]:
     return {**{f"xnnpack linear, {kind}": count for kind, count in method.integer_linears.items()}, **ours}
 
 
+@contextlib.contextmanager
+def _no_operator() -> Iterator[None]:
+    """Makes an MqAoError of what ExecuTorch says of operators that it does not have."""
+    try:
+        yield
+    except (SpecViolationError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MqAoError(
+            f"ExecuTorch cannot take this model: {reason} Leave that part out, or quantize for inductor or cuda."
+        ) from error
+
+
 def _write(
     edge: EdgeProgramManager, info: Mapping[str, Any], constants: Mapping[str, int]
 ) -> ExecutorchProgram | ExecutorchModule:
@@ -179,7 +193,7 @@ def _write(
     # Anew: what is said of delegates is known only now.
     edge = EdgeProgramManager({name: edge.exported_program(name) for name in info["methods"]}, said)
     planning = MemoryPlanningPass(share_mutable_buffers=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_operator():
         # That states start from zero is what is wanted.
         warnings.filterwarnings("ignore", message="Mutation on a buffer")
         program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))

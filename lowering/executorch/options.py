@@ -25,9 +25,9 @@ class Options:
     """What an ExecuTorch program is made for.
 
     Attributes:
-        batch: sequences in every call.
+        batch: sequences in every call; of a model that is no language model, the first axis of its first input.
         max_length: tokens that prefill takes at most in one call; longer prompts are fed in pieces. Memory is planned
-            for that many, and decode has it too.
+            for that many, and decode has it too. Of another model: the largest of all sizes that vary.
         scan: what runs convolution, scan and rotation.
 
     Raises:
