@@ -150,7 +150,7 @@ def test_tokens_that_a_tokenizer_does_not_know_are_never_chosen(sampling: Sampli
         assert result.max() < 5
     assert len(result.unique()) > 1 or sampling.temperature == 0
     assert sampling.within(None) is sampling
-    with pytest.raises(MqAoError, match="known_tokens is 0: give the number of tokens that may be chosen"):
+    with pytest.raises(MqAoError, match="known_tokens is 0: it is a whole number of at least 1"):
         sampling.within(0)
 
 
@@ -173,3 +173,17 @@ def test_a_model_and_its_programs_keep_to_the_tokens_that_the_configuration_tell
         assert loaded.generate(PROMPT, 20, sampling)[:, 3:].max() < 5
         assert max(int(token.max()) for token in loaded.stream(PROMPT, 20, sampling)) < 5
     assert loaded.generate(PROMPT, 20, Sampling(known_tokens=2))[:, 3:].max() < 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("temperature", value) for value in (-1, float("nan"), float("inf"), True, "1", None)),
+        *(("top_k", value) for value in (-1, 1.5, True, "3")),
+        *(("top_p", value) for value in (0, -0.1, 2, float("nan"), "x")),
+        *(("seed", value) for value in (1.5, "a", 2**70)),
+    ],
+)
+def test_nonsense_is_refused_where_it_is_said(option: str, value: object) -> None:
+    with pytest.raises(MqAoError, match=f"^{option} is "):
+        Sampling(**{option: value})  # type: ignore[arg-type]  # wrong on purpose

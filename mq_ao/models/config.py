@@ -130,7 +130,7 @@ class Mamba2Config:
         for name, whole in (("ngroups", self.heads), ("norm_groups", self.d_inner)):
             if whole % getattr(self, name):
                 raise MqAoError(f"Mamba2Config.{name} is {getattr(self, name)}, which does not divide {whole}.")
-        if not isinstance(self.dt_min, int | float) or not 0 <= self.dt_min < math.inf:
+        if isinstance(self.dt_min, bool) or not isinstance(self.dt_min, int | float) or not 0 <= self.dt_min < math.inf:
             raise MqAoError(f"Mamba2Config.dt_min is {self.dt_min!r}: give a number of at least 0.")
         if self.dt_max is not None and not (isinstance(self.dt_max, int | float) and self.dt_max > self.dt_min):
             raise MqAoError(f"Mamba2Config.dt_max is {self.dt_max!r}: give a number above dt_min, or none.")
@@ -199,7 +199,7 @@ def check_positive(config: object, *names: str) -> None:
     """Raises MqAoError unless these fields are finite numbers above 0."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise MqAoError(f"{type(config).__name__}.{name} is {value!r}: give a positive number.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mq_ao import checks
 from mq_ao.errors import MqAoError
 from mq_ao.models.inputs import token_ids
 
@@ -36,14 +38,14 @@ class Sampling:
     known_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise MqAoError(f"temperature is {self.temperature}: give 0 (greedy) or a positive number.")
-        if self.top_k < 0:
-            raise MqAoError(f"top_k is {self.top_k}: give 0 (all tokens) or a positive number.")
-        if not 0 < self.top_p <= 1:
-            raise MqAoError(f"top_p is {self.top_p}: give a number above 0 and at most 1.")
-        if self.known_tokens is not None and self.known_tokens < 1:
-            raise MqAoError(f"known_tokens is {self.known_tokens}: give the number of tokens that may be chosen.")
+        checks.number(self.temperature, "temperature", 0, sys.float_info.max)
+        checks.whole(self.top_k, "top_k", 0)
+        if checks.number(self.top_p, "top_p", 0, 1) == 0:
+            raise MqAoError("top_p is 0: give a number above 0, which keeps at least the likeliest token.")
+        if self.seed is not None:
+            checks.whole(self.seed, "seed", -(2**63), 2**64 - 1)  # what torch takes
+        if self.known_tokens is not None:
+            checks.whole(self.known_tokens, "known_tokens", 1)
 
     def within(self, known_tokens: int | None) -> Sampling:
         """The same, that keeps to so many tokens too; None: to none more."""
