@@ -220,7 +220,7 @@ def _quantized(
     dtype = float_dtype(model)
     if dtype != torch.float32 and isinstance(model, GraphModule):
         raise MqAoError(f"this graph was captured in {dtype}: give mq_ao.export a model in float32 (model.float()).")
-    calls = batches.calls(model, calibration, _vocab_size(model))
+    calls = batches.calls(model, calibration, _vocab_size(model), takes_mask=not isinstance(model, MambaLM))
     first = next(calls, None)
     if first is None:
         raise MqAoError("calibration is empty: give at least one batch of inputs.")

@@ -34,7 +34,9 @@ _UNUSED = frozenset({"labels", "use_cache"})
 _CONSTANT = (bool, int, float, type(None))
 
 
-def calls(model: nn.Module, calibration: Iterable[Any], vocab_size: int | None = None) -> Iterator[Call]:
+def calls(
+    model: nn.Module, calibration: Iterable[Any], vocab_size: int | None = None, *, takes_mask: bool = True
+) -> Iterator[Call]:
     """Yields the calls of a model that a calibration consists of: one or more a batch.
 
     Floating inputs become float32 and token ids int64. Padding that an `attention_mask` tells is left out.
@@ -43,6 +45,7 @@ def calls(model: nn.Module, calibration: Iterable[Any], vocab_size: int | None =
         model: whose forward is called; its signature gives positional inputs their names.
         calibration: the batches.
         vocab_size: of a language model, to check token ids against; None: not known.
+        takes_mask: whether the model has a use for an `attention_mask`, which is left out else.
 
     Raises:
         MqAoError: something is no batch, no input of the model, or holds ids that are none of its tokens.
@@ -62,6 +65,8 @@ def calls(model: nn.Module, calibration: Iterable[Any], vocab_size: int | None =
                 raise MqAoError(f"{what}: {error}") from error
             for part in parts:
                 bound = signature.bind_partial()
+                if not takes_mask:
+                    part.pop(MASK, None)
                 bound.arguments.update(_known(model, signature, part))
                 _check_ids(bound.arguments.get(IDS), vocab_size, what)
                 names = names or set(bound.arguments)
