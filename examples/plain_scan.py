@@ -136,7 +136,7 @@ def main(
         quantized = mq_ao.quantize(model, calibration, recipe)
     out().print(quantized.report().match, markup=False)
     integer = inductor.rewrite(quantized.converted)
-    compiled = inductor.lower(quantized.converted, calibration[0])
+    compiled = inductor.compiled(quantized.converted, calibration[0])
 
     # 3. Another batch and length than any before.
     ids, wanted = sequences(8, length, seed=2_000_000)

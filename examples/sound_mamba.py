@@ -158,7 +158,7 @@ def main(
 
     # 3. One compiled program: our integer operators, and oneDNN's integer convolutions where Inductor finds them.
     integer = inductor.rewrite(converted)
-    compiled = inductor.lower(converted, calibration[0])
+    compiled = inductor.compiled(converted, calibration[0])
 
     reference = log_probabilities(model, sounds)
     kept = compare(log_probabilities(compiled, sounds), reference, labels)

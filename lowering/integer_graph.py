@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch._inductor.constant_folding import constant_fold
@@ -42,6 +43,11 @@ class IntegerGraph:
             )
         fold_constants(module)
         return cls(module, dict(kernels), simulated)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What programs say of themselves."""
+        return {"integer_kernels": self.kernels, "simulated": self.simulated}
 
     def to(self, device: torch.device) -> IntegerGraph:
         """The same graph with its tensors on another device; they are moved, not copied."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import edit, walk
+from mq_ao.quantizer.kernels import UINT8
 
 qd = torch.ops.quantized_decomposed
 
@@ -21,8 +22,6 @@ DQ_AFFINE = torch.ops.torchao.dequantize_affine
 DQ_STATE = torch.ops.mq_ao.dequantize_state.default
 DEQUANTIZE = frozenset({DQ_CHANNEL, DQ_STATIC, DQ_AFFINE, DQ_STATE})
 Limits = tuple[int, int, torch.dtype]
-UINT8: Limits = (0, 255, torch.uint8)
-INT8: Limits = (-128, 127, torch.int8)
 """Smallest and largest integer and dtype of static activations."""
 _LIMITS = {(-127, 127): 8, (-8, 7): 4}
 
@@ -44,7 +43,7 @@ class Operand:
     static: bool = False
 
     @classmethod
-    def of(cls, node: Any, limits: Limits = UINT8) -> Operand:
+    def of(cls, node: Any, limits: Limits = UINT8.limits) -> Operand:
         """What an operator that takes such integers reads at `node`."""
         if isinstance(node, Node) and node.target == DQ_STATIC and node.args[3:] == limits:
             args: tuple[Any, ...] = node.args
@@ -127,7 +126,7 @@ def carried(node: object) -> tuple[Any, Any]:
     return value, scale
 
 
-def requantize(value: Node, limits: Limits = UINT8) -> Node | None:
+def requantize(value: Node, limits: Limits = UINT8.limits) -> Node | None:
     """The one static quantize to such integers that is all that reads `value`, or None."""
     user = walk.only_user(value)
     return user if user is not None and user.target == Q_STATIC and user.args[3:] == limits else None

@@ -17,8 +17,6 @@ from mq_ao.graph.rows import pieces
 from mq_ao.lowering.patterns import (
     DQ_STATE,
     Q_STATIC,
-    UINT8,
-    Limits,
     Operand,
     Weight,
     carried,
@@ -26,6 +24,7 @@ from mq_ao.lowering.patterns import (
     per_token_source,
     requantize,
 )
+from mq_ao.quantizer.kernels import UINT8, Kernels
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -36,13 +35,13 @@ class GraphRewriter:
 
     Args:
         module: result of `convert_pt2e`.
-        limits: of the integers that the backend's kernels take.
+        kernels: of the backend.
     """
 
-    def __init__(self, module: GraphModule, limits: Limits) -> None:
+    def __init__(self, module: GraphModule, kernels: Kernels) -> None:
         self.module = module
         self.graph = module.graph
-        self.limits = limits
+        self.limits = kernels.static.limits
         self._names: Counter[str] = Counter()
         self._tokens: dict[Node, tuple[Node, Node]] = {}
 
@@ -95,7 +94,7 @@ class GraphRewriter:
         operands = [self.operand(value) for value in (u, delta, b, c)]
         y, last = _output(node, 0), _output(node, 1)
         # The scan's own integers are uint8 unless u is int8.
-        following = self.following(y) if operands[0].static or self.limits == UINT8 else None
+        following = self.following(y) if operands[0].static or self.limits == UINT8.limits else None
         if following is None and state_scale is None and not any(operand.static for operand in operands):
             return
         out = (None, 0) if following is None else (following.args[1], following.args[2])

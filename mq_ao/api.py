@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from mq_ao import batches, models, passes
+from mq_ao.backends import BACKENDS, backend_of, get_backend
 from mq_ao.batches import Call
 from mq_ao.calibrate import calibrate
 from mq_ao.capture import export
@@ -26,15 +27,13 @@ from mq_ao.capture.by_hand import Scans, using_scans
 from mq_ao.capture.precision import check_weights, float_dtype, in_float32
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES, check_output
+from mq_ao.files import check_output
 from mq_ao.graph import match, walk
-from mq_ao.lowering import cuda, executorch, inductor
 from mq_ao.lowering.graphs import find_state_shapes
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
 from mq_ao.models.program import LanguageProgram
 from mq_ao.quantizer import MambaQuantizer, QuantizationReport
-from mq_ao.quantizer.backends import check_backend
 from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.report import build, sizes
 from mq_ao.turns import in_turn
@@ -121,7 +120,7 @@ class QuantizedProgram:
         return self._report
 
     @in_turn
-    def lower(self, backend: str | None = None, options: executorch.Options | None = None) -> LanguageProgram | Any:
+    def lower(self, backend: str | None = None, options: Any = None) -> LanguageProgram | Any:
         """Compiles the graph to a program that can be called, saved, and loaded by `load`.
 
         That of a `MambaLM` is a `LanguageProgram`: prefill, decode and generation. That of any other model is a
@@ -129,28 +128,21 @@ class QuantizedProgram:
 
         Args:
             backend: the one that the graph was quantized for; None: that one.
-            options: batch, longest prefill and more, for `executorch`.
+            options: of that backend: `mq_ao.lowering.executorch.Options` has batch, longest prefill and more.
 
         Raises:
             MqAoError: unknown or other backend, nothing quantized, or a graph that cannot be saved as a program.
         """
-        wanted = self._report.backend
-        if backend is not None and check_backend(backend).name != wanted:
+        wanted = get_backend(self._report.backend)
+        if backend is not None and get_backend(backend) is not wanted:
             raise MqAoError(
-                f"this graph was quantized for {wanted}, whose integers are not those of {backend}: "
+                f"this graph was quantized for {wanted.name}, whose integers are not those of {backend}: "
                 f"call mq_ao.quantize(..., backend={backend!r})."
             )
-        info = {"recipe": self._report.recipe.name}
-        if options is not None and wanted != "executorch":
-            raise MqAoError("options are for programs of executorch.")
-        if self._vocab_size is None:
-            if wanted == "executorch":
-                return executorch.lower_module(self.converted, info, options)
-            return (cuda if wanted == "cuda" else inductor).lower_module(self.converted, info)
-        described = {**info, "vocab_size": self._vocab_size, **self._known}
-        if wanted == "executorch":
-            return executorch.lower(self.converted, described, options)
-        return (cuda if wanted == "cuda" else inductor).lower_language_model(self.converted, described)
+        info: dict[str, Any] = {"recipe": self._report.recipe.name}
+        if self._vocab_size is not None:
+            info |= {"vocab_size": self._vocab_size, **self._known}
+        return wanted.lowering.lower(self.converted, info, options)
 
 
 def capture(model: nn.Module, example: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> GraphModule:
@@ -227,7 +219,7 @@ def _quantized(
     with in_float32(model):
         graph = capture(model, *first)
     # Before anything takes long.
-    walk.check_scans(graph, quantizer.backend.scans, quantizer.backend.name)
+    walk.check_scans(graph, quantizer.kernels.scans, quantizer.kernels.backend)
     stored = sizes.stored(graph, sizes.roles(graph))
     counts: list[int] = []
     inputs = _inputs(graph, chain([first], calls), counts)
@@ -247,7 +239,7 @@ def _quantized(
     count = calibrate(prepared, given, progress=progress)
     converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     report = Report(
-        *(recipe, quantizer.backend.name, description, tuple(rewrite.transforms), quantizer.report),
+        *(recipe, quantizer.kernels.backend, description, tuple(rewrite.transforms), quantizer.report),
         *(count, sum(counts), str(dtype).removeprefix("torch.")),
     )
     vocab_size = _language_model_vocabulary(converted)
@@ -256,22 +248,15 @@ def _quantized(
 
 
 @in_turn
-def compile_float(
-    model: MambaLM, backend: str = "inductor", options: executorch.Options | None = None
-) -> LanguageProgram:
+def compile_float(model: MambaLM, backend: str = "inductor", options: Any = None) -> LanguageProgram:
     """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
     dtype = str(float_dtype(model)).removeprefix("torch.")
     info = {"recipe": dtype, "vocab_size": model.config.vocab_size}
     if model.known_tokens is not None:
         info["known_tokens"] = model.known_tokens
-    check_backend(backend)
+    lowering = get_backend(backend).lowering
     with in_float32(model):
-        graph = capture(model, ())
-    if backend == "executorch":
-        return executorch.lower_float(graph, info, options)
-    if backend == "cuda":
-        return cuda.float_language_model(graph, info)
-    return inductor.compile_float_language_model(graph, info)
+        return lowering.lower_float(capture(model, ()), info, options)
 
 
 def load(path: str | Path) -> LanguageProgram | Any:
@@ -282,11 +267,11 @@ def load(path: str | Path) -> LanguageProgram | Any:
     Raises:
         MqAoError: the file is missing, damaged, not ours, or of another version.
     """
-    if Path(path).suffix == PROGRAM_SUFFIXES["executorch"]:
-        return executorch.load(path)
-    if Path(path).suffix == PROGRAM_SUFFIXES["cuda"]:
-        return cuda.load(path)
-    return inductor.load(path)
+    backend = backend_of(path)
+    if backend is None:
+        suffixes = ", ".join(item.suffix for item in BACKENDS.values())
+        raise MqAoError(f"{path} is not a program saved by mq_ao: those end in {suffixes}.")
+    return backend.lowering.load(path)
 
 
 def _opened(model: nn.Module | ExportedProgram | str | Path) -> nn.Module:

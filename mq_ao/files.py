@@ -10,20 +10,6 @@ from pathlib import Path
 
 from mq_ao.errors import MqAoError
 
-PROGRAM_SUFFIXES = {"inductor": ".pt2", "executorch": ".pte", "cuda": ".ptc"}
-"""How the saved programs of a backend end."""
-
-
-def program_suffix(backend: str) -> str:
-    """How the saved programs of a backend end; to be called before long work.
-
-    Raises:
-        MqAoError: unknown backend.
-    """
-    if backend not in PROGRAM_SUFFIXES:
-        raise MqAoError(f"unknown backend {backend!r}: the backends are {', '.join(PROGRAM_SUFFIXES)}.")
-    return PROGRAM_SUFFIXES[backend]
-
 
 def check_output(path: str | Path, suffix: str | None = None) -> Path:
     """Returns `path` if a file can be written there; to be called before long work.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from mq_ao.quantizer.backends import BACKENDS
 from mq_ao.quantizer.mamba_quantizer import MambaQuantizer
 from mq_ao.quantizer.report import Decision, QuantizationReport
 from mq_ao.quantizer.specs import Activation, QuantizationConfig, Range, RoleSpec, Rounding, w8a8
 
 __all__ = [
-    "BACKENDS",
     "Activation",
     "Decision",
     "MambaQuantizer",

@@ -16,7 +16,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mq_ao.graph import Role
 from mq_ao.graph.rows import pieces
-from mq_ao.quantizer.backends import Backend
+from mq_ao.quantizer.kernels import Kernels
 from mq_ao.quantizer.observers import activation_spec, state_spec, weight_spec
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 from mq_ao.quantizer.states import CarriedState
@@ -28,12 +28,12 @@ class Annotator:
 
     Args:
         planned: weights that are integers already, by node.
-        backend: whose integers activations become.
+        kernels: whose integers activations become.
     """
 
-    def __init__(self, planned: Mapping[Node, QuantizedWeight], backend: Backend) -> None:
+    def __init__(self, planned: Mapping[Node, QuantizedWeight], kernels: Kernels) -> None:
         self._planned = planned
-        self._backend = backend
+        self._kernels = kernels
         self._edges: dict[tuple[Node, Range], tuple[Node, Node]] = {}
 
     def layer(self, role: Role, node: Node, spec: RoleSpec) -> None:
@@ -61,7 +61,7 @@ class Annotator:
                 continue
             given = piece.meta.get(Q_ANNOTATION_KEY)
             inputs = {} if given is None else given.input_qspec_map
-            output = activation_spec(spec, self._backend)
+            output = activation_spec(spec, self._kernels)
             piece.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(inputs, output, _annotated=True)
 
     def state(self, state: CarriedState, scale: Tensor) -> None:
@@ -80,9 +80,9 @@ class Annotator:
 
     def _input(self, value: Node, user: Node, spec: RoleSpec) -> QuantizationSpecBase | None:
         if spec.activation is not Activation.STATIC:
-            return activation_spec(spec, self._backend)
+            return activation_spec(spec, self._kernels)
         first = self._edges.setdefault((value, spec.range), (value, user))
-        return activation_spec(spec, self._backend) if first == (value, user) else SharedQuantizationSpec(first)
+        return activation_spec(spec, self._kernels) if first == (value, user) else SharedQuantizationSpec(first)
 
     def _write(self, node: Node, qspecs: dict[Node, QuantizationSpecBase | None]) -> None:
         node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=qspecs, _annotated=True)

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from mq_ao.backends import get_backend
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Rejection, Role, match, walk
 from mq_ao.graph.walk import argument, module_path
 from mq_ao.passes.probe import flat_states_name
 from mq_ao.passes.statistics import ChannelStatistics, Request
 from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
-from mq_ao.quantizer.backends import check_backend, check_executable
+from mq_ao.quantizer.kernels import check_executable
 from mq_ao.quantizer.planning import plan_state, plan_weight
 from mq_ao.quantizer.report import Decision, QuantizationReport
 from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding
@@ -33,7 +34,7 @@ class MambaQuantizer(Quantizer):
     A node's spec is that of the longest `set_module_name` that holds it, else of `set_role`, else of `set_global`.
 
     Args:
-        backend: whose kernels the result must fit; see `quantizer.backends.BACKENDS`.
+        backend: whose kernels the result must fit; see `mq_ao.backends.BACKENDS`.
 
     Example:
         >>> quantizer = MambaQuantizer().set_global(w8a8()).set_role("head", None)
@@ -43,7 +44,7 @@ class MambaQuantizer(Quantizer):
 
     def __init__(self, backend: str = "inductor") -> None:
         super().__init__()
-        self.backend = check_backend(backend)
+        self.kernels = get_backend(backend).lowering.KERNELS
         self._global: QuantizationConfig | None = None
         self._roles: dict[Role, RoleSpec | None] = {}
         self._modules: dict[str, QuantizationConfig | None] = {}
@@ -56,7 +57,7 @@ class MambaQuantizer(Quantizer):
     def set_global(self, config: QuantizationConfig) -> MambaQuantizer:
         """Sets the spec of every role that nothing more specific is said of."""
         for role, spec in config.roles.items():
-            check_executable(self.backend, role, spec)
+            check_executable(self.kernels, role, spec)
         self._global = config
         return self
 
@@ -64,14 +65,14 @@ class MambaQuantizer(Quantizer):
         """Sets the spec of one role; None leaves it in float."""
         role = Role.parse(role)
         if spec is not None:
-            check_executable(self.backend, role, spec)
+            check_executable(self.kernels, role, spec)
         self._roles[role] = spec
         return self
 
     def set_module_name(self, name: str, config: QuantizationConfig | None) -> MambaQuantizer:
         """Sets the specs inside one submodule, for example "backbone.layers.0"; None leaves it in float."""
         for role, spec in (config.roles if config is not None else {}).items():
-            check_executable(self.backend, role, spec)
+            check_executable(self.kernels, role, spec)
         self._modules[name] = config
         return self
 
@@ -109,7 +110,7 @@ class MambaQuantizer(Quantizer):
             MqAoError: GPTQ or an int8 carried state was asked for and no statistics were given; or the backend has no
                 operator for a scan.
         """
-        walk.check_scans(model, self.backend.scans, self.backend.name)
+        walk.check_scans(model, self.kernels.scans, self.kernels.backend)
         found = match(model)
         for scan, state in self._carried_states(found).items():
             if isinstance(state, CarriedState) and scan not in self._scales:
@@ -118,7 +119,7 @@ class MambaQuantizer(Quantizer):
             spec = self._spec(role, node)
             if spec is not None and node not in self._planned and not is_annotated(node):
                 planned = plan_weight(model, node, spec, self._statistics)
-                self._planned[node] = planned.with_group_scale(self.backend.group_scale)
+                self._planned[node] = planned.with_group_scale(self.kernels.group_scale)
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -133,7 +134,7 @@ class MambaQuantizer(Quantizer):
         self._match = match(model)
         pairs = self._match.by_role()
         self._check_module_names([node for _, node in pairs])
-        annotator = Annotator(self._planned, self.backend)
+        annotator = Annotator(self._planned, self.kernels)
         parts: list[tuple[Role, Node, Mapping[str, Node] | None]] = [(role, node, None) for role, node in pairs]
         parts += [part for block in self._match.blocks for part in block.operands()]
         # In the graph's order: what several nodes read is observed at the first of them, and the others refer to it.
@@ -141,7 +142,7 @@ class MambaQuantizer(Quantizer):
         for scan, state in self._carried_states(self._match).items():
             decisions.append(self._decide_state(annotator, scan, state))
         decisions += [Decision(item.node, "", None, False, item.reason) for item in self._match.rejected]
-        if self.backend.integer_outputs:
+        if self.kernels.integer_outputs:
             for role, node in pairs:
                 spec = self._spec(role, node)
                 if role in LINEAR_ROLES and spec is not None and spec.activation is Activation.STATIC:

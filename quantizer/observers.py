@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, Mapp
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.utils import get_new_attr_name_with_prefix
 
-from mq_ao.quantizer.backends import Backend
+from mq_ao.quantizer.kernels import Kernels
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight
 
@@ -36,12 +36,12 @@ PER_TOKEN_EPS = torch.finfo(torch.float32).tiny
 """Smallest scale of a token: a token of zeros is quantized to zeros. As in `mq_ao::quantize_per_token`."""
 
 
-def activation_spec(spec: RoleSpec, backend: Backend) -> QuantizationSpec | None:
+def activation_spec(spec: RoleSpec, kernels: Kernels) -> QuantizationSpec | None:
     """torchao spec of the role's input in the backend's integers, or None where it stays in float."""
     if spec.activation is Activation.NONE:
         return None
     if spec.activation is Activation.PER_TOKEN:
-        integers = backend.per_token
+        integers = kernels.per_token
         observer = AffineQuantizedPlaceholderObserver.with_args(
             target_dtype=integers.dtype,
             mapping_type=integers.mapping,
@@ -52,7 +52,7 @@ def activation_spec(spec: RoleSpec, backend: Backend) -> QuantizationSpec | None
         return QuantizationSpec(
             integers.dtype, observer, quant_min=integers.low, quant_max=integers.high, is_dynamic=True
         )
-    integers = backend.static
+    integers = kernels.static
     return QuantizationSpec(
         dtype=integers.dtype,
         observer_or_fake_quant_ctr=_RANGES[spec.range],

@@ -159,7 +159,7 @@ def test_every_operator_computes_what_the_simulation_does(
     case: tuple[QuantizedProgram, tuple[Tensor, ...]],
 ) -> None:
     quantized, inputs = case
-    lowered = cuda.lower(tagged(quantized.converted))
+    lowered = cuda.rewrite(tagged(quantized.converted))
     for node in lowered.module.graph.nodes:
         node.meta["tag"] = node.meta["tag"].node if "tag" in node.meta else None
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_the_whole_graph_stays_close_to_the_simulation(
     case: tuple[QuantizedProgram, tuple[Tensor, ...]],
 ) -> None:
     quantized, inputs = case
-    module = cuda.lower(quantized.converted).module
+    module = cuda.rewrite(quantized.converted).module
     with torch.no_grad():
         for got, expected in zip(_flat(module(*inputs)), _flat(quantized.converted(*inputs)), strict=True):
             # Here a rounding error may carry an activation over the border between two integers: see test_recipes.
@@ -193,7 +193,7 @@ def _flat(outputs: Any) -> list[Tensor]:
 
 def test_lengths_and_batches_are_as_dynamic_as_before(tiny: MambaLM, calibration: list[Tensor]) -> None:
     quantized = mq_ao.quantize(tiny, calibration, backend="cuda")
-    module = cuda.lower(quantized.converted).module
+    module = cuda.rewrite(quantized.converted).module
     for shape in [(1, 1), (1, 7), (3, 33)]:
         ids, states = tokens(*shape), tiny.initial_states(shape[0])
         with torch.no_grad():
@@ -204,14 +204,14 @@ def test_lengths_and_batches_are_as_dynamic_as_before(tiny: MambaLM, calibration
 
 def test_what_is_read_by_several_linears_is_quantized_once(vim: Vim) -> None:
     quantized = mq_ao.quantize(vim, [(images(8, seed=3),)], "rtn-w8a8-dynamic", backend="cuda")
-    graph = cuda.lower(quantized.converted).module.graph
+    graph = cuda.rewrite(quantized.converted).module.graph
     sources = [node.args[0] for node in graph.find_nodes(op="call_function", target=quantize_per_token)]
     assert len(sources) == len(set(sources)) > 0
 
 
 @pytest.mark.parametrize("name", ["rtn-w8a8", "mambaquant-w8a8", "mambaquant-w4a16"])
 def test_the_compiler_traces_it_whole(name: str, tiny: MambaLM, calibration: list[Tensor]) -> None:
-    module = cuda.lower(mq_ao.quantize(tiny, calibration, name, backend="cuda").converted).module
+    module = cuda.rewrite(mq_ao.quantize(tiny, calibration, name, backend="cuda").converted).module
     graphs: list[GraphModule] = []
 
     def keep(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
@@ -231,7 +231,7 @@ def test_the_compiler_traces_it_whole(name: str, tiny: MambaLM, calibration: lis
 
 
 def test_tied_embedding_and_head_share_their_integers(tiny: MambaLM, calibration: list[Tensor]) -> None:
-    module = cuda.lower(mq_ao.quantize(tiny, calibration, "rtn-w8a8", backend="cuda").converted).module
+    module = cuda.rewrite(mq_ao.quantize(tiny, calibration, "rtn-w8a8", backend="cuda").converted).module
     rows, _ = module.graph.find_nodes(op="call_function", target=aten.embedding.default)  # integers, and scales
     *_, head = walk.calls(module, INTEGER_LINEARS)
     assert rows.args[0].target == head.args[2].target
@@ -259,7 +259,7 @@ class Devices(TorchDispatchMode):
 def test_moved_to_cuda_nothing_stays_behind(name: str, tiny: MambaLM, calibration: list[Tensor]) -> None:
     """On fake tensors: a constant left on the CPU would be an error there as on a GPU."""
     shapes = tiny.initial_states(2)
-    module = cuda.lower(mq_ao.quantize(tiny, calibration, name, backend="cuda").converted).module
+    module = cuda.rewrite(mq_ao.quantize(tiny, calibration, name, backend="cuda").converted).module
     with FakeTensorMode():
         for owner in module.modules():
             for kept in (owner._parameters, owner._buffers):
@@ -314,7 +314,7 @@ def test_what_the_compiler_makes_of_a_linear_has_the_bits_of_the_operator(
 def test_sums_before_norms_are_left_to_products_that_can_add(
     name: str, expected: int, tiny: MambaLM, calibration: list[Tensor]
 ) -> None:
-    module = cuda.lower(mq_ao.quantize(tiny, calibration, name, backend="cuda").converted).module
+    module = cuda.rewrite(mq_ao.quantize(tiny, calibration, name, backend="cuda").converted).module
     norms = walk.calls(module, {mq.int8_rms_norm.default})
     # The first of three has no residual; int4 products in groups are kernels of ours.
     assert sum(summed(norm) is not None for norm in norms) == expected
@@ -355,7 +355,7 @@ def test_groups_that_do_not_divide_the_inputs_are_refused() -> None:
 
 def test_a_graph_in_which_nothing_is_quantized_is_refused(tiny: MambaLM) -> None:
     with pytest.raises(MqAoError, match="no integer kernel in the lowered graph"):
-        cuda.lower(capture(tiny, ()))
+        cuda.rewrite(capture(tiny, ()))
 
 
 def test_integers_of_another_backend_are_named_as_simulated(
@@ -363,7 +363,7 @@ def test_integers_of_another_backend_are_named_as_simulated(
 ) -> None:
     # Per-token linears are the same; the convolution's uint8 are not.
     quantized = mq_ao.quantize(tiny, calibration, "rtn-w8a8-dynamic", backend="inductor")
-    lowered = cuda.lower(quantized.converted)
+    lowered = cuda.rewrite(quantized.converted)
     assert lowered.kernels["mq_ao.int8_linear.default"] == 2 * 4 + 1
     assert "mq_ao.qcausal_conv1d.default" not in lowered.kernels
     assert lowered.simulated and set(lowered.simulated) <= {node.name for node in lowered.module.graph.nodes}
@@ -372,7 +372,7 @@ def test_integers_of_another_backend_are_named_as_simulated(
 
 
 def test_norms_and_gates_quantize_for_themselves(tiny: MambaLM, calibration: list[Tensor]) -> None:
-    lowered = cuda.lower(mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").converted)
+    lowered = cuda.rewrite(mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").converted)
     # in_proj gives x in int8 and z in float, x_proj dt, B and C in int8, each from one kernel.
     counts = {"int8_rms_norm": 3, "int8_gate": 2, "qcausal_conv1d": 2, "qselective_scan": 2}
     counts |= {"int8_linear": 2 * 2 + 1, "int8_linears": 2 * 2}
@@ -389,7 +389,7 @@ def test_cuda_where_there_is_none_is_refused(
     quantized = mq_ao.quantize(tiny, calibration, "rtn-w8a8", backend="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MqAoError, match="CUDA was asked for, but PyTorch sees no GPU"):
-        cuda.lower(quantized.converted, "cuda")
+        cuda.rewrite(quantized.converted, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(MqAoError, match="there is no GPU 1: PyTorch sees 1 here"):

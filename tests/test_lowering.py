@@ -130,7 +130,7 @@ def test_generation_is_greedy_by_default_and_repeats_with_a_seed(program: Induct
 
 def test_torch_compile_of_a_converted_graph(quantized: QuantizedProgram, tiny: MambaLM) -> None:
     inputs = (tokens(2, 8), *tiny.initial_states(2))
-    compiled = inductor.lower(quantized.converted, inputs)
+    compiled = inductor.compiled(quantized.converted, inputs)
     with torch.no_grad():
         assert relative(compiled(*inputs)[0], quantized.converted(*inputs)[0]) < FLIPPED_STEP
 

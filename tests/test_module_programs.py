@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES
+from mq_ao.backends import get_backend
 from mq_ao.lowering.executorch import Options, Scan
 from mq_ao.lowering.guards import Guard
 from mq_ao.lowering.modules import export_module
@@ -81,7 +81,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def saved(program: Any, backend: str, folder: Path) -> Any:
     """The program, and the same after a while in a file."""
-    path = folder / f"m{PROGRAM_SUFFIXES[backend]}"
+    path = folder / f"m{get_backend(backend).suffix}"
     program.save(path)
     return program, mq_ao.load(path)
 

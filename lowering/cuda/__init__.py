@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from mq_ao.lowering.cuda.compiled import compiled
 from mq_ao.lowering.cuda.device import require_cuda
-from mq_ao.lowering.cuda.lower import float_language_model, lower, lower_language_model, lower_module
+from mq_ao.lowering.cuda.kernels import KERNELS
+from mq_ao.lowering.cuda.lower import lower, lower_float, rewrite
 from mq_ao.lowering.cuda.module import CudaModule, load
 from mq_ao.lowering.cuda.program import CudaProgram
 from mq_ao.lowering.cuda.rewrite import INTEGER_KERNELS
@@ -15,14 +16,14 @@ from mq_ao.lowering.cuda.saved import Mode
 
 __all__ = [
     "INTEGER_KERNELS",
+    "KERNELS",
     "CudaModule",
     "CudaProgram",
     "Mode",
     "compiled",
-    "float_language_model",
     "load",
     "lower",
-    "lower_language_model",
-    "lower_module",
+    "lower_float",
     "require_cuda",
+    "rewrite",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from mq_ao.backends import CUDA
 from mq_ao.lowering.cuda.device import require_cuda
 from mq_ao.lowering.cuda.module import CudaModule
 from mq_ao.lowering.cuda.program import CudaProgram
@@ -20,7 +21,7 @@ from mq_ao.lowering.modules import export_module, refuse_memory
 from mq_ao.models.states import StateShapes
 
 
-def lower(converted: GraphModule, device: torch.device | str = "cpu") -> IntegerGraph:
+def rewrite(converted: GraphModule, device: torch.device | str = "cpu") -> IntegerGraph:
     """Replaces q/dq patterns by integer operators, whose CUDA kernels are Triton's.
 
     The graph's module runs as it is, exported, and under `compiled`, which gives linears of many rows to
@@ -44,36 +45,31 @@ def lower(converted: GraphModule, device: torch.device | str = "cpu") -> Integer
     return IntegerGraph.of(module, Rewriter(module).run()).to(device)
 
 
-def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
-    """Makes a program of a converted language model, on the CPU: nothing in it depends on a GPU being there.
+def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None) -> CudaProgram | CudaModule:
+    """Makes a program of a converted graph, on the CPU: nothing in it depends on a GPU being there.
 
     Args:
-        converted: result of `convert_pt2e` on the graph `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
-        info: what the program is to say of itself; needs `vocab_size`.
+        converted: see `rewrite`; of a language model, `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
+        info: what the program is to say of itself. With a `vocab_size`, it is a language model's.
+        options: there are none.
 
     Raises:
-        MqAoError: see `lower`; or it is not a language model's graph.
+        MqAoError: see `rewrite`; or it cannot be saved (see `modules.export_module`).
     """
-    state_shapes(converted)
-    graph = lower(with_positions(converted))
-    return _program(graph.module, {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated})
-
-
-def lower_module(converted: GraphModule, info: Mapping[str, Any]) -> CudaModule:
-    """Makes a program of a converted module of any kind, on the CPU likewise.
-
-    Raises:
-        MqAoError: see `lower`; or it cannot be saved (see `modules.export_module`).
-    """
+    CUDA.check_options(options)
+    if "vocab_size" in info:
+        state_shapes(converted)
+        graph = rewrite(with_positions(converted))
+        return _program(graph.module, {**info, **graph.described})
     refuse_memory(converted)
-    graph = lower(converted)
+    graph = rewrite(converted)
     exported, signature = export_module(graph.module)
-    described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
-    return CudaModule(exported, {**described, "signature": signature.described}, "cpu")
+    return CudaModule(exported, {**info, **graph.described, "signature": signature.described}, "cpu")
 
 
-def float_language_model(module: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
+def lower_float(module: GraphModule, info: Mapping[str, Any], options: None = None) -> CudaProgram:
     """Makes a program of the float graph of a language model in the same way, for comparison."""
+    CUDA.check_options(options)
     state_shapes(module)
     module = with_positions(copy.deepcopy(module))
     fold_constants(module)

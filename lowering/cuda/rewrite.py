@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.lowering.cuda.kernels import KERNELS
 from mq_ao.lowering.integer_graph import count_kernels
-from mq_ao.lowering.patterns import INT8, Q_STATIC, Weight, merge_dequantize, per_token_source
+from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source
 from mq_ao.lowering.rewrite import LinearRewriter
 from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import MOST_PIECES
@@ -44,7 +45,7 @@ class Rewriter(LinearRewriter):
     """
 
     def __init__(self, module: GraphModule) -> None:
-        super().__init__(module, INT8)
+        super().__init__(module, KERNELS)
         self._stored: dict[tuple[int, torch.Size, torch.dtype], str] = {}
 
     def run(self) -> Counter[str]:

@@ -14,14 +14,14 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 import mq_ao.ops  # noqa: F401  (the operators of saved graphs)
+from mq_ao.backends import CUDA
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES, check_output, replacing
+from mq_ao.files import check_output, replacing
 from mq_ao.graph import walk
 from mq_ao.lowering import archive
 from mq_ao.lowering.cuda.device import require_cuda
 
 FORMAT = 1
-SUFFIX = PROGRAM_SUFFIXES["cuda"]
 
 
 class Mode(StrEnum):
@@ -106,7 +106,7 @@ class SavedGraph:
             MqAoError: the path cannot be written.
         """
         described = json.dumps({**self._info, **_versions()})
-        with replacing(check_output(path, SUFFIX)) as temporary, temporary.open("wb") as file:
+        with replacing(check_output(path, CUDA.suffix)) as temporary, temporary.open("wb") as file:
             torch.export.save(self._exported, file, extra_files={archive.INFO: described})
 
 

@@ -10,11 +10,14 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from mq_ao.backends import EXECUTORCH
 from mq_ao.errors import MqAoError
+from mq_ao.lowering.executorch.kernels import KERNELS
 from mq_ao.lowering.executorch.options import Options, Scan
 from mq_ao.lowering.executorch.program import ExecutorchModule, ExecutorchProgram, KeptState, load, set_threads
 
 __all__ = [
+    "KERNELS",
     "ExecutorchModule",
     "ExecutorchProgram",
     "KeptState",
@@ -23,26 +26,33 @@ __all__ = [
     "load",
     "lower",
     "lower_float",
-    "lower_module",
     "rewrite",
     "set_threads",
 ]
 
 
-def lower(converted: GraphModule, info: Mapping[str, Any], options: Options | None = None) -> ExecutorchProgram:
-    """Lowers a converted language model to one program: XNNPACK runs the linears, our operators scan and convolution.
+def lower(
+    converted: GraphModule, info: Mapping[str, Any], options: Options | None = None
+) -> ExecutorchProgram | ExecutorchModule:
+    """Lowers a converted graph to one program: XNNPACK runs the linears, our operators scan and convolution.
+
+    A language model's has the methods prefill, decode and reset; that of any other module has one, `forward`. Memory is
+    planned when the program is made: the first axis of a module's first input gets the options' batch, and all other
+    sizes that vary go up to the options' `max_length`.
 
     Args:
-        converted: result of `convert_pt2e` on the graph `(input_ids, conv_state, ssm_state) -> (logits, ...)`,
-            annotated by `MambaQuantizer(backend="executorch")`.
-        info: what the program is to say of itself; needs `vocab_size`.
+        converted: result of `convert_pt2e` on a graph annotated by `MambaQuantizer(backend="executorch")`; of a
+            language model, `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
+        info: what the program is to say of itself. With a `vocab_size`, it is a language model's.
         options: batch, longest prefill, and what runs the scan.
 
     Raises:
-        MqAoError: no linear of the program would run in integers, the graph is not a language model's, or executorch
-            is not installed.
+        MqAoError: no linear of the program would run in integers, it cannot be saved (see `modules.export_module`), it
+            holds operators that ExecuTorch does not have, or executorch is not installed.
     """
-    return _build().lower(converted, info, options or Options())
+    EXECUTORCH.check_options(options, Options)
+    build = _build()
+    return (build.lower if "vocab_size" in info else build.lower_module)(converted, info, options or Options())
 
 
 def lower_float(module: GraphModule, info: Mapping[str, Any], options: Options | None = None) -> ExecutorchProgram:
@@ -51,31 +61,14 @@ def lower_float(module: GraphModule, info: Mapping[str, Any], options: Options |
     Raises:
         MqAoError: see `lower`.
     """
+    EXECUTORCH.check_options(options, Options)
     return _build().lower_float(module, info, options or Options())
-
-
-def lower_module(converted: GraphModule, info: Mapping[str, Any], options: Options | None = None) -> ExecutorchModule:
-    """Lowers a converted module of any kind to a program of one method, `forward`.
-
-    Memory is planned when the program is made: the first axis of the first input gets the options' batch, and all other
-    sizes that vary go up to the options' `max_length`.
-
-    Args:
-        converted: see `lower`, with any inputs and results.
-        info: what the program is to say of itself.
-        options: batch, largest size, and what runs the scan.
-
-    Raises:
-        MqAoError: no linear of the program would run in integers, it cannot be saved (see `modules.export_module`), it
-            holds operators that ExecuTorch does not have, or executorch is not installed.
-    """
-    return _build().lower_module(converted, info, options or Options())
 
 
 def rewrite(module: GraphModule, options: Options | None = None) -> GraphModule:
     """A copy of a captured or converted graph in the operators that XNNPACK and our library have.
 
-    Where neither `lower` nor `lower_module` makes the program that is wanted: export the result with torch.export, and
+    Where `lower` does not make the program that is wanted: export the result with torch.export, and
     lower it with `to_edge_transform_and_lower` and XNNPACK's partitioner as any other.
 
     Args:

@@ -28,6 +28,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals
 from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_LENGTH, VOCAB_SIZE, versions
+from mq_ao.lowering.executorch.kernels import KERNELS
 from mq_ao.lowering.executorch.methods import export_methods
 from mq_ao.lowering.executorch.options import Options, Scan
 from mq_ao.lowering.executorch.portable import OPERATORS
@@ -51,7 +52,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: Options) -> 
 
 
 def lower_module(converted: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchModule:
-    """See the package's `lower_module`."""
+    """See the package's `lower`."""
     refuse_memory(converted)
     graph = rewrite(converted, options)
     operators = OPERATORS if options.scan is Scan.PORTABLE else {}
@@ -83,7 +84,7 @@ def rewrite(module: GraphModule, options: Options) -> GraphModule:
         module: captured, or converted with q/dq nodes on int8; it is not changed.
         options: what runs the scan.
     """
-    walk.check_scans(module, walk.ANY_SCAN - walk.SSD, "executorch")
+    walk.check_scans(module, KERNELS.scans, KERNELS.backend)
     module = copy.deepcopy(module)
     Rewriter(module, native=options.scan is Scan.NATIVE).run()
     for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):

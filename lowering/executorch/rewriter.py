@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import edit, walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
-from mq_ao.lowering.patterns import DEQUANTIZE, INT8
+from mq_ao.lowering.executorch.kernels import KERNELS
+from mq_ao.lowering.patterns import DEQUANTIZE
 from mq_ao.lowering.rewrite import GraphRewriter
 from mq_ao.ops import hadamard_matrix
 
@@ -30,7 +31,7 @@ class Rewriter(GraphRewriter):
     """
 
     def __init__(self, module: GraphModule, native: bool) -> None:
-        super().__init__(module, INT8)
+        super().__init__(module, KERNELS)
         self._native = native
 
     def run(self) -> None:

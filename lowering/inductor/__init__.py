@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from mq_ao.lowering.inductor.lower import (
-    compile_float,
-    compile_float_language_model,
-    lower,
-    lower_language_model,
-    lower_module,
-    rewrite,
-)
+from mq_ao.lowering.inductor.kernels import KERNELS
+from mq_ao.lowering.inductor.lower import compiled, compiled_float, lower, lower_float, rewrite
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
 from mq_ao.lowering.inductor.rewrite import INTEGER_KERNELS, count_integer_kernels
 
 __all__ = [
     "INTEGER_KERNELS",
+    "KERNELS",
     "InductorModule",
     "InductorProgram",
-    "compile_float",
-    "compile_float_language_model",
+    "compiled",
+    "compiled_float",
     "count_integer_kernels",
     "load",
     "lower",
-    "lower_language_model",
-    "lower_module",
+    "lower_float",
     "rewrite",
 ]

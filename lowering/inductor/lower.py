@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 import mq_ao.ops
+from mq_ao.backends import INDUCTOR
 from mq_ao.lowering.graphs import flat, state_shapes, with_positions
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
@@ -43,8 +44,8 @@ def rewrite(converted: GraphModule) -> IntegerGraph:
     return IntegerGraph.of(module, Rewriter(module).run())
 
 
-def lower(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
-    """Compiles a converted graph of any shape with `torch.compile`; see `lower_language_model` for `.pt2` programs.
+def compiled(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
+    """Compiles a converted graph in this process, with `torch.compile`; see `lower` for programs that can be saved.
 
     Args:
         converted: result of `convert_pt2e`.
@@ -56,72 +57,61 @@ def lower(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
     Raises:
         MqAoError: there is nothing quantized in the graph.
     """
-    return compile_float(rewrite(converted).module, example_args)
+    return compiled_float(rewrite(converted).module, example_args)
 
 
-def compile_float(module: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
-    """Compiles a graph as it is; a float one for comparison with what `lower` gives.
+def compiled_float(module: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
+    """Compiles a graph as it is; a float one for comparison with what `compiled` gives.
 
     Args:
         module: `ExportedProgram.module()`, or what `rewrite` gives.
         example_args: inputs to compile for.
     """
     compiler()
-    compiled = torch.compile(module)
+    function = torch.compile(module)
 
     def run(*args: Any) -> Any:
         # Where it compiles, it freezes: an option of torch.compile would not reach the part that makes constants of
         # parameters, and no convolution that another quantizer annotated would become an integer one.
         with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-            return compiled(*args)
+            return function(*args)
 
     run(*example_args)
     return run
 
 
-def lower_language_model(converted: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
-    """Compiles a converted language model: prefill at any length, decode at length 1, one copy of the weights.
+def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None) -> InductorProgram | InductorModule:
+    """Compiles a converted graph ahead of time.
+
+    A language model's becomes two methods on one copy of the weights: prefill at any length, and decode at length 1.
+    That of any other module takes and gives what the module does; sizes vary as in the captured graph.
 
     Args:
-        converted: result of `convert_pt2e` on the graph `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
-        info: what the program is to say of itself; needs `vocab_size`.
-
-    Raises:
-        MqAoError: there is nothing quantized in the graph, it is not a language model's, or there is no C++ compiler.
-    """
-    graph = rewrite(converted)
-    described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
-    return _compile(graph.module, state_shapes(graph.module), described)
-
-
-def compile_float_language_model(module: GraphModule, info: Mapping[str, Any]) -> InductorProgram:
-    """Compiles the float graph of a language model in the same way, for comparison; it has no integer kernels."""
-    shapes = state_shapes(module)
-    module = copy.deepcopy(module)
-    fold_constants(module)
-    return _compile(module, shapes, {**info, "integer_kernels": {}, "simulated": []})
-
-
-def lower_module(converted: GraphModule, info: Mapping[str, Any]) -> InductorModule:
-    """Compiles a converted graph of any module to one program that takes and gives what the module does.
-
-    Sizes vary as in the captured graph.
-
-    Args:
-        converted: result of `convert_pt2e`.
-        info: what the program is to say of itself.
+        converted: result of `convert_pt2e`; of a language model, `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
+        info: what the program is to say of itself. With a `vocab_size`, it is a language model's.
+        options: there are none.
 
     Raises:
         MqAoError: there is nothing quantized in the graph, it cannot be saved (see `modules.export_module`), or there
             is no C++ compiler.
     """
+    INDUCTOR.check_options(options)
+    if "vocab_size" in info:
+        graph = rewrite(converted)
+        return _compile(graph.module, state_shapes(graph.module), {**info, **graph.described})
     refuse_memory(converted)
     graph = rewrite(converted)
     exported, signature = export_module(graph.module)
-    described = {**info, "integer_kernels": graph.kernels, "simulated": graph.simulated}
-    program = _write({"forward": exported}, {**described, "signature": signature.described})
-    assert isinstance(program, InductorModule)
-    return program
+    return _write({"forward": exported}, {**info, **graph.described, "signature": signature.described})
+
+
+def lower_float(module: GraphModule, info: Mapping[str, Any], options: None = None) -> InductorProgram:
+    """Compiles the float graph of a language model in the same way, for comparison; it has no integer kernels."""
+    INDUCTOR.check_options(options)
+    shapes = state_shapes(module)
+    module = copy.deepcopy(module)
+    fold_constants(module)
+    return _compile(module, shapes, {**info, "integer_kernels": {}, "simulated": []})
 
 
 def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) -> InductorProgram:

@@ -9,8 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
+from mq_ao.lowering.inductor.kernels import KERNELS
 from mq_ao.lowering.integer_graph import count_kernels
-from mq_ao.lowering.patterns import Q_STATIC, UINT8, Weight, merge_dequantize, per_token_source
+from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source
 from mq_ao.lowering.rewrite import LinearRewriter
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ class Rewriter(LinearRewriter):
     """
 
     def __init__(self, module: GraphModule) -> None:
-        super().__init__(module, UINT8)
+        super().__init__(module, KERNELS)
 
     def run(self) -> Counter[str]:
         """Rewrites everything; returns how many integer kernels of each kind the graph calls.

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from mq_ao import api
+from mq_ao.backends import get_backend
 from mq_ao.bench.gguf_writer import write_f32
 from mq_ao.bench.worker import Kind, Spec
 from mq_ao.errors import MqAoError
-from mq_ao.files import program_suffix
 from mq_ao.models import MAMBA2_130M, MAMBA_130M, Mamba2Config, MambaConfig, MambaLM, demo, language_model
 from mq_ao.models.saving import save_pretrained
 from mq_ao.recipes import Recipe
@@ -144,7 +144,7 @@ def prepare(
     with step("writing the float model"):
         save_pretrained(model, folder / "model")
     add(FP32_EAGER, Kind.EAGER, folder / "model")
-    suffix = program_suffix(backend)
+    suffix = get_backend(backend).suffix
     with step("compiling in fp32"):
         api.compile_float(model, backend).save(folder / f"fp32{suffix}")
     add(FP32, Kind.PROGRAM, folder / f"fp32{suffix}")

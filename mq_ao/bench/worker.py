@@ -17,8 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mq_ao.backends import EXECUTORCH, backend_of
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES
 from mq_ao.logs import quiet_libraries
 
 T = TypeVar("T")
@@ -264,7 +264,7 @@ def _opener(spec: Spec) -> Callable[[], Any]:
         from mq_ao.api import load
         from mq_ao.lowering.executorch import set_threads
 
-        if spec.path.suffix == PROGRAM_SUFFIXES["executorch"]:
+        if backend_of(spec.path) is EXECUTORCH:
             set_threads(spec.threads)
 
         return lambda: contender.Program(load(spec.path))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mq_ao.backends import get_backend
 from mq_ao.cli.console import bar, check_json, out, ready_kernels, step, write_json
 from mq_ao.cli.opened import MODEL_HELP
 from mq_ao.errors import MqAoError
-from mq_ao.files import program_suffix
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,7 +91,7 @@ def bench(
         from mq_ao.bench.runner import Plan
         from mq_ao.bench.table import render
         from mq_ao.recipes import get_recipe
-    program_suffix(backend)
+    get_backend(backend)
     torch.set_num_threads(threads)
     content: dict[str, Any] = {"machine": _machine(threads)}
     if kernels:

@@ -48,9 +48,9 @@ def demo_vision(recipe: str) -> None:
             for name, graph in integer.items()
         }
     with step("compiling in fp32, to compare"):
-        compiled = {"fp32": inductor.compile_float(api.capture(model, calibration[0]), calibration[0])}
+        compiled = {"fp32": inductor.compiled_float(api.capture(model, calibration[0]), calibration[0])}
     with step(f"compiling {chosen.name}"):
-        compiled[chosen.name] = inductor.lower(quantized[chosen.name].converted, calibration[0])
+        compiled[chosen.name] = inductor.compiled(quantized[chosen.name].converted, calibration[0])
     speeds = _images_per_second(compiled, images[:BATCH])
     _print_table(int((reference.argmax(-1) == labels).sum()), kept, speeds)
     kernels = kernel_counts(integer[chosen.name].kernels)

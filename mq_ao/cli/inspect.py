@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mq_ao.backends import EXECUTORCH, backend_of
 from mq_ao.cli.console import kernel_name, megabytes, out, said, step
 from mq_ao.cli.opened import ANY_HELP, is_program, open_model
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +46,7 @@ def inspect(
 
     mq-ao inspect demo-w8a8.pte --profile --tokens 64
     """
-    portable = Path(model).suffix == PROGRAM_SUFFIXES["executorch"]
+    portable = backend_of(model) is EXECUTORCH
     if profile and not portable:
         raise MqAoError(f"--profile is for .pte programs, and {model} is none.")
     if tokens is not None and not profile:

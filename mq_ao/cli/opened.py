@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mq_ao.backends import INDUCTOR, backend_of
 from mq_ao.cli.console import ready_kernels, step
 from mq_ao.errors import MqAoError
-from mq_ao.files import PROGRAM_SUFFIXES
 
 if TYPE_CHECKING:
     from mq_ao.models import Logits, MambaLM
@@ -95,7 +94,7 @@ class Opened:
 
 def is_program(source: str) -> bool:
     """Whether a name means a saved program."""
-    return Path(source).suffix in PROGRAM_SUFFIXES.values()
+    return backend_of(source) is not None
 
 
 def open_float(source: str) -> MambaLM:
@@ -143,7 +142,7 @@ def open_any(source: str, tokenizer: str | None = None, *, states: bool = False)
         from mq_ao.models import MambaLM
 
         return Opened(source, model, model.config.vocab_size, tokenizer, isinstance(model, MambaLM))
-    if Path(source).suffix == PROGRAM_SUFFIXES["inductor"]:
+    if backend_of(source) is INDUCTOR:
         ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mq_ao.backends import get_backend
 from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
 from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_model
 from mq_ao.errors import MqAoError
-from mq_ao.files import check_output, program_suffix
+from mq_ao.files import check_output
 
 if TYPE_CHECKING:
     from mq_ao.lowering.executorch import Options
@@ -58,7 +59,7 @@ def quantize(
 
     mq-ao quantize demo --backend cuda -o demo.ptc
     """
-    check_output(output, program_suffix(backend))
+    check_output(output, get_backend(backend).suffix)
     if report is not None:
         check_output(report, ".html")
     with step("starting"):

@@ -91,7 +91,7 @@ def integer_graph(config: MambaConfig | Mamba2Config, recipe: Recipe) -> GraphMo
     prepared = prepare_pt2e(module, quantizer)
     calibrate(prepared, inputs)
     converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
-    return cuda.lower(with_positions(converted)).module
+    return cuda.rewrite(with_positions(converted)).module
 
 
 def _random(config: MambaConfig | Mamba2Config) -> MambaLM:

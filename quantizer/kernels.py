@@ -1,4 +1,4 @@
-"""What each backend can execute, role by role, and on which integers."""
+"""What the kernels of a backend take, role by role, and on which integers; each backend says it in its own package."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ SYMMETRIC_INT8 = Integers(torch.int8, -127, 127, MappingType.SYMMETRIC)
 
 
 @dataclass(frozen=True)
-class Backend:
+class Kernels:
     """What a backend's kernels take.
 
     Attributes:
-        name: what users call it.
+        backend: name of the backend.
         roles: activations that it has an integer kernel for, by role.
         static: integers of a static activation.
         per_token: integers of a per-token activation.
@@ -57,7 +57,7 @@ class Backend:
         scans: the scans that it has an operator for.
     """
 
-    name: str
+    backend: str
     roles: Mapping[Role, frozenset[Activation]]
     static: Integers = UINT8
     per_token: Integers = SYMMETRIC_INT8
@@ -68,84 +68,32 @@ class Backend:
     scans: frozenset[object] = walk.ANY_SCAN
 
 
-_WEIGHTLESS = {role: frozenset({Activation.STATIC}) for role in (Role.SCAN, Role.GATE)}
-_INDUCTOR = {
-    **dict.fromkeys(LINEAR_ROLES, frozenset(Activation)),
-    Role.CONV1D: frozenset({Activation.STATIC}),
-    Role.EMBEDDING: frozenset({Activation.NONE}),
-    **_WEIGHTLESS,
-    # In reference arithmetic: the lowering names what it simulates.
-    Role.STATE: frozenset({Activation.STATIC}),
-    Role.CARRIED_STATE: frozenset({Activation.STATIC}),
-}
-# XNNPACK has no kernel for float activations and integer weights.
-_EXECUTORCH = {
-    **dict.fromkeys(LINEAR_ROLES, frozenset({Activation.STATIC, Activation.PER_TOKEN})),
-    Role.CONV1D: frozenset({Activation.STATIC}),
-    Role.EMBEDDING: frozenset({Activation.NONE}),
-    Role.SCAN: frozenset({Activation.STATIC}),
-}
-
-BACKENDS: Mapping[str, Backend] = {
-    "inductor": Backend("inductor", _INDUCTOR),
-    "executorch": Backend(
-        "executorch",
-        _EXECUTORCH,
-        static=INT8,
-        per_token=INT8,
-        integer_outputs=True,
-        group_multiple=32,
-        group_scale=torch.bfloat16,
-        scans=walk.ANY_SCAN - walk.SSD,
-    ),
-    "cuda": Backend(
-        "cuda",
-        _INDUCTOR,
-        static=INT8,
-        groups=frozenset({64, 128, 256}),
-        group_scale=torch.bfloat16,
-    ),
-}
-"""The backends by name."""
-
-
-def check_backend(name: str) -> Backend:
-    """The backend of that name.
-
-    Raises:
-        MqAoError: it is not one of ours; the message lists those.
-    """
-    if name not in BACKENDS:
-        raise MqAoError(f"unknown backend {name!r}: the backends are {', '.join(BACKENDS)}.")
-    return BACKENDS[name]
-
-
-def check_executable(backend: Backend, role: Role, spec: RoleSpec) -> None:
-    """Checks that `backend` runs `role` as `spec` says.
+def check_executable(kernels: Kernels, role: Role, spec: RoleSpec) -> None:
+    """Checks that a backend runs `role` as `spec` says.
 
     Raises:
         MqAoError: it does not; the message says what it can do.
     """
-    able = backend.roles.get(role, frozenset())
+    able = kernels.roles.get(role, frozenset())
     if spec.activation not in able:
         known = " or ".join(sorted(activation.value for activation in able)) or "nothing"
         raise MqAoError(
-            f"backend {backend.name!r} has no integer kernel for {role} with activation {spec.activation}: "
+            f"backend {kernels.backend!r} has no integer kernel for {role} with activation {spec.activation}: "
             f"choose {known}, or leave the role out."
         )
     if role not in LINEAR_ROLES and (spec.bits != 8 or spec.group_size is not None):
         raise MqAoError(
-            f"backend {backend.name!r} has no kernel for {role} with {spec.weight}: it takes int8, per channel."
+            f"backend {kernels.backend!r} has no kernel for {role} with {spec.weight}: it takes int8, per channel."
         )
     if role not in LINEAR_ROLES and spec.rounding is Rounding.GPTQ:
         raise MqAoError(f"GPTQ is for linears; {role} is none: choose nearest or search.")
-    if spec.group_size is not None and spec.group_size % backend.group_multiple:
+    if spec.group_size is not None and spec.group_size % kernels.group_multiple:
         raise MqAoError(
-            f"backend {backend.name!r} takes groups of a multiple of {backend.group_multiple} weights, not "
+            f"backend {kernels.backend!r} takes groups of a multiple of {kernels.group_multiple} weights, not "
             f"{spec.group_size}: choose one, or None for one scale a channel."
         )
-    if spec.group_size is not None and backend.groups is not None and spec.group_size not in backend.groups:
+    if spec.group_size is not None and kernels.groups is not None and spec.group_size not in kernels.groups:
         raise MqAoError(
-            f"backend {backend.name!r} takes groups of {', '.join(map(str, sorted(backend.groups)))} weights, not "
+            f"backend {kernels.backend!r} takes groups of {', '.join(map(str, sorted(kernels.groups)))} weights, not "
             f"{spec.group_size}: choose one, or None for one scale a channel."
         )

@@ -1,0 +1,90 @@
+"""The backends: what runs quantized programs. One line each; everything else about one is in its own package."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from mq_ao.errors import MqAoError
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from mq_ao.quantizer.kernels import Kernels
+
+
+class Lowering(Protocol):
+    """What the package of a backend has to offer: graphs in, programs out."""
+
+    KERNELS: Kernels
+    """What its kernels take, role by role."""
+
+    def lower(self, converted: GraphModule, info: Mapping[str, Any], options: Any = None) -> Any:
+        """Makes a program (`models.program.Program`) of what `convert_pt2e` gave.
+
+        Args:
+            converted: the graph; it is not changed.
+            info: what the program is to say of itself. With a `vocab_size`, it is a language model's.
+            options: of this backend, if it has any.
+        """
+
+    def lower_float(self, module: GraphModule, info: Mapping[str, Any], options: Any = None) -> Any:
+        """The same of the float graph of a language model, for comparison; it has no integer kernels."""
+
+    def load(self, path: str | Path) -> Any:
+        """Loads a program that was saved."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Something that runs quantized programs.
+
+    Attributes:
+        name: what users call it.
+        suffix: how its saved programs end.
+        runs_on: in words, for lists of choices.
+    """
+
+    name: str
+    suffix: str
+    runs_on: str
+
+    @property
+    def lowering(self) -> Lowering:
+        """Its package, which is imported when it is asked for: commands answer `--help` without torch."""
+        return cast(Lowering, importlib.import_module(f"mq_ao.lowering.{self.name}"))
+
+    def check_options(self, options: object, kind: type | None = None) -> None:
+        """Raises MqAoError if options are given that are not of this backend's `kind`; None: it has none."""
+        if options is None or (kind is not None and isinstance(options, kind)):
+            return
+        wanted = "takes no options" if kind is None else f"takes {kind.__module__}.{kind.__qualname__}"
+        raise MqAoError(f"backend {self.name!r} {wanted}, and {type(options).__name__} was given.")
+
+
+INDUCTOR = Backend("inductor", ".pt2", "this machine's CPU")
+EXECUTORCH = Backend("executorch", ".pte", "edge devices")
+CUDA = Backend("cuda", ".ptc", "GPUs")
+
+BACKENDS: Mapping[str, Backend] = MappingProxyType({item.name: item for item in (INDUCTOR, EXECUTORCH, CUDA)})
+"""The backends by name."""
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name; to be called before long work.
+
+    Raises:
+        MqAoError: there is none; the message lists those that there are.
+    """
+    if name not in BACKENDS:
+        raise MqAoError(f"unknown backend {name!r}: the backends are {', '.join(BACKENDS)}.")
+    return BACKENDS[name]
+
+
+def backend_of(path: str | Path) -> Backend | None:
+    """The backend whose saved program a file is by its name, or None if it is none's."""
+    return next((item for item in BACKENDS.values() if Path(path).suffix == item.suffix), None)
