@@ -491,8 +491,10 @@ def test_quantized_it_runs_in_integers() -> None:
         quantized = mq_ao.quantize(model, calibration, "rtn-w8a8")
     assert "2 Mamba block(s)" in quantized.report().match
     integer = inductor.rewrite(quantized.converted)
-    # in_proj, x_proj, dt_proj and out_proj of two blocks and the head.
+    # in_proj, conv1d, x_proj, dt_proj and out_proj of two blocks and the head.
     assert sum(count for kernel, count in integer.kernels.items() if "linear" in kernel) == 9
+    assert sum(integer.kernels.values()) == 11
+    assert integer.simulated == []
     for batch, length in ((4, 32), (1, 1), (3, 50)):
         x = ids(batch, length, seed=9)
         with torch.no_grad():

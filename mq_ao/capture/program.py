@@ -88,6 +88,8 @@ def _traced_at_any_size(
         if examples.vary(program, call, wide):
             return program
     except MqAoError as error:
+        if isinstance(error.__cause__, MqAoError):
+            raise  # of ours, and the same for one
         logger.info("not for more than one sequence or token: %s", error)
     program = _traced(module, call, shapes, scans)
     logger.warning("%s is captured for inputs of the example's size 1 alone", type(module).__name__)
