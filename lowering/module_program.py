@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
+from mq_ao.lowering.base import LoweredProgram
 from mq_ao.lowering.signature import Signature
 
 
-class ModuleProgram(ABC):
+class ModuleProgram(LoweredProgram):
     """A module of any kind: called with its inputs, it gives what it gives.
 
     Inputs come by position or by name. They are tensors or numpy arrays of the dtypes that the module was captured
@@ -25,23 +26,13 @@ class ModuleProgram(ABC):
     """
 
     def __init__(self, info: Mapping[str, Any], device: torch.device | None = None) -> None:
-        self._info = info
+        super().__init__(info)
         self._device = device or torch.device("cpu")
         self.signature = Signature.read(info["signature"])
 
     @abstractmethod
     def run(self, *inputs: Tensor) -> Sequence[Tensor]:
         """Runs the forward pass; inputs are contiguous and on the program's device."""
-
-    @property
-    def info(self) -> Mapping[str, Any]:
-        """Recipe, versions, signature and kernel counts."""
-        return self._info
-
-    @property
-    def integer_kernels(self) -> Mapping[str, int]:
-        """Calls of integer kernels in one forward pass, by operator name."""
-        return self._info["integer_kernels"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module.

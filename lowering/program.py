@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mq_ao.models.generate import Sampling, generate, stream
+from mq_ao.lowering.base import GeneratingProgram
 from mq_ao.models.inputs import one_token, refuse_mask, token_ids
 from mq_ao.models.states import StateShapes
 
 States = tuple[Tensor, Tensor, Tensor]
 
 
-class StatefulProgram(ABC):
+class StatefulProgram(GeneratingProgram):
     """A language model whose states are inputs and outputs.
 
     Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. States
@@ -35,7 +35,7 @@ class StatefulProgram(ABC):
     """
 
     def __init__(self, info: Mapping[str, Any], device: torch.device | None = None, piece_tokens: int = 2048) -> None:
-        self._info = info
+        super().__init__(info)
         self._device = device or torch.device("cpu")
         self._shapes = StateShapes.read(info["states"])
         self._vocab_size = int(info["vocab_size"])
@@ -47,16 +47,6 @@ class StatefulProgram(ABC):
 
         All are contiguous, of the right types, and on the program's device.
         """
-
-    @property
-    def info(self) -> Mapping[str, Any]:
-        """Recipe, versions, shapes and kernel counts."""
-        return self._info
-
-    @property
-    def integer_kernels(self) -> Mapping[str, int]:
-        """Calls of integer kernels in one forward pass, by operator name; empty for a float program."""
-        return self._info["integer_kernels"]
 
     def __call__(
         self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
@@ -105,30 +95,11 @@ class StatefulProgram(ABC):
         self._shapes.check(len(ids), conv_state, ssm_state)
         return self._call("decode", ids, conv_state, ssm_state)
 
-    def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
-        """Yields the next tokens one by one; see `models.generate.stream`."""
-        return stream(self._step, input_ids, max_new_tokens, self._within(sampling))
-
-    def generate(
-        self,
-        input_ids: Any,
-        max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        *,
-        attention_mask: None = None,
-    ) -> Tensor:
-        """Prompt and continuation; see `models.generate.generate`."""
-        refuse_mask(attention_mask)
-        return generate(self._step, input_ids, max_new_tokens, self._within(sampling))
-
-    def _within(self, sampling: Sampling | None) -> Sampling:
-        return (sampling or Sampling()).within(self._info.get("known_tokens"))
-
-    def _step(self, ids: Tensor, conv: Tensor | None, ssm: Tensor | None) -> States:
-        """A step of generation: after the prompt, on tokens and states that came from here."""
-        if conv is None or ssm is None:
+    def step(self, ids: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> States:
+        """See `GeneratingProgram.step`: after the prompt, tokens and states came from here and are not checked."""
+        if conv_state is None or ssm_state is None:
             return self.prefill(ids)
-        return self._call("decode", ids, conv, ssm)
+        return self._call("decode", ids, conv_state, ssm_state)
 
     def _given(self, input_ids: Any, conv_state: Any, ssm_state: Any, attention_mask: Any) -> States:
         refuse_mask(attention_mask)

@@ -62,8 +62,10 @@ class Backend:
         """Raises MqAoError if options are given that are not of this backend's `kind`; None: it has none."""
         if options is None or (kind is not None and isinstance(options, kind)):
             return
-        wanted = "takes no options" if kind is None else f"takes {kind.__module__}.{kind.__qualname__}"
-        raise MqAoError(f"backend {self.name!r} {wanted}, and {type(options).__name__} was given.")
+        if kind is None:
+            raise MqAoError(f"backend {self.name!r} takes no options: leave them out.")
+        wanted = f"mq_ao.lowering.{self.name}.{kind.__name__}"
+        raise MqAoError(f"the options of backend {self.name!r} are {wanted}, and not {type(options).__name__}.")
 
 
 INDUCTOR = Backend("inductor", ".pt2", "this machine's CPU")

@@ -242,8 +242,11 @@ def test_a_graph_of_another_backend_is_refused(small: MambaLM) -> None:
     quantized = mq_ao.quantize(small, [tokens(2, 16)], "rtn-w8a8")
     with pytest.raises(MqAoError, match="quantized for inductor, whose integers are not those of executorch"):
         quantized.lower("executorch")
-    with pytest.raises(MqAoError, match="options are for programs of executorch"):
+    with pytest.raises(MqAoError, match="backend 'inductor' takes no options"):
         quantized.lower(options=Options())
+    quantized = mq_ao.quantize(small, [tokens(2, 16)], "rtn-w8a8", backend="executorch")
+    with pytest.raises(MqAoError, match="the options of backend 'executorch' are mq_ao.lowering.executorch.Options"):
+        quantized.lower(options={"batch": 2})
 
 
 def test_a_model_without_a_scan_is_refused() -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, replacing
+from mq_ao.lowering.base import GeneratingProgram, LoweredProgram
 from mq_ao.lowering.executorch.info import FORMAT, INFO
 from mq_ao.lowering.executorch.options import Scan
 from mq_ao.lowering.module_program import ModuleProgram
-from mq_ao.models.generate import Sampling, generate, stream
 from mq_ao.models.inputs import one_token, refuse_mask, token_ids
 from mq_ao.ops.native import executorch_build
 
@@ -32,7 +32,7 @@ class KeptState:
 States = tuple[Tensor, KeptState, KeptState]
 
 
-class _Loaded:
+class _Loaded(LoweredProgram):
     """A `.pte` file, loaded.
 
     The first program that lives in a process packs the weights that its methods share once. Others pack them twice, and
@@ -49,9 +49,9 @@ class _Loaded:
     """The program whose weights are packed once."""
 
     def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
+        super().__init__(info)
         self._path = path
         self._program = program
-        self._info = info
         self._methods: set[str] = set()
         if _Loaded._sharing() is None and info["scan"] == Scan.NATIVE and info["packed_once"]:
             _Loaded._sharing = weakref.ref(self)
@@ -82,7 +82,7 @@ class _Loaded:
             raise MqAoError(f"ExecuTorch cannot run {method!r} of {self._path}: {reason}") from error
 
 
-class ExecutorchProgram(_Loaded):
+class ExecutorchProgram(_Loaded, GeneratingProgram):
     """A language model in a `.pte` file, with the interface of a compiled one.
 
     Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. The
@@ -111,16 +111,6 @@ class ExecutorchProgram(_Loaded):
         if not isinstance(program, cls):
             raise MqAoError(f"{path} is not the program of a language model: load it with mq_ao.load.")
         return program
-
-    @property
-    def info(self) -> Mapping[str, Any]:
-        """Recipe, versions, shapes, delegates and kernel counts."""
-        return self._info
-
-    @property
-    def integer_kernels(self) -> Mapping[str, int]:
-        """Calls of integer kernels in one prefill, by kind; empty for a float program."""
-        return self._info["integer_kernels"]
 
     def __call__(
         self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
@@ -152,29 +142,14 @@ class ExecutorchProgram(_Loaded):
         self._run("reset")
         self._state = KeptState()
 
-    def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
-        """Yields the next tokens one by one; see `models.generate.stream`."""
-        return stream(self.prefill, input_ids, max_new_tokens, self._within(sampling))
-
-    def generate(
-        self,
-        input_ids: Any,
-        max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        *,
-        attention_mask: None = None,
-    ) -> Tensor:
-        """Prompt and continuation; see `models.generate.generate`."""
-        refuse_mask(attention_mask)
-        return generate(self.prefill, input_ids, max_new_tokens, self._within(sampling))
+    def step(self, ids: Tensor, conv_state: Any, ssm_state: Any) -> States:
+        """See `GeneratingProgram.step`."""
+        return self.prefill(ids, conv_state, ssm_state)
 
     def _prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
         if ids.shape[1] == 1:
             return self._run("decode", ids)
         return self._run("prefill", ids, positions)
-
-    def _within(self, sampling: Sampling | None) -> Sampling:
-        return (sampling or Sampling()).within(self._info.get("known_tokens"))
 
     def _enter(self, input_ids: Any, *states: Any) -> Tensor:
         """Token ids as they are given, checked; starts from zeros where no state is given."""
@@ -211,10 +186,6 @@ class ExecutorchModule(_Loaded, ModuleProgram):
         program: the file, loaded by ExecuTorch's runtime.
         info: what it says of itself.
     """
-
-    def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
-        _Loaded.__init__(self, path, program, info)
-        ModuleProgram.__init__(self, info)
 
     def run(self, *inputs: Tensor) -> Sequence[Tensor]:
         """See `ModuleProgram.run`."""
