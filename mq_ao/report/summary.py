@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mq_ao.passes import Status, Transform
 from mq_ao.quantizer import QuantizationReport
-from mq_ao.recipes import Recipe
+from mq_ao.recipe import Recipe
 
 
 @dataclass(frozen=True)
