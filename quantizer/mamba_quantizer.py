@@ -11,8 +11,6 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Rejection, Role, match, walk
 from mq_ao.graph.walk import argument, module_path
-from mq_ao.passes.probe import flat_states_name
-from mq_ao.passes.statistics import ChannelStatistics, Request
 from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
 from mq_ao.quantizer.backends import check_backend, check_executable
 from mq_ao.quantizer.planning import plan_state, plan_weight
@@ -20,6 +18,8 @@ from mq_ao.quantizer.report import Decision, QuantizationReport
 from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding
 from mq_ao.quantizer.states import CarriedState, carried_states
 from mq_ao.quantizer.weights import QuantizedWeight
+from mq_ao.statistics import ChannelStatistics, Request
+from mq_ao.statistics.probe import flat_states_name
 
 _OFF = "switched off by the configuration"
 _WITHOUT_KERNEL: Mapping[object, str] = {
