@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mq_ao.checkout import find_packages_beside
 from mq_ao.errors import MqAoError
+from mq_ao.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["MqAoError", "__version__", "export", "load", "quantize"]
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,46 +32,13 @@ from mq_ao.lowering.graphs import find_state_shapes
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
 from mq_ao.models.program import LanguageProgram
-from mq_ao.quantizer import MambaQuantizer, QuantizationReport
+from mq_ao.quantizer import MambaQuantizer
 from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.report import build, sizes
+from mq_ao.report.summary import Report
 from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was matched, rewritten, quantized and left out, and why.
-
-    Attributes:
-        recipe: the recipe that was applied.
-        backend: whose integers the activations are.
-        match: blocks, head and embeddings of the float graph, as text.
-        transforms: what the rewrites did, and where they were left out.
-        quantization: the quantizer's decisions.
-        batches: number of calibration batches.
-        tokens: number of calibration tokens, padding left out, or 0 where the inputs are no token ids.
-        dtype: floating dtype of most of the model's weights as it was given. What is not quantized runs in float32.
-    """
-
-    recipe: Recipe
-    backend: str
-    match: str
-    transforms: tuple[passes.Transform, ...]
-    quantization: QuantizationReport
-    batches: int
-    tokens: int = 0
-    dtype: str = "float32"
-
-    def __str__(self) -> str:
-        left_out = [str(item) for item in self.transforms if item.status is passes.Status.LEFT_OUT]
-        lines = [str(self.recipe), f"for {self.backend}, calibrated on {self.batches} batches"]
-        if self.dtype != "float32":
-            lines.append(f"the model came in {self.dtype}; what is not quantized runs in float32")
-        if self.transforms:
-            lines.append(f"{len(self.transforms) - len(left_out)} rewrites applied, {len(left_out)} left out")
-        return "\n".join([*lines, *left_out, str(self.quantization)])
 
 
 class QuantizedProgram:

@@ -14,14 +14,12 @@ from mq_ao.errors import MqAoError
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from mq_ao.quantizer.kernels import Kernels
-
 
 class Lowering(Protocol):
     """What the package of a backend has to offer: graphs in, programs out."""
 
-    KERNELS: Kernels
-    """What its kernels take, role by role."""
+    KERNELS: Any
+    """What its kernels take, role by role: `quantizer.kernels.Kernels`."""
 
     def lower(self, converted: GraphModule, info: Mapping[str, Any], options: Any = None) -> Any:
         """Makes a program (`models.program.Program`) of what `convert_pt2e` gave.

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, ObserverBase
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph.partial import PartialRun
 from mq_ao.memory import release
+from mq_ao.progress import with_bar
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def calibrate(prepared: GraphModule, batches: Iterable[tuple[Any, ...]], *, prog
     observers = _observers(prepared)
     run = PartialRun(prepared, observers).run_batch if observers else None
     count = 0
-    for batch in track(batches, "calibrating", disable=not progress, console=stderr(), transient=True):
+    for batch in with_bar(batches, "calibrating", progress):
         if run is not None:
             run(batch)
         count += 1
@@ -45,13 +45,6 @@ def calibrate(prepared: GraphModule, batches: Iterable[tuple[Any, ...]], *, prog
         raise MqAoError("calibration is empty: give at least one batch of inputs.")
     logger.info("calibrated on %d batches", count)
     return count
-
-
-def stderr() -> Any:
-    """Console for progress bars."""
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _observers(prepared: GraphModule) -> dict[Node, torch.nn.Module]:

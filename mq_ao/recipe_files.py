@@ -13,8 +13,10 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
 from mq_ao.passes.registry import write_pass
 from mq_ao.quantizer import QuantizationConfig, RoleSpec
-from mq_ao.recipes import SUFFIXES, Recipe
+from mq_ao.recipe import Recipe
 
+SUFFIXES = (".yaml", ".yml", ".json")
+"""Of recipe files."""
 _DEFAULT = RoleSpec()
 
 

@@ -1,18 +1,17 @@
-"""Recipes: ordered exact rewrites, then a quantization scheme."""
+"""The recipes that have a name, and finding one by name or file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
-from mq_ao.passes import Basis, Pass, check_order, parse_pass
+from mq_ao.passes import Basis, Pass
 from mq_ao.passes.expose_state import ExposeState
 from mq_ao.passes.fold_norm import FoldNorm
-from mq_ao.passes.registry import write_pass
 from mq_ao.passes.rotate_dt import RotateDt
 from mq_ao.passes.rotate_out_proj import RotateOutProj
 from mq_ao.passes.rotate_residual import RotateResidual
@@ -24,57 +23,8 @@ from mq_ao.passes.smooth_gate import SmoothGate
 from mq_ao.passes.smooth_norm import SmoothNorm
 from mq_ao.passes.smooth_state import Partner, SmoothState
 from mq_ao.quantizer import Activation, QuantizationConfig, RoleSpec, Rounding, w8a8
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a float graph becomes a quantized one.
-
-    Attributes:
-        name: what reports and saved programs call it, one line of text.
-        scheme: spec of every role that is quantized.
-        passes: exact float rewrites, or their names, in the order in which they are applied.
-
-    Raises:
-        MqAoError: an attribute is not as above, the scheme quantizes nothing, or the passes do not go together in this
-            order (see `check_order`).
-    """
-
-    name: str
-    scheme: QuantizationConfig = field(default_factory=w8a8)
-    passes: tuple[Pass, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
-            raise MqAoError(f"the name of a recipe is {self.name!r}: give one line of text.")
-        if not isinstance(self.scheme, QuantizationConfig):
-            raise MqAoError(f"the scheme is {self.scheme!r}: give a QuantizationConfig.")
-        if not isinstance(self.passes, Sequence) or isinstance(self.passes, str):
-            raise MqAoError(f"the passes are {self.passes!r}: give a sequence of passes.")
-        object.__setattr__(self, "passes", tuple(map(parse_pass, self.passes)))
-        check_order([item.name for item in self.passes])
-        if not self.scheme.roles:
-            raise MqAoError("the scheme is empty: say how at least one role is quantized.")
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether calibration data is run through the float graph before it is prepared."""
-        return bool(self.passes) or self.scheme.needs_statistics
-
-    def __str__(self) -> str:
-        """A table: the passes with their options, then the scheme by role."""
-        lines = [f"recipe {self.name}"]
-        for index, item in enumerate(self.passes):
-            lines.append(f"{'passes' if index == 0 else '':<10} {_in_words(item)}")
-        return "\n".join([*lines, str(self.scheme)])
-
-
-def _in_words(item: Pass) -> str:
-    written = write_pass(item)
-    options = next(iter(written.values())) if isinstance(written, dict) else {}
-    step = f" ({item.step})" if item.step else ""
-    return item.name + step + "".join(f" {name}={value}" for name, value in options.items())
-
+from mq_ao.recipe import Recipe
+from mq_ao.recipe_files import SUFFIXES, read_recipe
 
 _FOUR_BITS = (Role.IN_PROJ, Role.OUT_PROJ, Role.LINEAR, Role.HEAD)
 """Roles with most of the weights. x_proj and dt_proj are small and sensitive, and stay at 8 bits."""
@@ -177,10 +127,6 @@ the gate unbalances z.
 """
 
 
-SUFFIXES = (".yaml", ".yml", ".json")
-"""Of recipe files."""
-
-
 def get_recipe(recipe: str | Path | Recipe) -> Recipe:
     """Returns the recipe of that name, or of that file (.yaml, .yml, .json), or the recipe itself.
 
@@ -190,8 +136,6 @@ def get_recipe(recipe: str | Path | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.lower().endswith(SUFFIXES)):
-        from mq_ao.recipe_files import read_recipe
-
         return read_recipe(recipe)
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise MqAoError(f"unknown recipe {recipe!r}: the recipes are {', '.join(RECIPES)}.")

@@ -12,15 +12,15 @@ from mq_ao.backends import get_backend
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Rejection, Role, match, walk
 from mq_ao.graph.walk import argument, module_path
-from mq_ao.passes.probe import flat_states_name
-from mq_ao.passes.statistics import ChannelStatistics, Request
 from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
-from mq_ao.quantizer.kernels import check_executable
+from mq_ao.quantizer.kernels import Kernels, check_executable
 from mq_ao.quantizer.planning import plan_state, plan_weight
 from mq_ao.quantizer.report import Decision, QuantizationReport
 from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding
 from mq_ao.quantizer.states import CarriedState, carried_states
 from mq_ao.quantizer.weights import QuantizedWeight
+from mq_ao.statistics import ChannelStatistics, Request
+from mq_ao.statistics.probe import flat_states_name
 
 _OFF = "switched off by the configuration"
 _WITHOUT_KERNEL: Mapping[object, str] = {
@@ -44,7 +44,7 @@ class MambaQuantizer(Quantizer):
 
     def __init__(self, backend: str = "inductor") -> None:
         super().__init__()
-        self.kernels = get_backend(backend).lowering.KERNELS
+        self.kernels: Kernels = get_backend(backend).lowering.KERNELS
         self._global: QuantizationConfig | None = None
         self._roles: dict[Role, RoleSpec | None] = {}
         self._modules: dict[str, QuantizationConfig | None] = {}

@@ -12,11 +12,11 @@ from torch.fx import GraphModule, Node
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.memory import release
-from mq_ao.passes.probe import flat_states_name
-from mq_ao.passes.statistics import ChannelStatistics
 from mq_ao.quantizer.gptq import gptq
 from mq_ao.quantizer.specs import RoleSpec, Rounding
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight, round_to_grid
+from mq_ao.statistics import ChannelStatistics
+from mq_ao.statistics.probe import flat_states_name
 
 
 def plan_weight(

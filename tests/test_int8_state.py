@@ -21,10 +21,10 @@ from mq_ao.models import MambaLM
 from mq_ao.models.generate import Step
 from mq_ao.ops.qselective_scan import quantize_state
 from mq_ao.passes import Statistics, collect
-from mq_ao.passes.probe import flat_states_name
 from mq_ao.quantizer import Activation, MambaQuantizer, QuantizationConfig, RoleSpec
 from mq_ao.recipe_files import from_dict, to_dict
 from mq_ao.recipes import Recipe, get_recipe
+from mq_ao.statistics.probe import flat_states_name
 from tests.conftest import tokens
 
 # A value on the boundary of two integers may round either way when the float work around it is fused differently.

@@ -20,8 +20,8 @@ from torch.fx import GraphModule
 from mq_ao import MqAoError
 from mq_ao.api import capture
 from mq_ao.models import MambaLM
-from mq_ao.passes.accumulators import BINS
-from mq_ao.passes.statistics import ChannelStatistics, Request, Statistics, collect, shard
+from mq_ao.statistics import ChannelStatistics, Request, Statistics, collect, shard
+from mq_ao.statistics.accumulators import BINS
 
 # Float64 sums in another order: a few thousand roundings of 1.1e-16, relative to the sum of magnitudes.
 EXACT = 1e-12

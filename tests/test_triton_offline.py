@@ -52,8 +52,8 @@ def test_registered_they_are_the_operators_cuda_kernels() -> None:
     # In a process of its own, since it cannot be undone.
     code = """
 import torch
-from mq_ao.ops import library, triton
-assert library.load_triton()
+from mq_ao.ops import gpu, triton
+assert gpu.load_triton()
 for name in triton.IMPLEMENTATIONS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mq_ao::{name}", "CUDA"), name
 q = torch.ones(2, 32, dtype=torch.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mq_ao.models import loading, mamba_nd_loading, vim_loading  # noqa: F401  (enter themselves for from_pretrained)
 from mq_ao.models.config import MAMBA2_130M, MAMBA_130M, Mamba2Config, MambaConfig
 from mq_ao.models.generate import Sampling, generate, stream
 from mq_ao.models.mamba import MambaLM

@@ -16,11 +16,13 @@ from mq_ao.models.layouts import read_config
 from mq_ao.models.mamba import MambaLM
 from mq_ao.models.mamba2 import language_model
 from mq_ao.models.names import language_model_names
+from mq_ao.models.pretrained import reads
 from mq_ao.models.weights import fitted
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+@reads(MambaLM)
 def load(source: str | Path) -> MambaLM:
     """Loads a Mamba language model, of version 1 or 2, in float32, in evaluation mode.
 

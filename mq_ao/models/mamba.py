@@ -8,19 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
+from mq_ao.models import pretrained
 from mq_ao.models.config import Mamba2Config, MambaConfig
+from mq_ao.models.generate import Sampling, generate
 from mq_ao.models.inputs import refuse_mask, token_ids
 from mq_ao.models.mamba_nd_config import MambaNDConfig
+from mq_ao.models.saving import save_pretrained
 from mq_ao.models.states import StateShapes
-
-if TYPE_CHECKING:
-    from mq_ao.models.generate import Sampling
 
 
 class CausalConv1d(nn.Module):
@@ -222,14 +222,10 @@ class MambaLM(nn.Module):
 
         Whatever class this is called on, a Mamba-2 checkpoint gives a `Mamba2LM`.
         """
-        from mq_ao.models.loading import load
-
-        return load(source)
+        return pretrained.read(MambaLM, source)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json into `folder`; see `models.saving.save_pretrained`."""
-        from mq_ao.models.saving import save_pretrained
-
         save_pretrained(self, folder)
 
     def generate(
@@ -245,8 +241,6 @@ class MambaLM(nn.Module):
         Raises:
             MqAoError: the prompt is empty, not (batch, length) integers, or outside the vocabulary; or there is a mask.
         """
-        from mq_ao.models.generate import Sampling, generate
-
         refuse_mask(attention_mask)
         ids = token_ids(input_ids, self.config.vocab_size, "the prompt")
         return generate(self, ids, max_new_tokens, (sampling or Sampling()).within(self.known_tokens))

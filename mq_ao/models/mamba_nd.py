@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mq_ao.errors import MqAoError
+from mq_ao.models import pretrained
 from mq_ao.models.mamba import MambaMixer
 from mq_ao.models.mamba_nd_config import MambaNDConfig
 from mq_ao.models.patches import embed_patches
+from mq_ao.models.saving import save_pretrained
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,8 @@ class MambaND(nn.Module):
             source: what to load.
             shape: image_size and residual_of_norm of a public checkpoint file, which does not tell them.
         """
-        from mq_ao.models.mamba_nd_loading import load
-
-        return load(source, **shape)
+        return pretrained.read(MambaND, source, **shape)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json into `folder`; see `models.saving.save_pretrained`."""
-        from mq_ao.models.saving import save_pretrained
-
         save_pretrained(self, folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mq_ao.errors import MqAoError
 from mq_ao.models.mamba_nd import MambaND
 from mq_ao.models.mamba_nd_config import MAMBA_2D_SMALL, MAMBA_3D_SMALL, MambaNDConfig
+from mq_ao.models.pretrained import reads
 from mq_ao.models.vision_loading import load_vision, mixer_shape, telling
 
 _RENAMED = ((r"^backbone\.", ""), (r"^head\.fc\.", "head."), (r"^cls_head\.fc_cls\.", "head."))
@@ -18,6 +19,7 @@ _RENAMED = ((r"^backbone\.", ""), (r"^head\.fc\.", "head."), (r"^cls_head\.fc_cl
 _MERGING = re.compile(r"^layers\.(\d+)\.down_sample_layer\.reduction\.weight$")
 
 
+@reads(MambaND)
 def load(
     source: str | Path, image_size: tuple[int, ...] | None = None, residual_of_norm: bool | None = None
 ) -> MambaND:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import safetensors.torch
+from torch import Tensor
 
 from mq_ao.files import write_atomically
 
-if TYPE_CHECKING:
-    from mq_ao.models.mamba import MambaLM
-    from mq_ao.models.mamba_nd import MambaND
-    from mq_ao.models.vim import Vim
+
+class Model(Protocol):
+    """One of ours."""
+
+    model_type: ClassVar[str]
+    """What its config.json says it is."""
+
+    @property
+    def config(self) -> Any:
+        """The model's shape, with `to_dict`."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """As of any module."""
 
 
-def save_pretrained(model: MambaLM | MambaND | Vim, folder: str | Path) -> None:
+def save_pretrained(model: Model, folder: str | Path) -> None:
     """Writes model.safetensors (the model's own names, a tied weight once) and config.json into `folder`.
 
     The configuration is written last: a folder with a config.json is complete.

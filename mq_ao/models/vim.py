@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mq_ao.errors import MqAoError
+from mq_ao.models import pretrained
 from mq_ao.models.mamba import CausalConv1d, init_dt, init_projections, scan
 from mq_ao.models.patches import embed_patches
+from mq_ao.models.saving import save_pretrained
 from mq_ao.models.vision_config import VimConfig
 
 
@@ -149,12 +151,8 @@ class Vim(nn.Module):
             source: what to load.
             shape: image_size and stride of a public checkpoint file, which does not tell them.
         """
-        from mq_ao.models.vim_loading import load
-
-        return load(source, **shape)
+        return pretrained.read(Vim, source, **shape)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json into `folder`; see `models.saving.save_pretrained`."""
-        from mq_ao.models.saving import save_pretrained
-
         save_pretrained(self, folder)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 from mq_ao.models import vision_demo
+from mq_ao.models.pretrained import reads
 from mq_ao.models.vim import Vim
 from mq_ao.models.vision_config import VimConfig
 from mq_ao.models.vision_loading import load_vision, mixer_shape, telling
 
 
+@reads(Vim)
 def load(source: str | Path, image_size: int | None = None, stride: int | None = None) -> Vim:
     """Loads a Vim in float32, in evaluation mode.
 

@@ -6,6 +6,7 @@ Native kernels are used at once if they were built before; otherwise the first c
 from mq_ao.ops import (
     causal_conv1d,
     gate,
+    gpu,
     grids,
     hadamard,
     hadamard_matrix,
@@ -36,6 +37,7 @@ load_cached()
 __all__ = [
     "causal_conv1d",
     "gate",
+    "gpu",
     "grids",
     "hadamard",
     "hadamard_matrix",

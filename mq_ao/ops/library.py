@@ -33,19 +33,13 @@ logger = logging.getLogger(__name__)
 schemas = torch.library.Library("mq_ao", "DEF")
 _kernels = torch.library.Library("mq_ao", "IMPL", "CompositeExplicitAutograd")
 _references: dict[str, Callable[..., Any]] = {}
+_loaders: dict[str, Callable[[], bool]] = {}
 
 
 class NativeState:
     """What is known of the native library in this process."""
 
     loaded = False
-    failure: str | None = None
-
-
-class TritonState:
-    """What is known of the Triton kernels in this process."""
-
-    registered = False
     failure: str | None = None
 
 
@@ -66,7 +60,8 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
     _references[name] = reference
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if _load_kernels(args[0].device.type):
+        load_new = _loaders.get(args[0].device.type)
+        if load_new is not None and load_new():
             return getattr(torch.ops.mq_ao, name).default(*args, **kwargs)
         return reference(*args, **kwargs)
 
@@ -101,6 +96,19 @@ def _define_out(name: str, schema: str) -> None:
     _kernels.impl(f"{name}.out", kernel)
 
 
+def loads_kernels(device: str) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
+    """Enters a function as the one that loads the kernels of a device when an operator is first called there.
+
+    It returns whether there are kernels now that were not there before.
+    """
+
+    def enter(load_new: Callable[[], bool]) -> Callable[[], bool]:
+        _loaders[device] = load_new
+        return load_new
+
+    return enter
+
+
 def require(condition: bool | SymBool, message: str) -> None:
     """Raises MqAoError with `message` unless `condition` holds; a symbolic condition becomes a guard."""
     if isinstance(condition, SymBool):
@@ -133,29 +141,9 @@ def load_native() -> bool:
     return NativeState.loaded
 
 
-def load_triton() -> bool:
-    """Registers the Triton kernels for CUDA tensors; without Triton warns once and returns False."""
-    if not TritonState.registered and TritonState.failure is None:
-        try:
-            from mq_ao.ops import triton
-        except ImportError as error:
-            TritonState.failure = str(error)
-            warnings.warn(
-                f"mq_ao runs its slow reference operators on the GPU, because Triton cannot be imported ({error}): "
-                "install a CUDA build of PyTorch, which brings it.",
-                stacklevel=2,
-            )
-        else:
-            triton.register()
-            TritonState.registered = True
-    return TritonState.registered
-
-
-def _load_kernels(device: str) -> bool:
-    """Whether there are kernels for a device now that were not there before."""
-    if device == "cpu":
-        return not NativeState.loaded and load_native()
-    return device == "cuda" and not TritonState.registered and load_triton()
+@loads_kernels("cpu")
+def _load_new() -> bool:
+    return not NativeState.loaded and load_native()
 
 
 def load_cached() -> None:

@@ -7,7 +7,7 @@ from mq_ao.passes.klt import Basis
 from mq_ao.passes.order import check_order
 from mq_ao.passes.registry import PASSES, parse_pass
 from mq_ao.passes.run import apply
-from mq_ao.passes.statistics import ChannelStatistics, Request, Statistics, collect
+from mq_ao.statistics import ChannelStatistics, Request, Statistics, collect
 
 __all__ = [
     "PASSES",

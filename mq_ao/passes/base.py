@@ -20,7 +20,7 @@ from mq_ao.graph.rows import Rows
 from mq_ao.memory import release
 from mq_ao.ops import hadamard_matrix
 from mq_ao.passes.options import checked
-from mq_ao.passes.statistics import ChannelStatistics, Request
+from mq_ao.statistics import ChannelStatistics, Request
 
 _LARGE = 2**20
 """Elements of a weight whose old values and temporaries are worth giving back at once."""

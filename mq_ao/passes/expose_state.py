@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from mq_ao.graph import Direction, edit, walk
 from mq_ao.passes.base import Pass, Rewrite
-from mq_ao.passes.probe import states_arguments
+from mq_ao.statistics.probe import states_arguments
 
 aten = walk.aten
 

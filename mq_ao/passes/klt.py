@@ -12,7 +12,7 @@ from torch import Tensor
 from mq_ao.errors import Unsuitable
 from mq_ao.ops import hadamard_matrix
 from mq_ao.passes.base import Profile
-from mq_ao.passes.statistics import ChannelStatistics
+from mq_ao.statistics import ChannelStatistics
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from mq_ao.errors import Unsuitable
 from mq_ao.graph import Direction
 from mq_ao.graph.rows import Rows, rows_of
 from mq_ao.passes.base import Rewrite
-from mq_ao.passes.statistics import Request
+from mq_ao.statistics import Request
 
 
 @dataclass(frozen=True)

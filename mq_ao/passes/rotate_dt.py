@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.klt import Basis, rotation
 from mq_ao.passes.low_rank import low_rank, requests_for_dt
-from mq_ao.passes.statistics import Request
+from mq_ao.statistics import Request
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mq_ao.graph.residual import Stream
 from mq_ao.graph.rows import Rows
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.klt import Basis, rotation
-from mq_ao.passes.statistics import ChannelStatistics, Request
+from mq_ao.statistics import ChannelStatistics, Request
 
 
 @dataclass(frozen=True)

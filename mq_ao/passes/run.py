@@ -12,7 +12,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.order import check_order
 from mq_ao.passes.registry import parse_pass
-from mq_ao.passes.statistics import Request, collect
+from mq_ao.statistics import Request, collect
 from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)

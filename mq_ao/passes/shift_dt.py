@@ -13,7 +13,7 @@ from mq_ao.graph import edit, walk
 from mq_ao.graph.rows import rows_of
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.low_rank import low_rank, requests_for_dt
-from mq_ao.passes.statistics import ChannelStatistics, Request
+from mq_ao.statistics import ChannelStatistics, Request
 
 _DELTA_BIAS = 6
 

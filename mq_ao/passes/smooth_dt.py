@@ -9,7 +9,7 @@ from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.low_rank import low_rank, requests_for_dt
 from mq_ao.passes.options import Share
-from mq_ao.passes.statistics import Request
+from mq_ao.statistics import Request
 
 
 @dataclass(frozen=True)

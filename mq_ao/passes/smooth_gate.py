@@ -17,7 +17,7 @@ from mq_ao.graph.rows import Rows, origin, rows_of
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.options import Share
-from mq_ao.passes.statistics import Request
+from mq_ao.statistics import Request
 
 aten = walk.aten
 

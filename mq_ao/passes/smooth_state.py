@@ -10,8 +10,8 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import Direction, walk
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
-from mq_ao.passes.probe import states_name
-from mq_ao.passes.statistics import Request
+from mq_ao.statistics import Request
+from mq_ao.statistics.probe import states_name
 
 
 class Partner(StrEnum):

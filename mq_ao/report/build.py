@@ -7,21 +7,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-import mq_ao
 from mq_ao.graph import Role, match, walk
 from mq_ao.passes import Profile, Rewrite
 from mq_ao.report import sizes
 from mq_ao.report.data import PageData, RangeRow, VarianceProfile
 from mq_ao.report.sqnr import node_qualities, values
-
-if TYPE_CHECKING:
-    from mq_ao.api import Report
+from mq_ao.report.summary import Report
+from mq_ao.version import __version__
 
 _SAMPLE = (2, 256)
 """Batch and length that nodes are compared on: enough for figures to a tenth of a decibel, and seconds to run."""
@@ -89,7 +87,7 @@ def page_data(converted: GraphModule, report: Report, source: Source, title: str
         batches=report.batches,
         tokens=report.tokens,
         sample=_sample_text(source.batch[0]),
-        versions={"mq-ao": mq_ao.__version__, "torch": torch.__version__, "torchao": version("torchao")},
+        versions={"mq-ao": __version__, "torch": torch.__version__, "torchao": version("torchao")},
         blocks=report.match,
         transforms=report.transforms,
         decisions=decisions,
