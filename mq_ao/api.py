@@ -184,6 +184,7 @@ def _quantized(
         raise MqAoError("calibration is empty: give at least one batch of inputs.")
     with in_float32(model):
         graph = capture(model, *first)
+    vocab_size = _language_model_vocabulary(graph)
     # Before anything takes long.
     walk.check_scans(graph, quantizer.kernels.scans, quantizer.kernels.backend)
     stored = sizes.stored(graph, sizes.roles(graph))
@@ -208,7 +209,6 @@ def _quantized(
         *(recipe, quantizer.kernels.backend, description, tuple(rewrite.transforms), quantizer.report),
         *(count, sum(counts), str(dtype).removeprefix("torch.")),
     )
-    vocab_size = _language_model_vocabulary(converted)
     known_tokens = model.known_tokens if isinstance(model, MambaLM) else None
     return QuantizedProgram(converted, report, vocab_size, source, known_tokens)
 
@@ -264,11 +264,11 @@ def _vocab_size(model: nn.Module) -> int | None:
 
 
 def _language_model_vocabulary(graph: GraphModule) -> int | None:
-    """The vocabulary of the graph of a language model with states, or None for any other."""
-    if find_state_shapes(graph) is None:
-        return None
+    """The vocabulary of the float graph of a language model with states, or None for any other."""
     (output,) = graph.graph.find_nodes(op="output")
     results: Any = output.args[0]
+    if find_state_shapes(graph) is None or walk.upstream(results[0]).target not in walk.LINEAR:
+        return None
     return int(walk.value(results[0]).shape[-1])
 
 

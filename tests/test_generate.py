@@ -129,10 +129,11 @@ def test_bad_sampling_is_refused(options: dict[str, float]) -> None:
         Sampling(**options)
 
 
-def padded_model() -> MambaLM:
+def padded_model(known_tokens: int | None = None) -> MambaLM:
     """A vocabulary of 40 of which a tokenizer knows 5; the others are the likeliest everywhere."""
     torch.manual_seed(0)
-    model = MambaLM(MambaConfig(vocab_size=40, d_model=16, n_layer=1, d_state=4, tie_embeddings=False)).eval()
+    sizes = {"vocab_size": 40, "d_model": 16, "n_layer": 1, "d_state": 4}
+    model = MambaLM(MambaConfig(**sizes, tie_embeddings=False, known_tokens=known_tokens)).eval()
     with torch.no_grad():
         model.lm_head.weight[5:] *= 100
     return model
@@ -160,10 +161,9 @@ def test_a_bound_beyond_the_vocabulary_changes_nothing(model: MambaLM) -> None:
 
 
 def test_a_model_and_its_programs_keep_to_the_tokens_that_the_configuration_tells(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(MambaConfig, "known_tokens", 5, raising=False)
-    model = padded_model()
+    model = padded_model(known_tokens=5)
     assert model.generate(PROMPT, 20)[:, 3:].max() < 5
     program = compile_float(model, "cuda")
     program.save(tmp_path / "m.ptc")

@@ -254,7 +254,10 @@ def test_a_model_that_is_no_language_model_has_a_page_too(tiny: MambaLM, tmp_pat
     program.report(html=tmp_path / "page.html", title="a backbone")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1>a backbone</h1>" in text
-    assert "calibration batches: 1</dd>" in text
+    assert "calibration batches: 1, tokens: 16</dd>" in text
+    # Its outputs are no logits: nothing that generates.
+    batches = [(tokens(2, 8), *states)]
+    assert "vocab_size" not in mq_ao.quantize(tiny.backbone, batches, "rtn-w8a8", backend="cuda").lower().info
 
 
 def test_command_line_writes_the_page_before_it_compiles(
