@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
@@ -107,8 +108,8 @@ class MambaQuantizer(Quantizer):
         """Rounds the weights, and chooses the carried states' scales; calibration still runs in float.
 
         Raises:
-            MqAoError: GPTQ or an int8 carried state was asked for and no statistics were given; or the backend has no
-                operator for a scan.
+            MqAoError: GPTQ or an int8 carried state was asked for and no statistics were given; the backend has no
+                operator for a scan; or the graph is not in float32.
         """
         walk.check_scans(model, self.kernels.scans, self.kernels.backend)
         found = match(model)
@@ -118,6 +119,7 @@ class MambaQuantizer(Quantizer):
         for role, node in found.by_role():
             spec = self._spec(role, node)
             if spec is not None and node not in self._planned and not is_annotated(node):
+                _check_dtype(node)
                 planned = plan_weight(model, node, spec, self._statistics)
                 self._planned[node] = planned.with_group_scale(self.kernels.group_scale)
         return model
@@ -218,6 +220,18 @@ class MambaQuantizer(Quantizer):
             return Decision(scan.name, path, role, False, "already annotated by another quantizer")
         annotator.state(state, self._scales[scan])
         return Decision(scan.name, path, role, True, CARRIED)
+
+
+def _check_dtype(node: Node) -> None:
+    """Kernels, and what simulates them, give float32 around the integers."""
+    for source in node.all_input_nodes:
+        dtype = source.meta["val"].dtype if isinstance(source.meta.get("val"), Tensor) else torch.float32
+        if dtype.is_floating_point and dtype != torch.float32:
+            where = module_path(node) or node.name
+            raise MqAoError(
+                f"{where} computes in {str(dtype).removeprefix('torch.')}: give mq_ao.export a model in float32 "
+                "(model.float()), or the model itself to mq_ao.quantize."
+            )
 
 
 def _inside(path: str, name: str) -> bool:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 import mq_ao
 from mq_ao import MqAoError
@@ -21,6 +22,7 @@ from mq_ao.api import compile_float
 from mq_ao.capture import import_mamba_ssm
 from mq_ao.models import MambaConfig, MambaLM, Vim, VimConfig, demo
 from mq_ao.models.mamba import MambaMixer
+from mq_ao.quantizer import MambaQuantizer, w8a8
 from tests.conftest import tokens
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)
@@ -282,6 +284,14 @@ def test_graphs_without_our_operators_say_how_to_capture(blocks: Blocks) -> None
     half = mq_ao.export(copy.deepcopy(blocks).half(), (X[0].half(),))
     with pytest.raises(MqAoError, match=r"captured in torch.float16: give mq_ao.export a model in float32"):
         mq_ao.quantize(half, X)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_quantizer_alone_wants_float32(blocks: Blocks, dtype: torch.dtype) -> None:
+    program = mq_ao.export(copy.deepcopy(blocks).to(dtype), (X[0].to(dtype),))
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(MqAoError, match=rf"mixers.0.in_proj computes in {name}: give mq_ao.export a model in float32"):
+        prepare_pt2e(program.module(check_guards=False), MambaQuantizer().set_global(w8a8()))
 
 
 def test_weights_without_values_and_quantized_ones(blocks: Blocks) -> None:
