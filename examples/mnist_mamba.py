@@ -99,7 +99,10 @@ def calibration_batches(images: Tensor) -> list[tuple[Tensor]]:
 
 
 def static_recipes(bits: int) -> list[Recipe]:
-    """Static ones with scan operands in int8: without rewrites, with METHOD.md section 8's, and with all of them."""
+    """Static ones with scan operands in int8: without rewrites, with a prototype's, and with all of them.
+
+    The prototype's figures are in docs/method.md, section 8.
+    """
     scan = scheme(bits)
     chain = canonical(item for _, added in CHAIN for item in added)
     return [

@@ -53,7 +53,7 @@ MAMBAQUANT_PAPER: tuple[Pass, ...] = (
     ExposeState(),
     RotateState(),
 )
-"""Everything in METHOD.md sections 1 to 4."""
+"""Everything in docs/method.md, sections 1 to 4."""
 
 MAMBAQUANT: tuple[Pass, ...] = (
     FoldNorm(),

@@ -67,7 +67,7 @@ def round_to_grid(
     search: bool = False,
     importance: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Quantizes every weight to the nearest integer of a symmetric grid (METHOD.md, section 5).
+    """Quantizes every weight to the nearest integer of a symmetric grid (docs/method.md, section 5).
 
     Args:
         weight: (out, in) of any floating-point dtype.

@@ -144,7 +144,7 @@ def test_static_rounding_is_half_to_even_and_saturates() -> None:
 
 
 def test_smoothing_is_undone_by_the_next_weight() -> None:
-    """S-SiLU of the smoothed z, times s, is the plain gate (METHOD.md section 2)."""
+    """S-SiLU of the smoothed z, times s, is the plain gate (docs/method.md, S2)."""
     gen = torch.Generator().manual_seed(1)
     y, z, s = torch.randn(8, 96, generator=gen), torch.randn(8, 96, generator=gen), torch.rand(96) + 0.5
     q, scale = ops.qgate_per_token(y, 1.0, 0, z / s, 1.0, 0, s, False)

@@ -184,7 +184,7 @@ def test_variances_are_flat_after_klt(built: Built) -> None:
     assert stream.where.startswith("stream of")
     assert len(layers) == 2
     assert stream.rotated is not None
-    # METHOD.md section 3: an equal share of the trace for every channel, up to rounding in float64.
+    # docs/method.md, section 3: an equal share of the trace for every channel, up to rounding in float64.
     torch.testing.assert_close(stream.rotated, stream.before.mean().expand_as(stream.rotated), rtol=1e-6, atol=0)
 
 

@@ -40,7 +40,7 @@ CHAIN: tuple[tuple[str, tuple[Pass, ...]], ...] = (
     ("+ S4", (SmoothState(Partner.INPUT),)),
     ("+ shift", (ShiftDt(),)),
 )
-"""Transforms of METHOD.md in the order in which the chain adds them."""
+"""Steps of docs/method.md in the order in which the chain adds them."""
 
 STATE: tuple[tuple[str, tuple[Pass, ...]], ...] = (
     ("h C int8", ()),
@@ -82,7 +82,7 @@ class Step:
 
 
 def canonical(passes: Iterable[Pass]) -> tuple[Pass, ...]:
-    """Passes in the order of METHOD.md: planted outliers, folding, smoothing, shift, rotations.
+    """Passes in the order of docs/method.md, section 4: planted outliers, folding, smoothing, shift, rotations.
 
     A later pass of the same name takes the place of an earlier one.
     """

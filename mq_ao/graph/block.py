@@ -75,10 +75,10 @@ class Direction:
         return [*pairs, *((Role.DT_PROJ, node) for node in self.dt_projs)]
 
     def operands(self) -> list[tuple[Role, Node, dict[str, Node]]]:
-        """(role, node, its inputs that may be quantized, by METHOD.md's symbols) of the scan and of h C.
+        """(role, node, its inputs that may be quantized, by their symbols in docs/method.md) of the scan and of h C.
 
-        delta is among them only where the scan applies the softplus: after it, small steps would vanish (METHOD.md
-        section 5).
+        delta is among them only where the scan applies the softplus: after it, small steps would vanish
+        (docs/method.md, section 5).
         """
         index = _SOFTPLUS[self.scan.target]
         softplus = len(self.scan.args) > index and self.scan.args[index] is True

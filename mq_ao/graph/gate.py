@@ -1,4 +1,4 @@
-"""The gate of a Mamba block: y * SiLU(z), or with S-SiLU y * z * sigmoid(s z) (METHOD.md section 2)."""
+"""The gate of a Mamba block: y * SiLU(z), or with S-SiLU y * z * sigmoid(s z) (docs/method.md, S2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds Mamba blocks by dataflow, anchored on the scan (DESIGN.md, decision 1)."""
+"""Finds Mamba blocks by dataflow, anchored on the scan (docs/design.md, decision 1)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Residual-stream analysis: who writes and who reads values that share one set of channels (DESIGN.md, decision 4).
+"""Residual-stream analysis: who writes and who reads values that share one set of channels.
 
 An orthogonal rotation of the channels is a change of basis that no norm without weight sees. It is legal only if
-everything that writes into the stream and everything that reads from it is known.
+everything that writes into the stream and everything that reads from it is known (docs/design.md, decision 4).
 """
 
 from __future__ import annotations

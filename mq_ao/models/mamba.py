@@ -74,7 +74,7 @@ def scan(
 
 
 class MambaMixer(nn.Module):
-    """The Mamba-1 block of the paper's Figure 3, gate included (METHOD.md's equations)."""
+    """The Mamba-1 block of the paper's Figure 3, gate included (equations in docs/method.md)."""
 
     def __init__(self, config: MambaConfig | MambaNDConfig) -> None:
         super().__init__()

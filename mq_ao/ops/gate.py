@@ -1,7 +1,7 @@
 """`mq_ao::gate`: the block's gate and the online rotation in one pass, in floats.
 
-x = y * z * sigmoid(s * z)      (S-SiLU, METHOD.md section 2; s absent: y * SiLU(z))
-x = x @ hadamard_matrix.matrix(n)   if the input of out_proj is rotated (METHOD.md section 4)
+x = y * z * sigmoid(s * z)      (S-SiLU, docs/method.md, S2; s absent: y * SiLU(z))
+x = x @ hadamard_matrix.matrix(n)   if the input of out_proj is rotated (docs/method.md, R2)
 
 `mq_ao::qgate` quantizes as well; this one is for backends that quantize for themselves.
 """

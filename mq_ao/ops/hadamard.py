@@ -1,4 +1,4 @@
-"""`mq_ao::hadamard`: the online rotation, by a fast Walsh-Hadamard transform (METHOD.md section 4).
+"""`mq_ao::hadamard`: the online rotation, by a fast Walsh-Hadamard transform (docs/method.md, section 4).
 
 y = (x * scale) @ hadamard_matrix.matrix(n)   over the last axis, of size n.
 """

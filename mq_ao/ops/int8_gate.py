@@ -1,7 +1,7 @@
 """`mq_ao::int8_gate`: the block's gate, the online rotation and quantization to int8 in one pass, for GPUs.
 
-x = y * z * sigmoid(s * z)      (S-SiLU, METHOD.md section 2; s absent: y * SiLU(z))
-x = x @ hadamard_matrix.matrix(n)   if the input of out_proj is rotated (METHOD.md section 4)
+x = y * z * sigmoid(s * z)      (S-SiLU, docs/method.md, S2; s absent: y * SiLU(z))
+x = x @ hadamard_matrix.matrix(n)   if the input of out_proj is rotated (docs/method.md, R2)
 q = quantized x, with a given scale or with one for every token.
 
 x86 has `qgate`, on unsigned activations.

@@ -1,4 +1,4 @@
-"""`mq_ao::qselective_scan`: the recurrence of `mq_ao::selective_scan` on 8-bit operands (METHOD.md section 5).
+"""`mq_ao::qselective_scan`: the recurrence of `mq_ao::selective_scan` on 8-bit operands (docs/method.md, section 5).
 
 Operands, outputs and the carried state are read and written as integers; softplus, exponential and recurrence are
 float32. Step sizes are quantized before the softplus, never after it.

@@ -1,4 +1,4 @@
-"""`mq_ao::qssd_scan`: the recurrence of `mq_ao::ssd_scan` on 8-bit operands (METHOD.md section 5).
+"""`mq_ao::qssd_scan`: the recurrence of `mq_ao::ssd_scan` on 8-bit operands (docs/method.md, section 5).
 
 Operands and outputs are read and written as integers; softplus, decays, recurrence and states are float32. Step sizes
 are quantized before the softplus, never after it.

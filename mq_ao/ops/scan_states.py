@@ -1,7 +1,7 @@
 """`mq_ao::scan_states`: every state of the recurrence of `mq_ao::selective_scan`.
 
 `selective_scan(u, ..., C, D)` is `(h * C).sum(-1) + D * u` of these states h: graphs that quantize the states that
-enter that product (METHOD.md section 5, recipe `mambaquant-paper`) compute it in two steps.
+enter that product (docs/method.md, section 5; recipe `mambaquant-paper`) compute it in two steps.
 """
 
 from __future__ import annotations

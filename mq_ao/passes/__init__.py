@@ -1,4 +1,4 @@
-"""Exact float rewrites of METHOD.md, applied between capture and `prepare_pt2e`, and the statistics they need."""
+"""Exact float rewrites (docs/method.md), applied between capture and `prepare_pt2e`, and the statistics they need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmoothQuant's balance between an activation and the weight that reads it (METHOD.md section 2)."""
+"""SmoothQuant's balance between an activation and the weight that reads it (docs/method.md, section 2)."""
 
 from __future__ import annotations
 

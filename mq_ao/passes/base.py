@@ -39,7 +39,7 @@ class Transform:
 
     Attributes:
         name: the pass.
-        step: its name in METHOD.md, such as R1, or "".
+        step: its name in docs/method.md, such as R1, or "".
         where: the module or stream it was applied to.
         status: applied, or left out.
         detail: figures, or the reason.
@@ -211,7 +211,7 @@ class Pass(ABC):
 
     Attributes:
         name: how recipes call it.
-        step: its name in METHOD.md, or "".
+        step: its name in docs/method.md, or "".
 
     Raises:
         MqAoError: an option has a value that its type does not take; see `passes.options`.

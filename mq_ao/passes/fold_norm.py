@@ -18,9 +18,10 @@ aten = walk.aten
 
 @dataclass(frozen=True)
 class FoldNorm(Pass):
-    """W_in <- W_in gamma, b_in += W_in beta; LayerNorm becomes RMSNorm where its mean can go (METHOD.md section 1).
+    """W_in <- W_in gamma, b_in += W_in beta; LayerNorm becomes RMSNorm where its mean can go.
 
-    The mean subtraction goes into every writer of the residual stream, if the stream is read through LayerNorms alone.
+    The mean subtraction goes into every writer of the residual stream, if the stream is read through LayerNorms alone
+    (docs/method.md, section 1).
     """
 
     name = "fold_norm"

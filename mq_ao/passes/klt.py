@@ -1,4 +1,4 @@
-"""The KLT-enhanced rotation: eigenvectors of a covariance times a Hadamard matrix (METHOD.md section 3)."""
+"""The KLT-enhanced rotation: eigenvectors of a covariance times a Hadamard matrix (docs/method.md, section 3)."""
 
 from __future__ import annotations
 

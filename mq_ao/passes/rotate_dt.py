@@ -13,7 +13,7 @@ from mq_ao.statistics import Request
 
 @dataclass(frozen=True)
 class RotateDt(Pass):
-    """W_dt <- R^T W_dt, W_up <- W_up R with one r x r matrix a layer (METHOD.md section 3, R5).
+    """W_dt <- R^T W_dt, W_up <- W_up R with one r x r matrix a layer (docs/method.md, R5).
 
     Attributes:
         basis: KLT-enhanced, or Hadamard alone.

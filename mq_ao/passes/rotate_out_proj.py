@@ -9,7 +9,7 @@ from mq_ao.passes.base import Pass, Rewrite
 
 @dataclass(frozen=True)
 class RotateOutProj(Pass):
-    """x_o <- x_o H, W_o <- W_o H, with a fast transform at run time (METHOD.md section 4, R2)."""
+    """x_o <- x_o H, W_o <- W_o H, with a fast transform at run time (docs/method.md, R2)."""
 
     name = "rotate_out_proj"
     step = "R2"

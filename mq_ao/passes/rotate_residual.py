@@ -18,7 +18,7 @@ from mq_ao.statistics import ChannelStatistics, Request
 
 @dataclass(frozen=True)
 class RotateResidual(Pass):
-    """Writers of the stream are multiplied by R, readers by R^T, one D x D matrix a stream (METHOD.md section 3, R1).
+    """Writers of the stream are multiplied by R, readers by R^T, one D x D matrix a stream (docs/method.md, R1).
 
     It needs norms without weight: fold them first. A stream that the analysis cannot follow is left as it is.
 

@@ -11,7 +11,7 @@ from mq_ao.passes.base import Pass, Rewrite
 
 @dataclass(frozen=True)
 class RotateState(Pass):
-    """h <- h H after the recurrence, W_C <- H^T W_C (METHOD.md section 4, R4). Needs `expose_state` before it."""
+    """h <- h H after the recurrence, W_C <- H^T W_C (docs/method.md, R4). Needs `expose_state` before it."""
 
     name = "rotate_state"
     step = "R4"

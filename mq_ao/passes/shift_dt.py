@@ -20,7 +20,7 @@ _DELTA_BIAS = 6
 
 @dataclass(frozen=True)
 class ShiftDt(Pass):
-    """The mid-range m of dt_proj's input moves into biases: -m in x_proj, + m W_up^T at dt (METHOD.md section 2)."""
+    """The mid-range m of dt_proj's input moves into biases: -m in x_proj, + m W_up^T at dt (docs/method.md, shift)."""
 
     name = "shift_dt"
 

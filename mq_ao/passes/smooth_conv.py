@@ -24,7 +24,7 @@ _CHANNEL_LAST = frozenset({torch.ops.mq_ao.causal_conv1d.default})
 
 @dataclass(frozen=True)
 class SmoothConv(Pass):
-    """W_s <- diag(1/s) W_s, taps <- taps * s (METHOD.md section 2, S7).
+    """W_s <- diag(1/s) W_s, taps <- taps * s (docs/method.md, S7).
 
     A carried convolution state is kept in scaled form.
 

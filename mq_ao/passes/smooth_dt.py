@@ -14,7 +14,7 @@ from mq_ao.statistics import Request
 
 @dataclass(frozen=True)
 class SmoothDt(Pass):
-    """W_dt <- diag(1/s) W_dt, W_up <- W_up diag(s) (METHOD.md section 2, S5).
+    """W_dt <- diag(1/s) W_dt, W_up <- W_up diag(s) (docs/method.md, S5).
 
     Attributes:
         alpha: share of the activation in the balance.

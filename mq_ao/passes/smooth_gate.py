@@ -24,7 +24,7 @@ aten = walk.aten
 
 @dataclass(frozen=True)
 class SmoothGate(Pass):
-    """W_g <- diag(1/s) W_g, W_o <- W_o diag(s), gate = S-SiLU(z, s) = z sigmoid(s z) (METHOD.md section 2, S2).
+    """W_g <- diag(1/s) W_g, W_o <- W_o diag(s), gate = S-SiLU(z, s) = z sigmoid(s z) (docs/method.md, S2).
 
     In Mamba-2, where a norm follows the gate, the norm's weight takes 1/s instead.
 

@@ -25,7 +25,7 @@ class Partner(StrEnum):
 
 @dataclass(frozen=True)
 class SmoothState(Pass):
-    """W_C <- diag(s) W_C, W_B <- diag(1/s) W_B with s = sqrt(max|h| / max|C|) a state (METHOD.md section 2, S4).
+    """W_C <- diag(s) W_C, W_B <- diag(1/s) W_B with s = sqrt(max|h| / max|C|) a state (docs/method.md, S4).
 
     The recurrence is linear in B and diagonal in the states, so h is divided by s at every step. A carried state is
     kept in that scaled form.

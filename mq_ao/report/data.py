@@ -30,7 +30,7 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class VarianceProfile:
-    """Variances of the channels at one place, before and after its rotation (METHOD.md section 3).
+    """Variances of the channels at one place, before and after its rotation (docs/method.md, section 3).
 
     Attributes:
         where: the place in words, such as "residual stream" or "layers.3.mixer: dt_proj input".

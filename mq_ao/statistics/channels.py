@@ -1,4 +1,4 @@
-"""Channel statistics of a float graph: what smoothing and rotation (METHOD.md sections 2 and 3) are computed from."""
+"""Channel statistics of a float graph, for smoothing and rotation (docs/method.md, sections 2 and 3)."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class ChannelStatistics:
         return centred.clamp(min=0) / self._degrees()
 
     def covariance(self) -> Tensor:
-        """C_X of METHOD.md section 3: X^T X / (count - 1) of the centred X, (channels, channels).
+        """C_X of docs/method.md, section 3: X^T X / (count - 1) of the centred X, (channels, channels).
 
         Raises:
             MqAoError: it was not collected, or fewer than two rows.
