@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._inductor.constant_folding import constant_fold
 from torch.fx import GraphModule
 
+from mq_ao.compat.compiling import constant_fold
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.lowering.patterns import simulated_nodes

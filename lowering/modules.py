@@ -8,11 +8,11 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import SymInt, Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
+from mq_ao.compat import trees as pytree
+from mq_ao.compat.tracing import FakeTensorMode, size_guards
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.lowering.graphs import export, flat
@@ -44,7 +44,7 @@ def export_module(
     Raises:
         MqAoError: an input or a result is neither a tensor nor a constant, or a size does not suit it.
     """
-    info: Any = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    info = pytree.call_structure(module)
     graph_module = flat(module)
     constants = _take_constants(graph_module)
     leaves = _take_results(graph_module)
@@ -73,7 +73,7 @@ def export_module(
         leaves=leaves,
         least=least,
         most=most,
-        guards=tuple(guard.text for guard in map(Guard.of, exported._guards_code)),
+        guards=tuple(guard.text for guard in map(Guard.of, size_guards(exported))),
     )
 
 

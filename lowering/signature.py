@@ -12,8 +12,8 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from mq_ao.compat import trees as pytree
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.guards import Guard
 from mq_ao.models.inputs import is_plain
@@ -81,7 +81,7 @@ class Signature:
         constants: the other leaves, by position: the program was made for these values.
         names: of the arguments.
         by_position: how many of them were given by position when the module was captured; the others were keywords.
-        arguments: structure of the arguments, `(args, kwargs)`, as `torch.utils._pytree` writes it.
+        arguments: structure of the arguments, `(args, kwargs)`, as `compat.trees.treespec_dumps` writes it.
         result: structure of what is given, likewise.
         leaves: of the result: the number of a tensor that the program gives, or a list of one constant.
         least: smallest size by name.
@@ -208,7 +208,7 @@ class Signature:
 
 
 def structure(text: str) -> pytree.TreeSpec:
-    """A structure that `torch.utils._pytree.treespec_dumps` wrote; libraries whose types are in it are imported.
+    """A structure that `compat.trees.treespec_dumps` wrote; libraries whose types are in it are imported.
 
     Raises:
         MqAoError: a library is not installed, or does not have the type.

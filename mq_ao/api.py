@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from mq_ao import batches, models, passes
@@ -25,6 +24,7 @@ from mq_ao.capture import export
 from mq_ao.capture.by_hand import Scans, using_scans
 from mq_ao.capture.precision import check_weights, float_dtype, in_float32
 from mq_ao.capture.unwrapping import unwrapped
+from mq_ao.compat.trees import tree_leaves
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
 from mq_ao.graph import match, walk

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mq_ao.compat.compiling import dynamo_settings, inductor_settings
 from mq_ao.graph import walk
 from mq_ao.ops.int8_linear import MOST_PIECES, finished, scaled
 
@@ -134,9 +135,9 @@ def compiled(module: GraphModule, mode: str = "default", dynamic: bool | None = 
     def run(*args: Any) -> Any:
         # Read where it compiles, which is at a first call. Inductor has a product that it can fuse with only where it
         # may try several.
-        tuned = torch._inductor.config.patch(max_autotune_gemm=args[0].device.type == "cuda")
+        tuned = inductor_settings(max_autotune_gemm=args[0].device.type == "cuda")
         # Batch sizes of decode, and lengths on either side of 16 rows, are compiled apart.
-        with torch.no_grad(), tuned, torch._dynamo.config.patch(recompile_limit=64):
+        with torch.no_grad(), tuned, dynamo_settings(recompile_limit=64):
             return function(*args)
 
     return run

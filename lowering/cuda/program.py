@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from mq_ao.compat.compiling import keep_address
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.cuda.compiled import compiled
 from mq_ao.lowering.cuda.saved import (
@@ -127,7 +128,7 @@ class _Held:
         self._states = states
         self._latest: tuple[Tensor, ...] = ()
         for state in states:
-            torch._dynamo.mark_static_address(state)
+            keep_address(state)
 
     def check(self, given: Sequence[Tensor]) -> None:
         """Raises MqAoError if states lie here that are not those of the last step."""

@@ -69,7 +69,7 @@ def read(path: Path) -> Anatomy:
     Args:
         path: a program that `open_program` accepts.
     """
-    from executorch.exir._serialize._program import deserialize_pte_binary
+    from mq_ao.compat.executorch import deserialize_pte_binary
 
     content = path.read_bytes()
     file = deserialize_pte_binary(content)

@@ -19,11 +19,11 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
-from torch._export.verifier import SpecViolationError
-from torch._inductor.constant_folding import constant_fold
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from mq_ao.compat.compiling import constant_fold
+from mq_ao.compat.tracing import SpecViolationError
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
 from torch.nn import functional
 
+from mq_ao.compat.executorch import scan
 from mq_ao.errors import MqAoError
 
 mq = torch.ops.mq_ao

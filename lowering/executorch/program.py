@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mq_ao.compat.executorch import reset_thread_pool
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, replacing
 from mq_ao.lowering.base import GeneratingProgram, LoweredProgram
@@ -247,9 +248,7 @@ def set_threads(count: int) -> None:
         MqAoError: executorch is not installed.
     """
     _runtime()
-    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-
-    _unsafe_reset_threadpool(count)
+    reset_thread_pool(count)
 
 
 def _runtime() -> Any:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 import mq_ao.ops
 from mq_ao.backends import INDUCTOR
+from mq_ao.compat.compiling import inductor_settings
 from mq_ao.lowering.graphs import flat, state_shapes, with_positions
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
@@ -73,7 +74,7 @@ def compiled_float(module: GraphModule, example_args: tuple[Tensor, ...]) -> Any
     def run(*args: Any) -> Any:
         # Where it compiles, it freezes: an option of torch.compile would not reach the part that makes constants of
         # parameters, and no convolution that another quantizer annotated would become an integer one.
-        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        with torch.no_grad(), inductor_settings(freezing=True):
             return function(*args)
 
     run(*example_args)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
-from torch._inductor import aot_compile
 from torch.export import ExportedProgram
-from torch.export.pt2_archive._package import AOTICompiledModel, load_pt2, package_pt2
 
 import mq_ao.ops
+from mq_ao.compat.archives import AOTICompiledModel, load_pt2, package_pt2
+from mq_ao.compat.compiling import aot_compile
 from mq_ao.lowering import archive
 
 FORMAT = 2

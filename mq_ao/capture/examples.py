@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map
 
+from mq_ao.compat.trees import tree_leaves, tree_map
 from mq_ao.errors import MqAoError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mq_ao.compat.trees import tree_leaves
+
 NAMES: Mapping[str, tuple[str, ...]] = {
     "x": ("x", "u", "hidden_states"),
     "dt": ("dt", "delta", "delta_t", "dts"),
@@ -120,4 +122,4 @@ def _profiled(function: Callable[[], None], watch: Callable[[FrameType, str, Any
 
 def tensors(values: Any) -> list[Tensor]:
     """The tensors in nested arguments."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported, UserError
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._pytree import tree_leaves
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.capture import by_hand, examples, mamba_ssm, modes, transformers
@@ -19,6 +16,8 @@ from mq_ao.capture.examples import Call
 from mq_ao.capture.layout import ChannelLast
 from mq_ao.capture.replacing import Replacement, replaced
 from mq_ao.capture.unwrapping import unwrapped
+from mq_ao.compat.tracing import REFUSALS
+from mq_ao.compat.trees import tree_leaves
 from mq_ao.errors import MqAoError
 from mq_ao.graph.canonical import canonicalise
 from mq_ao.turns import in_turn
@@ -104,7 +103,7 @@ def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.S
             program = torch.export.export(module, *call, dynamic_shapes=dynamic_shapes)
     except MqAoError as error:
         raise MqAoError(f"{_place(module, error)} cannot be captured: {error}") from error
-    except (UserError, Unsupported, GuardOnDataDependentSymNode) as error:
+    except REFUSALS as error:
         raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {_reason(error)}") from error
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         # From the model's own code, run on example inputs.

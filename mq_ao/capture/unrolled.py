@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from mq_ao.capture import frames
+from mq_ao.compat.tracing import TorchDispatchMode
+from mq_ao.compat.trees import tree_leaves, tree_map
 from mq_ao.errors import MqAoError
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mq_ao.compat.tracing import statically_known_true
 
 Groups = tuple[tuple[int, ...], ...]
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.graph_module import _get_attr
-from torch.utils._pytree import tree_map_only
+
+from mq_ao.compat.graphs import attribute
+from mq_ao.compat.trees import tree_map_only
 
 _BLOCK = 2**20
 """Elements that are in float64 at a time: an embedding or a head has many more."""
@@ -27,7 +28,7 @@ def is_constant(node: object) -> bool:
 def constant(module: GraphModule, node: Node) -> Tensor:
     """Value of a node that `is_constant`, detached: perhaps the parameter itself, not to be written to."""
     if node.op == "get_attr":
-        value: Tensor = _get_attr(module, str(node.target))
+        value: Tensor = attribute(module, str(node.target))
         return value.detach()
     args, kwargs = tree_map_only(Node, lambda arg: constant(module, arg), (node.args, node.kwargs))
     assert callable(node.target)

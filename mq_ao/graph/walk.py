@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
+from mq_ao.compat.tracing import statically_known_true
 from mq_ao.errors import MqAoError
 
 aten = torch.ops.aten

@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from mq_ao.compat.tracing import is_fake
 from mq_ao.errors import MqAoError
 
 _INTEGERS = frozenset(
@@ -19,12 +20,7 @@ _FEW = 64
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is values in memory: not sparse, nested, on the meta device, or traced."""
-    return (
-        tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not tensor.is_meta
-        and not isinstance(tensor, torch._subclasses.FakeTensor)
-    )
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta and not is_fake(tensor)
 
 
 def token_ids(given: Any, vocab_size: int | None = None, what: str = "input_ids") -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
+from mq_ao.compat.tracing import is_fake
 from mq_ao.models import pretrained
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.models.generate import Sampling, generate
@@ -206,7 +207,7 @@ class MambaLM(nn.Module):
         refuse_mask(attention_mask)
         weight = self.backbone.embedding.weight
         # Shapes alone have no values to be checked.
-        if not (torch.compiler.is_compiling() or weight.is_meta or isinstance(input_ids, torch._subclasses.FakeTensor)):
+        if not (torch.compiler.is_compiling() or weight.is_meta or is_fake(input_ids)):
             input_ids = token_ids(input_ids, self.config.vocab_size).to(weight.device)
             if conv_state is not None or ssm_state is not None:
                 self._states.check(len(input_ids), conv_state, ssm_state)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import SymBool
 
+from mq_ao.compat.tracing import parse_schema
 from mq_ao.errors import MqAoError
 from mq_ao.ops.native import build
 
@@ -73,7 +74,7 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
 
 def _define_out(name: str, schema: str) -> None:
     """Defines `mq_ao::name.out`: the same arguments, and a tensor for each result, which is resized and written."""
-    parsed = torch._C.parse_schema(f"mq_ao::{name}{schema}")
+    parsed = parse_schema(f"mq_ao::{name}{schema}")
     count = len(parsed.returns)
     names = ["out"] if count == 1 else [f"out{i}" for i in range(count)]
     aliases = [f"Tensor({letter}!)" for letter in string.ascii_lowercase[:count]]

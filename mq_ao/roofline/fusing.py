@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mq_ao.compat.tracing import OpOverload, OpOverloadPacket
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.lowering.cuda.compiled import FEW_ROWS, summed
@@ -101,9 +102,9 @@ def kernels(module: GraphModule, seen: Mapping[Node, Any], device: Device) -> li
 def operator_name(node: Node) -> str:
     """`aten.mul` of `aten.mul.Tensor`; of a Python function its name."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return f"{target.namespace}.{target._opname}"
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return str(target).removeprefix("torch.ops.")
     return getattr(target, "__name__", str(target))
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
+
+from mq_ao.compat.tracing import FakeTensorMode
 
 
 def values(module: GraphModule, batch: int, length: int) -> dict[Node, Any]:

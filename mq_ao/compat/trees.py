@@ -1,0 +1,36 @@
+"""Nested inputs and results as lists of leaves. torch.export speaks in these trees and has no public name for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule
+from torch.utils._pytree import (
+    SERIALIZED_TYPE_TO_PYTHON_TYPE,
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
+
+__all__ = [
+    "SERIALIZED_TYPE_TO_PYTHON_TYPE",
+    "TreeSpec",
+    "call_structure",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "treespec_dumps",
+    "treespec_loads",
+]
+
+
+def call_structure(module: GraphModule) -> Any:
+    """How an exported graph is called: `in_spec` and `out_spec`, and the arguments' names as `orig_args`."""
+    return module.graph._codegen.pytree_info  # type: ignore[attr-defined]
