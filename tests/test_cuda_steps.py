@@ -13,7 +13,7 @@ import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import capture, compile_float
 from mq_ao.graph import walk
-from mq_ao.lowering.cuda import CudaProgram, lower
+from mq_ao.lowering.cuda import CudaProgram, rewrite
 from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.lowering.graphs import with_positions
 from mq_ao.models import Mamba2Config, Mamba2LM, MambaLM
@@ -97,7 +97,7 @@ def step_of(model: MambaLM | Mamba2LM, recipe: str | None, batches: list[Tensor]
     if recipe is None:
         whole = with_positions(capture(model, ()))
     else:
-        whole = lower(with_positions(mq_ao.quantize(model, batches, recipe, backend="cuda").converted)).module
+        whole = rewrite(with_positions(mq_ao.quantize(model, batches, recipe, backend="cuda").converted)).module
     return whole, one_token(whole)
 
 
@@ -142,7 +142,7 @@ def test_layers_may_share_taps(tiny: MambaLM, calibration: list[Tensor]) -> None
 
 
 def test_the_compiler_keeps_it_in_place(tiny: MambaLM, calibration: list[Tensor]) -> None:
-    program = mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").lower()
+    program = mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").rewrite()
     assert isinstance(program, CudaProgram)
     compiled = program.on("cpu", "reduce-overhead")
     ids = tokens(2, 5)
