@@ -142,7 +142,7 @@ def test_layers_may_share_taps(tiny: MambaLM, calibration: list[Tensor]) -> None
 
 
 def test_the_compiler_keeps_it_in_place(tiny: MambaLM, calibration: list[Tensor]) -> None:
-    program = mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").rewrite()
+    program = mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").lower()
     assert isinstance(program, CudaProgram)
     compiled = program.on("cpu", "reduce-overhead")
     ids = tokens(2, 5)
