@@ -68,6 +68,11 @@ def calls(
                 if not takes_mask:
                     part.pop(MASK, None)
                 bound.arguments.update(_known(model, signature, part))
+                if not bound.arguments:
+                    raise MqAoError(
+                        f"{what} holds {', '.join(named) or 'nothing'}, and {type(model).__name__}.forward takes "
+                        f"{', '.join(signature.parameters) or 'nothing'}: name its inputs so."
+                    )
                 _check_ids(bound.arguments.get(IDS), vocab_size, what)
                 names = names or set(bound.arguments)
                 if set(bound.arguments) != names:

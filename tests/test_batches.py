@@ -137,6 +137,7 @@ def test_open_signatures_keep_every_input() -> None:
         ([IDS.float()], "torch.float32: token ids are"),
         ([IDS, IDS + 256], "calibration batch 1 holds token ids .*, outside the vocabulary of 256 tokens"),
         ([IDS[:, :0]], "calibration batch 0 is empty"),
+        ([{"ids": IDS}], "calibration batch 0 holds ids, and Masked.forward takes input_ids, .*: name its inputs so"),
         ([{"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}], "batch 0: attention_mask is 0 everywhere"),
         (
             [{"input_ids": IDS, "attention_mask": torch.tensor([[1, 0, 1, 1, 1]]).expand(2, -1)}],
