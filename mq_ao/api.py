@@ -28,6 +28,7 @@ from mq_ao.compat.trees import tree_leaves
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
 from mq_ao.graph import match, walk
+from mq_ao.graph.partial import Batch
 from mq_ao.lowering.graphs import find_state_shapes
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
@@ -183,7 +184,7 @@ def _quantized(
     if first is None:
         raise MqAoError("calibration is empty: give at least one batch of inputs.")
     with in_float32(model):
-        graph = capture(model, *first)
+        graph = capture(model, first.args, first.kwargs)
     vocab_size = _language_model_vocabulary(graph)
     # Before anything takes long.
     walk.check_scans(graph, quantizer.kernels.scans, quantizer.kernels.backend)
@@ -272,12 +273,12 @@ def _language_model_vocabulary(graph: GraphModule) -> int | None:
     return int(walk.value(results[0]).shape[-1])
 
 
-def _inputs(graph: GraphModule, calls: Iterable[Call], counts: list[int]) -> Iterator[tuple[Any, ...]]:
+def _inputs(graph: GraphModule, calls: Iterable[Call], counts: list[int]) -> Iterator[Batch]:
     """Calls as inputs of the graph, with zero states where a language model was given none; tokens are counted."""
     shapes = find_state_shapes(graph)
     zeros: dict[int, tuple[Tensor, Tensor]] = {}
     for call in calls:
-        flat = tree_leaves(call)
+        flat = tree_leaves((call.args, call.kwargs))
         counts.append(batches.tokens(flat[0]))
         if shapes is not None and len(flat) == 1:
             # One pair for all batches of a size: nothing writes to it.
@@ -285,4 +286,4 @@ def _inputs(graph: GraphModule, calls: Iterable[Call], counts: list[int]) -> Ite
             if size not in zeros:
                 zeros[size] = shapes.zeros(size)
             flat += zeros[size]
-        yield tuple(flat)
+        yield Batch.of(flat, call.batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -19,8 +19,22 @@ from mq_ao.padding import MASK, unpadded
 
 logger = logging.getLogger(__name__)
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword inputs."""
+
+class Call(NamedTuple):
+    """One call of a model.
+
+    Attributes:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        batch: number of the calibration batch that it is of; a batch of several lengths makes several calls.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch: int
+
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 IDS = "input_ids"
 """The name by which models know token ids."""
@@ -80,7 +94,7 @@ def calls(
                         f"{what} holds {', '.join(bound.arguments) or 'nothing'}, and batches before it "
                         f"{', '.join(sorted(names))}: give the same inputs in every batch."
                     )
-                yield bound.args, bound.kwargs
+                yield Call(bound.args, bound.kwargs, index)
 
 
 def tokens(ids: Any) -> int:
@@ -88,7 +102,7 @@ def tokens(ids: Any) -> int:
     return ids.numel() if isinstance(ids, Tensor) and ids.dim() == 2 and ids.dtype == torch.int64 else 0
 
 
-def _sequences(batch: Any, what: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _sequences(batch: Any, what: str) -> Iterator[Given]:
     """Positional and keyword inputs of a batch; of lists of tokens, those of one length at a time."""
     if isinstance(batch, str) or (isinstance(batch, list | tuple) and batch and isinstance(batch[0], str)):
         raise MqAoError(f"{what} is text: tokenize it first, with mq_ao.text or the model's own tokenizer.")
@@ -150,7 +164,7 @@ def _row(value: Any) -> Any:
     return value[None] if whole else value
 
 
-def _bound(model: nn.Module, signature: inspect.Signature, call: Call, what: str) -> dict[str, Any]:
+def _bound(model: nn.Module, signature: inspect.Signature, call: Given, what: str) -> dict[str, Any]:
     """A call's inputs by parameter, as tensors; what keyword inputs the model does not know is left in."""
     args, kwargs = call
     try:

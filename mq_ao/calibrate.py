@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, ObserverBase
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph.partial import PartialRun
+from mq_ao.graph.partial import Batch, PartialRun
 from mq_ao.memory import release
 from mq_ao.progress import with_bar
 
@@ -28,23 +28,23 @@ def calibrate(prepared: GraphModule, batches: Iterable[tuple[Any, ...]], *, prog
         progress: show a progress bar on stderr.
 
     Returns:
-        Number of batches.
+        Number of batches; parts of one count once (see `graph.partial.Batch`).
 
     Raises:
         MqAoError: no batch, one that does not fit the graph, or NaN or Inf on the way, whose node and batch are named.
     """
     observers = _observers(prepared)
     run = PartialRun(prepared, observers).run_batch if observers else None
-    count = 0
+    numbers: set[int] = set()
     for batch in with_bar(batches, "calibrating", progress):
         if run is not None:
             run(batch)
-        count += 1
+        numbers.add(batch.number if isinstance(batch, Batch) else len(numbers))
         release()
-    if count == 0:
+    if not numbers:
         raise MqAoError("calibration is empty: give at least one batch of inputs.")
-    logger.info("calibrated on %d batches", count)
-    return count
+    logger.info("calibrated on %d batches", len(numbers))
+    return len(numbers)
 
 
 def _observers(prepared: GraphModule) -> dict[Node, torch.nn.Module]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.batches import Call, calls
+from mq_ao.batches import Given, calls
 from mq_ao.models import MambaLM
 from mq_ao.padding import unpadded
 from tests.conftest import tokens
@@ -44,8 +44,8 @@ class Open(nn.Module):
         return args[0]
 
 
-def read(batches: Any, model: nn.Module | None = None, vocab_size: int | None = 256) -> list[Call]:
-    return list(calls(model or Masked(), batches, vocab_size))
+def read(batches: Any, model: nn.Module | None = None, vocab_size: int | None = 256) -> list[Given]:
+    return [(call.args, call.kwargs) for call in calls(model or Masked(), batches, vocab_size)]
 
 
 def ids_of(batches: Any, model: nn.Module | None = None) -> list[list[list[int]]]:
@@ -194,7 +194,7 @@ def test_padding_changes_nothing_in_a_language_model(tiny: MambaLM, side: str, r
     ids = tokens(2, 9, seed=5)
     states = tiny.initial_states(2)
     assert torch.equal(padding.converted(ids, *states)[0], without.converted(ids, *states)[0])
-    assert padding.report().tokens == 11
+    assert (padding.report().batches, padding.report().tokens) == (1, 11)
 
 
 @pytest.fixture(scope="module")

@@ -499,3 +499,14 @@ def test_the_batch_of_an_overflow_is_named(tiny: MambaLM, place: int) -> None:
     for recipe in ("rtn-w8a8", "mambaquant-w8a8"):
         with pytest.raises(MqAoError, match=f"in batch {place}: check the weights and the inputs before it"):
             mq_ao.quantize(model, batches, recipe)
+
+
+def test_a_batch_of_several_lengths_is_one_for_messages(tiny: MambaLM) -> None:
+    model = copy.deepcopy(tiny)
+    with torch.no_grad():
+        model.backbone.embedding.weight[255] = 1e30
+    batches = [[[1, 2, 3], [4, 5], [6]], [[7, 8], [9, 255, 10]]]
+    for recipe in ("rtn-w8a8", "mambaquant-w8a8"):
+        with pytest.raises(MqAoError, match="in batch 1: check the weights and the inputs before it"):
+            mq_ao.quantize(model, batches, recipe)
+    assert mq_ao.quantize(tiny, batches, "rtn-w8a8").report().batches == 2

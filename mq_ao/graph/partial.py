@@ -16,6 +16,23 @@ _WATCHED = walk.LINEAR | walk.CONV | walk.ANY_SCAN | walk.NORM | walk.ADD | walk
 """Whose outputs are looked at besides those that are wanted; masks that hold infinities come from others."""
 
 
+class Batch(tuple[Any, ...]):
+    """Inputs of a graph in order.
+
+    Attributes:
+        number: of the calibration batch that they are a part of, for messages.
+    """
+
+    number: int
+
+    @classmethod
+    def of(cls, values: Iterable[Any], number: int) -> Batch:
+        """These inputs, of that batch."""
+        batch = cls(values)
+        batch.number = number
+        return batch
+
+
 class PartialRun(Interpreter):
     """Runs a graph up to the last of some nodes: a head's logits are large, and nobody calibrates on them.
 
@@ -44,7 +61,7 @@ class PartialRun(Interpreter):
             MqAoError: they are not a tuple, not as many as the graph's or none that it takes; or a value is NaN, Inf or
                 too large, and its node and the number of the batch are named.
         """
-        self._batch += 1
+        self._batch = batch.number if isinstance(batch, Batch) else self._batch + 1
         if not isinstance(batch, tuple):
             raise MqAoError(f"a batch is a tuple of the graph's inputs, not a {type(batch).__name__}.")
         flat: Sequence[Any] = self.graph.process_inputs(*batch)
