@@ -19,7 +19,8 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import compile_float
-from mq_ao.capture import import_mamba_ssm
+from mq_ao.capture import import_mamba_ssm, modes
+from mq_ao.capture.replacing import replaced
 from mq_ao.models import MambaConfig, MambaLM, Vim, VimConfig, demo
 from mq_ao.models.mamba import MambaMixer
 from mq_ao.quantizer import MambaQuantizer, w8a8
@@ -356,6 +357,40 @@ def test_an_enabled_autocast_is_left_out_and_named(blocks: Blocks, caplog: pytes
     assert "the model's own autocast to bfloat16 is left out" in caplog.text
     with torch.no_grad():
         torch.testing.assert_close(program.module()(X[0]), blocks(X[0]) + 0.5 * X[0])
+
+
+class Kept(nn.Module):
+    """Enters the same autocast at every call, and one by a decorator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.mode = nn.Linear(4, 4), torch.autocast("cpu", dtype=torch.bfloat16)
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def decorated(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with self.mode:
+            y = self.linear(x)
+        return y, self.decorated(x)
+
+
+def test_a_capture_leaves_the_models_autocast_and_that_of_other_threads_on() -> None:
+    model, x = Kept().eval(), torch.randn(2, 3, 4)
+    assert [y.dtype for y in mq_ao.export(model, (x,)).module()(x)] == [torch.float32] * 2
+    assert [y.dtype for y in model(x)] == [torch.bfloat16] * 2
+    seen: list[torch.dtype] = []
+
+    def other() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+
+    with replaced(modes.replacements()):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen == [torch.bfloat16]
 
 
 def test_an_autocast_around_quantize_changes_nothing(blocks: Blocks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,16 +24,24 @@ def replacements() -> Iterator[Replacement]:
     """An autocast that is entered while a model is traced does nothing, and the log says so once."""
     enter = torch.amp.autocast.__enter__
     named: set[Any] = set()
+    tracing = threading.get_ident()
 
     def disabled(self: torch.amp.autocast) -> Any:
+        # The class is everyone's: what other threads enter in the meantime is what they asked for.
+        if threading.get_ident() != tracing:
+            return enter(self)
         if self._enabled and self.fast_dtype not in named:
             named.add(self.fast_dtype)
             logger.warning(
                 "the model's own autocast to %s is left out: the captured program computes in the dtype of the weights",
                 str(self.fast_dtype).removeprefix("torch."),
             )
-        self._enabled = False
-        return enter(self)
+        # The object may be the model's own, or that of a decorator, and is entered again after the capture.
+        was, self._enabled = self._enabled, False
+        try:
+            return enter(self)
+        finally:
+            self._enabled = was
 
     yield Replacement(torch.amp.autocast, "__enter__", disabled)
 
