@@ -27,7 +27,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
 import mq_ao
-from mq_ao.calibrate import calibrate
+from mq_ao.calibration import calibrate
 from mq_ao.classify import BATCH, compare, log_probabilities
 from mq_ao.cli.console import kernel_counts, out
 from mq_ao.lowering import inductor

@@ -15,6 +15,7 @@ from mq_ao.compat import trees as pytree
 from mq_ao.compat.tracing import FakeTensorMode, size_guards
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.graph.buffers import written
 from mq_ao.lowering.graphs import export, flat
 from mq_ao.lowering.guards import Guard
 from mq_ao.lowering.signature import Input, Signature
@@ -79,15 +80,11 @@ def export_module(
 
 def refuse_memory(converted: GraphModule) -> None:
     """Raises MqAoError if a graph writes to its buffers: a saved program keeps nothing between calls."""
-    for node in converted.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        for value, argument in zip(node.args, schema.arguments if schema else (), strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
-            if written and (source := walk.upstream(value, through=walk.TRANSPARENT)).op == "get_attr":
-                raise MqAoError(
-                    f"the module writes to its buffer {source.target}: a saved program keeps nothing between calls. "
-                    "Give it as an input, and return what it becomes."
-                )
+    if (name := written(converted)) is not None:
+        raise MqAoError(
+            f"the module writes to its buffer {name}: a saved program keeps nothing between calls. Give it as an "
+            "input, and return what it becomes."
+        )
 
 
 def _take_constants(module: GraphModule) -> dict[int, Any]:
@@ -97,6 +94,9 @@ def _take_constants(module: GraphModule) -> dict[int, Any]:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             continue
+        for user in list(node.users):
+            if user.op == "call_module":  # the check of sizes, which is given all inputs
+                user.args = tuple(value if item is node else item for item in user.args)
         if node.users or not (value is None or isinstance(value, bool | int | float | str)):
             raise MqAoError(f"input {node.name} is neither a tensor nor a constant: a saved program cannot take it.")
         constants[index] = value

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from mq_ao import batches, models, passes
+from mq_ao import models, passes
 from mq_ao.backends import BACKENDS, backend_of, get_backend
-from mq_ao.batches import Call
-from mq_ao.calibrate import calibrate
+from mq_ao.calibration import Calibration, calibrate
 from mq_ao.capture import export
 from mq_ao.capture.by_hand import Scans, using_scans
 from mq_ao.capture.precision import check_weights, float_dtype, in_float32
 from mq_ao.capture.unwrapping import unwrapped
-from mq_ao.compat.trees import tree_leaves
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
 from mq_ao.graph import match, walk
-from mq_ao.graph.partial import Batch
+from mq_ao.graph.buffers import written
 from mq_ao.lowering.graphs import find_state_shapes
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
 from mq_ao.models.program import LanguageProgram
+from mq_ao.modes import plain
 from mq_ao.quantizer import MambaQuantizer
 from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.report import build, sizes
@@ -113,7 +112,7 @@ class QuantizedProgram:
 
 
 def capture(model: nn.Module, example: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> GraphModule:
-    """Exports `model` and returns the graph that passes and quantizer work on.
+    """Exports `model` and returns the graph that passes and quantizer work on, which checks the sizes it is given.
 
     A `MambaLM` is captured with explicit states whatever `example` holds. A graph that was captured before is copied,
     on the same tensors.
@@ -125,7 +124,7 @@ def capture(model: nn.Module, example: tuple[Any, ...], kwargs: Mapping[str, Any
         any_batch = {1: Dim.DYNAMIC}
         shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, any_batch, any_batch)
         return export(model, example, dynamic_shapes=shapes).module(check_guards=False)
-    return export(model, example, kwargs).module(check_guards=False)
+    return export(model, example, kwargs).module()
 
 
 @in_turn
@@ -142,7 +141,8 @@ def quantize(
 
     Args:
         model: float model in eval mode, of any floating dtype: what is not quantized runs in float32. It is not
-            changed. Or the name or folder of one (see `MambaLM.from_pretrained`), or what `mq_ao.export` gave.
+            changed in the end; let no other thread run it meanwhile. Or the name or folder of one (see
+            `MambaLM.from_pretrained`), or what `mq_ao.export` gave.
         calibration: inputs of the model, one element a batch: a tensor, a tuple or list of positional inputs, or a
             mapping of keyword inputs such as a tokenizer gives (`input_ids`, `attention_mask`); arrays and lists of
             token ids too. Padding that an `attention_mask` tells does not count. Not data that the result is evaluated
@@ -163,34 +163,40 @@ def quantize(
     chosen = get_recipe(recipe)
     # Before anything takes long: it says what the backend has no kernel for.
     quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
-    with ExitStack() as modes:
-        # Whatever the caller is in the middle of.
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.autocast("cpu", enabled=False))
-        modes.enter_context(torch.autocast("cuda", enabled=False))
-        modes.enter_context(using_scans(scans or {}))
+    with ExitStack() as settings:
+        settings.enter_context(plain())
+        settings.enter_context(using_scans(scans or {}))
         return _quantized(_opened(model), calibration, chosen, quantizer, progress)
 
 
 def _quantized(
-    model: nn.Module, calibration: Iterable[Any], recipe: Recipe, quantizer: MambaQuantizer, progress: bool
+    model: nn.Module, data: Iterable[Any], recipe: Recipe, quantizer: MambaQuantizer, progress: bool
 ) -> QuantizedProgram:
     check_weights(model)
     dtype = float_dtype(model)
     if dtype != torch.float32 and isinstance(model, GraphModule):
         raise MqAoError(f"this graph was captured in {dtype}: give mq_ao.export a model in float32 (model.float()).")
-    calls = batches.calls(model, calibration, _vocab_size(model), takes_mask=not isinstance(model, MambaLM))
-    first = next(calls, None)
-    if first is None:
-        raise MqAoError("calibration is empty: give at least one batch of inputs.")
+    calibration = Calibration(model, data, _vocab_size(model), takes_mask=not isinstance(model, MambaLM))
+    with plain():  # again, after code of the user's
+        return _calibrated(model, calibration, recipe, quantizer, progress)
+
+
+def _calibrated(
+    model: nn.Module, calibration: Calibration, recipe: Recipe, quantizer: MambaQuantizer, progress: bool
+) -> QuantizedProgram:
+    dtype = float_dtype(model)
     with in_float32(model):
-        graph = capture(model, first.args, first.kwargs)
+        graph = capture(model, calibration.first.args, calibration.first.kwargs)
+    if (name := written(graph)) is not None:
+        raise MqAoError(
+            f"the model writes to its buffer {name} while it runs, and calibration would change it: give it as an "
+            "input, and return what it becomes."
+        )
     vocab_size = _language_model_vocabulary(graph)
     # Before anything takes long.
     walk.check_scans(graph, quantizer.kernels.scans, quantizer.kernels.backend)
     stored = sizes.stored(graph, sizes.roles(graph))
-    counts: list[int] = []
-    inputs = _inputs(graph, chain([first], calls), counts)
+    inputs = calibration.inputs(graph, find_state_shapes(graph))
     example = next(inputs)
     # Statistics and ranges are two runs over the same data.
     given: Iterable[tuple[Any, ...]] = chain([example], inputs)
@@ -208,15 +214,23 @@ def _quantized(
     converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     report = Report(
         *(recipe, quantizer.kernels.backend, description, tuple(rewrite.transforms), quantizer.report),
-        *(count, sum(counts), str(dtype).removeprefix("torch.")),
+        *(count, calibration.tokens, str(dtype).removeprefix("torch.")),
     )
     known_tokens = model.known_tokens if isinstance(model, MambaLM) else None
     return QuantizedProgram(converted, report, vocab_size, source, known_tokens)
 
 
 @in_turn
-def compile_float(model: MambaLM, backend: str = "inductor", options: Any = None) -> LanguageProgram:
-    """Compiles the float graph of a language model the same way as a quantized one, for comparison."""
+@plain()
+def compile_float(model: nn.Module, backend: str = "inductor", options: Any = None) -> LanguageProgram:
+    """Compiles the float graph of a language model the same way as a quantized one, for comparison.
+
+    Raises:
+        MqAoError: unknown backend or options, or the model is no `MambaLM`.
+    """
+    model = unwrapped(model)
+    if not isinstance(model, MambaLM):
+        raise MqAoError(f"compile_float takes a MambaLM, and not {type(model).__name__}: see mq_ao.models.load.")
     dtype = str(float_dtype(model)).removeprefix("torch.")
     info = {"recipe": dtype, "vocab_size": model.config.vocab_size}
     if model.known_tokens is not None:
@@ -244,15 +258,17 @@ def load(path: str | Path) -> LanguageProgram | Any:
 def _opened(model: nn.Module | ExportedProgram | str | Path) -> nn.Module:
     if isinstance(model, str | Path):
         return models.load(model)
-    return model.module(check_guards=False) if isinstance(model, ExportedProgram) else unwrapped(model)
+    return model.module() if isinstance(model, ExportedProgram) else unwrapped(model)
 
 
 def _copied(module: GraphModule) -> GraphModule:
     """A graph to edit, on the same tensors."""
     copied = GraphModule(module, copy.deepcopy(module.graph))
-    for node in copied.graph.find_nodes(op="call_module", target="_guards_fn"):
-        copied.graph.erase_node(node)  # ExportedProgram.module() puts it there, for the sizes of the example
-    copied.recompile()
+    if find_state_shapes(copied) is not None:
+        # Programs with states check what they are given themselves, and turn states into buffers.
+        for node in copied.graph.find_nodes(op="call_module", target="_guards_fn"):
+            copied.graph.erase_node(node)
+        copied.recompile()
     return copied
 
 
@@ -260,7 +276,10 @@ def _vocab_size(model: nn.Module) -> int | None:
     """The number of tokens that a model knows, as far as it says so."""
     if isinstance(model, MambaLM):
         return model.config.vocab_size
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()  # transformers' models
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()  # transformers' models
+    except NotImplementedError:  # of those without
+        return None
     return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
@@ -271,19 +290,3 @@ def _language_model_vocabulary(graph: GraphModule) -> int | None:
     if find_state_shapes(graph) is None or walk.upstream(results[0]).target not in walk.LINEAR:
         return None
     return int(walk.value(results[0]).shape[-1])
-
-
-def _inputs(graph: GraphModule, calls: Iterable[Call], counts: list[int]) -> Iterator[Batch]:
-    """Calls as inputs of the graph, with zero states where a language model was given none; tokens are counted."""
-    shapes = find_state_shapes(graph)
-    zeros: dict[int, tuple[Tensor, Tensor]] = {}
-    for call in calls:
-        flat = tree_leaves((call.args, call.kwargs))
-        counts.append(batches.tokens(flat[0]))
-        if shapes is not None and len(flat) == 1:
-            # One pair for all batches of a size: nothing writes to it.
-            size = flat[0].shape[0]
-            if size not in zeros:
-                zeros[size] = shapes.zeros(size)
-            flat += zeros[size]
-        yield Batch.of(flat, call.batch)

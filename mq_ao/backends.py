@@ -80,11 +80,17 @@ def get_backend(name: str) -> Backend:
     Raises:
         MqAoError: there is none; the message lists those that there are.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise MqAoError(f"unknown backend {name!r}: the backends are {', '.join(BACKENDS)}.")
     return BACKENDS[name]
 
 
 def backend_of(path: str | Path) -> Backend | None:
-    """The backend whose saved program a file is by its name, or None if it is none's."""
+    """The backend whose saved program a file is by its name, or None if it is none's.
+
+    Raises:
+        MqAoError: `path` is no path.
+    """
+    if not isinstance(path, str | Path):
+        raise MqAoError(f"a saved program's path is text or a Path, and not {type(path).__name__}.")
     return next((item for item in BACKENDS.values() if Path(path).suffix == item.suffix), None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 _TURN = threading.RLock()
+_HELD = threading.local()
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -22,6 +24,44 @@ def in_turn(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with _TURN:
-            return function(*args, **kwargs)
+            _HELD.times = _times() + 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _HELD.times -= 1
 
     return run
+
+
+def yielding_turns(items: Iterable[T]) -> Iterator[T]:
+    """The items of a user's iterable; while it makes one, other threads have their turn.
+
+    It may wait for a thread that waits for its turn.
+    """
+    iterator = iter(items)
+    while True:
+        with _given_up():
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
+
+
+def _times() -> int:
+    """How many times over this thread has the turn."""
+    return getattr(_HELD, "times", 0)
+
+
+@contextmanager
+def _given_up() -> Iterator[None]:
+    times = _times()
+    for _ in range(times):
+        _TURN.release()
+    _HELD.times = 0
+    try:
+        yield
+    finally:
+        for _ in range(times):
+            _TURN.acquire()
+        _HELD.times = times

@@ -79,13 +79,13 @@ def test_unknown_backend_is_refused(quantized: QuantizedProgram) -> None:
     [
         ([], "calibration is empty"),
         (torch.zeros(2, 4, dtype=torch.int64), "calibration is one tensor"),
-        (["text"], "batch 0 is text: tokenize it first"),
-        ([torch.zeros(2, 4)], "batch 0 is .2, 4. torch.float32: token ids are"),
-        ([torch.zeros(4, dtype=torch.int64)], "token ids are .batch, length. int64"),
-        ([torch.zeros(2, 0, dtype=torch.int64)], "batch 0 is empty"),
+        (["text"], "batch 0: this is text: tokenize it first"),
+        ([torch.zeros(2, 4)], "batch 0: input_ids must be .*got a tensor of shape .2, 4., torch.float32"),
+        ([torch.zeros(4, dtype=torch.int64)], "input_ids must be .batch, length. int64"),
+        ([torch.zeros(2, 0, dtype=torch.int64)], "batch 0: input_ids is empty"),
         (
             [torch.zeros(1, 3, dtype=torch.int64), torch.full((1, 3), VOCAB)],
-            "batch 1 holds token ids 256..256",
+            "batch 1: input_ids holds 256..256",
         ),
         ([torch.full((1, 3), -1)], "outside the vocabulary of 256 tokens"),
     ],

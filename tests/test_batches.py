@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.batches import Given, calls
+from mq_ao.calibration.batches import Given
+from mq_ao.calibration.calls import calls
+from mq_ao.calibration.padding import unpadded
 from mq_ao.models import MambaLM
-from mq_ao.padding import unpadded
 from tests.conftest import tokens
 
 IDS = tokens(2, 5)
@@ -92,7 +93,7 @@ def test_rows_of_a_data_set_and_lists_of_different_lengths() -> None:
     rows = [{"input_ids": [1, 2, 3], "text": "abc"}, {"input_ids": [4, 5], "text": "de"}]
     assert ids_of(rows) == [[[1, 2, 3]], [[4, 5]]]
     assert ids_of([[1, 2, 3], [4]]) == [[[1, 2, 3]], [[4]]]
-    rows_of_each_length = [[[4, 5]], [[1, 2, 3], [6, 7, 8]]]
+    rows_of_each_length = [[[1, 2, 3], [6, 7, 8]], [[4, 5]]]
     batch = [[1, 2, 3], [4, 5], [6, 7, 8]]
     assert ids_of([batch]) == rows_of_each_length
     # A tokenizer that was not told to pad.
@@ -124,20 +125,28 @@ def test_open_signatures_keep_every_input() -> None:
         ({"input_ids": IDS}, "calibration is of type dict"),
         ("text", "calibration is of type str"),
         (3, "calibration is of type int"),
-        (["text"], "calibration batch 0 is text: tokenize it first"),
-        ([IDS, ["a", "b"]], "calibration batch 1 is text"),
+        (["text"], "calibration batch 0: this is text: tokenize it first"),
+        ([IDS, ["a", "b"]], "calibration batch 1: this is text"),
         ([object()], "a tuple of the model's positional inputs, or a dictionary of its keyword inputs, as a tokenizer"),
-        ([None], "calibration batch 0 is of type NoneType"),
-        ([[]], "calibration batch 0 is an empty list"),
-        ([{"input_ids": [[1, 2], ["a"]]}], "calibration batch 0 is of type str where the model takes input_ids"),
-        ([{"input_ids": IDS, "attention_mask": object()}], "is of type object where the model takes attention_mask"),
+        ([None], "calibration batch 0: this is of type NoneType"),
+        ([[]], "calibration batch 0: this is an empty list"),
+        ([{"input_ids": [[1, 2], ["a"]]}], "calibration batch 0: input_ids is no rectangle of numbers: give a tensor"),
+        (
+            [{"input_ids": IDS, "attention_mask": object()}],
+            "calibration batch 0: attention_mask is of type object: give a tensor",
+        ),
         ([(IDS,) * 6], "does not fit Masked.forward: too many positional arguments"),
-        ([(IDS, None), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}], "give the same inputs in every"),
-        ([IDS[0]], r"calibration batch 0 is \(5,\) torch.int64: token ids are \(batch, length\) int64"),
-        ([IDS.float()], "torch.float32: token ids are"),
-        ([IDS, IDS + 256], "calibration batch 1 holds token ids .*, outside the vocabulary of 256 tokens"),
-        ([IDS[:, :0]], "calibration batch 0 is empty"),
-        ([{"ids": IDS}], "calibration batch 0 holds ids, and Masked.forward takes input_ids, .*: name its inputs so"),
+        (
+            [IDS[0]],
+            r"calibration batch 0: input_ids must be \(batch, length\) int64 .*got a tensor of shape \(5,\), torch.int64",
+        ),
+        ([IDS.float()], r"input_ids must be .*got a tensor of shape \(2, 5\), torch.float32"),
+        ([IDS, IDS + 256], "calibration batch 1: input_ids holds .*, outside the vocabulary of 256 tokens"),
+        ([IDS[:, :0]], r"calibration batch 0: input_ids is empty, of shape \(2, 0\)"),
+        (
+            [{"ids": IDS}],
+            "calibration batch 0: this holds ids, and Masked.forward takes input_ids, .*: name its inputs so",
+        ),
         ([{"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}], "batch 0: attention_mask is 0 everywhere"),
         (
             [{"input_ids": IDS, "attention_mask": torch.tensor([[1, 0, 1, 1, 1]]).expand(2, -1)}],
@@ -190,7 +199,7 @@ def alone(batch: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("recipe", ["rtn-w8a8", "mambaquant-w8a8"])
 def test_padding_changes_nothing_in_a_language_model(tiny: MambaLM, side: str, recipe: str) -> None:
     padding = mq_ao.quantize(tiny, [padded(side)], recipe)
-    without = mq_ao.quantize(tiny, alone(padded(side))[::-1], recipe)  # as lengths are ordered
+    without = mq_ao.quantize(tiny, alone(padded(side)), recipe)
     ids = tokens(2, 9, seed=5)
     states = tiny.initial_states(2)
     assert torch.equal(padding.converted(ids, *states)[0], without.converted(ids, *states)[0])
@@ -213,7 +222,7 @@ def theirs() -> Callable[[], nn.Module]:
 def test_padding_changes_nothing_in_transformers_models(theirs: Callable[[], nn.Module], side: str) -> None:
     batch = padded(side)
     padding = mq_ao.quantize(theirs(), [batch], "rtn-w8a8")
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in alone(batch)[::-1]]
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in alone(batch)]
     without = mq_ao.quantize(theirs(), rows, "rtn-w8a8")
     given = {"input_ids": tokens(3, 9, seed=5), "attention_mask": torch.ones(3, 9, dtype=torch.int64)}
     assert torch.equal(padding.converted(**given).logits, without.converted(**given).logits)

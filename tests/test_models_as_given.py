@@ -452,7 +452,7 @@ def test_caches_are_left_out() -> None:
         mq_ao.export(model, (BATCHES[0],), {"use_cache": True}).module()(BATCHES[0], use_cache=False).logits.ndim == 3
     )
     assert mq_ao.quantize(model, [{"input_ids": BATCHES[0], "use_cache": True}], "rtn-w8a8")
-    with pytest.raises(MqAoError, match=r"token ids are \(batch, length\) int64"):
+    with pytest.raises(MqAoError, match=r"input_ids must be \(batch, length\) int64"):
         mq_ao.quantize(model, [BATCHES[0][0]])
     with pytest.raises(MqAoError, match="outside the vocabulary of 256 tokens"):
         mq_ao.quantize(model, [BATCHES[0] + 256])
@@ -518,9 +518,7 @@ def test_values_that_overflow_are_named_whatever_makes_them(tiny: MambaLM, name:
     weight = dict(model.named_parameters())[name]
     with torch.no_grad():
         weight[3 if name != "backbone.embedding.weight" else slice(None)] = 1e30
-    with pytest.raises(
-        MqAoError, match=rf"(NaN or Inf|a value of .*) at node .*{BROKEN[name]}.* in batch 0: check the"
-    ):
+    with pytest.raises(MqAoError, match=rf"batch 0: (NaN or Inf|a value of .*) at node .*{BROKEN[name]}.*: check the"):
         mq_ao.quantize(model, BATCHES, recipe)
 
 
@@ -532,7 +530,7 @@ def test_the_batch_of_an_overflow_is_named(tiny: MambaLM, place: int) -> None:
     batches = [tokens(2, 8, seed=seed).clamp(max=254) for seed in range(3)]
     batches[place][1, 3] = 255
     for recipe in ("rtn-w8a8", "mambaquant-w8a8"):
-        with pytest.raises(MqAoError, match=f"in batch {place}: check the weights and the inputs before it"):
+        with pytest.raises(MqAoError, match=f"batch {place}: .*: check the weights and the inputs before it"):
             mq_ao.quantize(model, batches, recipe)
 
 
@@ -542,6 +540,6 @@ def test_a_batch_of_several_lengths_is_one_for_messages(tiny: MambaLM) -> None:
         model.backbone.embedding.weight[255] = 1e30
     batches = [[[1, 2, 3], [4, 5], [6]], [[7, 8], [9, 255, 10]]]
     for recipe in ("rtn-w8a8", "mambaquant-w8a8"):
-        with pytest.raises(MqAoError, match="in batch 1: check the weights and the inputs before it"):
+        with pytest.raises(MqAoError, match="batch 1: .*: check the weights and the inputs before it"):
             mq_ao.quantize(model, batches, recipe)
     assert mq_ao.quantize(tiny, batches, "rtn-w8a8").report().batches == 2

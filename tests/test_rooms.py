@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 HOMES = {"mq_ao": ROOT / "mq_ao", "mq_ao.quantizer": ROOT / "quantizer", "mq_ao.lowering": ROOT / "lowering"}
 
-ANYWHERE = "backends compat errors checks files logs memory padding progress turns version"
+ANYWHERE = "arrays backends compat errors checks files logs memory modes progress turns version"
 """Files that know nothing of models and graphs: all may import them, and they import none of ours but `errors`."""
 GRAPHS = "ops graph statistics passes quantizer"
 MAY_IMPORT = {
@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "models": "ops",
     "graph": "ops",
     "capture": "ops graph",
-    "calibrate": "graph",
+    "calibration": "graph models",
     "statistics": "ops graph",
     "passes": "ops graph statistics",
     "quantizer": "ops graph statistics",
@@ -27,14 +27,13 @@ MAY_IMPORT = {
     "recipe_files": f"{GRAPHS} recipe",
     "recipes": f"{GRAPHS} recipe recipe_files",
     "report": f"{GRAPHS} lowering recipe",
-    "batches": "",
     "text": "",
     "classify": "",
     "evaluate": "models text",
     "checkout": "",
-    "api": f"{GRAPHS} models capture calibrate lowering recipes report batches",
+    "api": f"{GRAPHS} models capture calibration lowering recipes report",
     "mq_ao": "api capture checkout",
-    "roofline": f"{GRAPHS} models calibrate lowering recipes api",
+    "roofline": f"{GRAPHS} models calibration lowering recipes api",
     "ablation": f"{GRAPHS} models recipes api evaluate text",
     "bench": "ops models lowering recipes api text",
     "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline ablation bench",

@@ -27,7 +27,16 @@ _ACTIVE: ContextVar[Scans] = ContextVar("scans", default={})  # noqa: B039  (nev
 
 @contextmanager
 def using_scans(scans: Scans) -> Iterator[None]:
-    """Within it, `mq_ao.export` and whatever calls it take these scans, as if they were given as `scans`."""
+    """Within it, `mq_ao.export` and whatever calls it take these scans, as if they were given as `scans`.
+
+    Raises:
+        MqAoError: they are no mapping.
+    """
+    if not isinstance(scans, Mapping):
+        raise MqAoError(
+            f"scans is of type {type(scans).__name__}: give a dictionary such as "
+            '{"MambaBlock.selective_scan": mq_ao.capture.SelectiveScan()}.'
+        )
     token = _ACTIVE.set({**_ACTIVE.get(), **scans})
     try:
         yield

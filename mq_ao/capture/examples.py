@@ -71,10 +71,7 @@ def explicit(module: nn.Module, call: Call) -> Callable[..., Any]:
         MqAoError: the inputs do not fit the signature.
     """
     forward, signature = module.forward, inspect.signature(module.forward)
-    try:
-        signature.bind(*call[0], **call[1])
-    except TypeError as error:
-        raise MqAoError(f"the inputs do not fit {type(module).__name__}.forward: {error}.") from error
+    arguments(module, call)
     named = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
     others = call[1].keys() - signature.parameters.keys()
     keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in call[1] if name in others]
@@ -92,10 +89,21 @@ def every_size(forward: Callable[..., Any], call: Call) -> dict[str, Any]:
     return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
 
 
+def arguments(module: nn.Module, call: Call) -> dict[str, Any]:
+    """What a module is called with, by parameter.
+
+    Raises:
+        MqAoError: the inputs do not fit its signature.
+    """
+    try:
+        return dict(inspect.signature(module.forward).bind(*call[0], **call[1]).arguments)
+    except TypeError as error:
+        raise MqAoError(f"the inputs do not fit {type(module).__name__}.forward: {error}.") from error
+
+
 def described(module: nn.Module, call: Call) -> str:
-    """What a module is called with, by parameter."""
-    named = inspect.signature(module.forward).bind(*call[0], **call[1]).arguments
-    return ", ".join(f"{name}: {_in_words(value)}" for name, value in named.items())
+    """The same in words."""
+    return ", ".join(f"{name}: {_in_words(value)}" for name, value in arguments(module, call).items())
 
 
 def _in_words(value: Any) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mq_ao.capture.frames import tensors
+from mq_ao.compat.trees import tree_map_only
 from mq_ao.errors import MqAoError
 
 _CONVERTED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -25,7 +27,7 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Checks that every parameter and buffer is there, plain and finite.
+    """Checks that every parameter and buffer is there, plain and finite; buffers may hold Inf, as masks do.
 
     Raises:
         MqAoError: one is on the meta device, quantized already, or holds NaN or Inf; it is named.
@@ -44,44 +46,62 @@ def check_weights(model: nn.Module) -> None:
                 "quantization."
             )
         # The extremes tell, without a temporary of the tensor's size.
-        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
-            raise MqAoError(f"weight {name} holds NaN or Inf: the checkpoint is broken, load another one.")
+        if tensor.is_floating_point() and tensor.numel():
+            extremes = torch.stack(torch.aminmax(tensor))
+            if extremes.isnan().any() or (isinstance(tensor, nn.Parameter) and extremes.isinf().any()):
+                raise MqAoError(f"weight {name} holds NaN or Inf: the checkpoint is broken, load another one.")
 
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """While it lasts, a model's floating parameters, buffers and other tensors are float32; the old ones come back.
 
-    Tied weights stay tied, and what is float32 already is not copied.
+    Tied weights stay tied, and what is float32 already is not copied. The model is changed for all threads meanwhile.
     """
-    changed: list[tuple[dict[str, Any], str, Tensor]] = []
+    with _converted(model, torch.float32):
+        yield
+
+
+@contextmanager
+def outside_inference(model: nn.Module) -> Iterator[None]:
+    """The same for tensors that were made in inference mode, which cannot become parameters of a graph."""
+    with _converted(model, None):
+        yield
+
+
+@contextmanager
+def _converted(model: nn.Module, floats: torch.dtype | None) -> Iterator[None]:
+    """Floating tensors of another dtype than `floats`, and those of inference mode, are replaced."""
+    changed: list[tuple[nn.Module, str, Any]] = []
     known: dict[int, Tensor] = {}
+
+    def differs(tensor: Tensor) -> bool:
+        return tensor.is_inference() or (floats is not None and tensor.is_floating_point() and tensor.dtype != floats)
+
+    def converted(tensor: Tensor) -> Tensor:
+        if not differs(tensor):
+            return tensor
+        if id(tensor) not in known:
+            known[id(tensor)] = _copy(tensor, floats)
+        return known[id(tensor)]
+
     try:
         for part in model.modules():
-            holders: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
-            for holder in holders:
-                for name, value in list(holder.items()):
-                    if isinstance(value, Tensor) and _differs(value):
-                        changed.append((holder, name, value))
-                        if id(value) not in known:
-                            known[id(value)] = _converted(value)
-                        holder[name] = known[id(value)]
+            # Parameters and buffers are dictionaries among the attributes.
+            for name, value in list(vars(part).items()):
+                if any(map(differs, tensors(value))):
+                    changed.append((part, name, value))
+                    vars(part)[name] = tree_map_only(Tensor, converted, value)
         yield
     finally:
-        for holder, name, value in changed:
-            holder[name] = value
-
-
-def _differs(tensor: Tensor) -> bool:
-    # What was made in inference mode cannot become a parameter of a graph.
-    return (tensor.is_floating_point() and tensor.dtype != torch.float32) or tensor.is_inference()
+        for part, name, value in changed:
+            vars(part)[name] = value
 
 
 @torch.no_grad()
-def _converted(tensor: Tensor) -> Tensor:
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+def _copy(tensor: Tensor, floats: torch.dtype | None) -> Tensor:
     with torch.inference_mode(False):
-        value = tensor.to(dtype, copy=True)
+        value = tensor.to(floats if floats and tensor.is_floating_point() else tensor.dtype, copy=True)
         return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 

@@ -14,12 +14,15 @@ import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.capture import by_hand, examples, mamba_ssm, modes, transformers
 from mq_ao.capture.examples import Call
 from mq_ao.capture.layout import ChannelLast
+from mq_ao.capture.precision import outside_inference
 from mq_ao.capture.replacing import Replacement, replaced
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.compat.tracing import REFUSALS
 from mq_ao.compat.trees import tree_leaves
 from mq_ao.errors import MqAoError
 from mq_ao.graph.canonical import canonicalise
+from mq_ao.memory import is_out_of_memory
+from mq_ao.modes import plain
 from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ _ADAPTERS = (mamba_ssm, transformers)
 
 
 @in_turn
+@plain()
 def export(
     module: nn.Module,
     args: tuple[Any, ...] = (),
@@ -40,7 +44,8 @@ def export(
     The module is taken as it is: the functions of mamba_ssm and transformers that it calls are replaced by our
     operators while it is traced, and put back afterwards. A model inside `torch.compile` or `nn.DataParallel` is taken
     out of it. Weights keep their dtype; an autocast in the model's own code is left out, and logged. Captures in
-    several threads take turns.
+    several threads take turns. The module is changed while it is captured, and put back: let no other thread run it in
+    the meantime. An autocast or inference mode around the call does not matter.
 
     Args:
         module: model in eval mode whose scan is mamba_ssm's, transformers' or `torch.ops.mq_ao.selective_scan`.
@@ -56,24 +61,41 @@ def export(
         Program over aten and mq_ao operators.
 
     Raises:
-        MqAoError: the module is in training mode, an input is empty or does not fit it, its scan is of a kind that
-            there is no operator for or a loop in Python, a function of `scans` computes something else, or
+        MqAoError: the module or a part of it is in training mode, an input is empty or does not fit it, its scan is of
+            a kind that there is no operator for or a loop in Python, a function of `scans` computes something else, or
             torch.export cannot capture it.
     """
     module = unwrapped(module)
-    if module.training:
-        raise MqAoError(f"{type(module).__name__} is in training mode: call .eval() before capture.")
-    call = examples.own((args, transformers.without_cache(module, kwargs or {})))
+    _check_mode(module)
+    if not isinstance(args, tuple | list) or not isinstance(kwargs or {}, Mapping):
+        raise MqAoError("example inputs are a tuple of positional inputs and a dictionary of keyword inputs.")
+    call = examples.own((tuple(args), transformers.without_cache(module, kwargs or {})))
     for tensor in tree_leaves(call):
         if isinstance(tensor, Tensor) and tensor.numel() == 0:
             raise MqAoError(
                 f"an example input is empty, of shape {tuple(tensor.shape)}: give at least one sequence and one token."
             )
+    with outside_inference(module):
+        return _exported(module, call, dynamic_shapes, scans)
+
+
+def _exported(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.Scans | None) -> ExportedProgram:
     if dynamic_shapes is not None:
+        examples.arguments(module, call)
         return _traced(module, call, dynamic_shapes, scans)
     forward = examples.explicit(module, call)
     with replaced([Replacement(module, "forward", forward)]):
         return _traced_at_any_size(module, call, examples.every_size(forward, call), scans)
+
+
+def _check_mode(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        code = getattr(type(part).forward, "__code__", None)
+        # Of torch's own modules few ask; those that were put in later, such as parametrizations, may say "training".
+        harmless = type(part).__module__.startswith("torch.") and code is not None and "training" not in code.co_names
+        if part.training and not (name and harmless):
+            what = f"{name} ({type(part).__name__})" if name else type(module).__name__
+            raise MqAoError(f"{what} is in training mode: call .eval() on the model before capture.")
 
 
 def _traced_at_any_size(
@@ -105,8 +127,10 @@ def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.S
         raise MqAoError(f"{_place(module, error)} cannot be captured: {error}") from error
     except REFUSALS as error:
         raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {_reason(error)}") from error
-    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        # From the model's own code, run on example inputs.
+    except Exception as error:
+        # Of any kind: the model's own code runs on example inputs.
+        if is_out_of_memory(error):
+            raise MqAoError("there is not enough memory to capture the model: give smaller example inputs.") from error
         raise MqAoError(
             f"{_place(module, error)} fails on the example inputs ({examples.described(module, call)}): "
             f"{type(error).__name__}: {_reason(error)}"

@@ -17,6 +17,8 @@ from torch.utils._pytree import (
     treespec_loads,
 )
 
+from mq_ao.errors import MqAoError
+
 __all__ = [
     "SERIALIZED_TYPE_TO_PYTHON_TYPE",
     "TreeSpec",
@@ -32,5 +34,12 @@ __all__ = [
 
 
 def call_structure(module: GraphModule) -> Any:
-    """How an exported graph is called: `in_spec` and `out_spec`, and the arguments' names as `orig_args`."""
-    return module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    """How an exported graph is called: `in_spec` and `out_spec`, and the arguments' names as `orig_args`.
+
+    Raises:
+        MqAoError: the graph does not come from torch.export.
+    """
+    structure = getattr(module.graph._codegen, "pytree_info", None)
+    if structure is None:
+        raise MqAoError("this GraphModule does not come from torch.export: capture the model with mq_ao.export.")
+    return structure

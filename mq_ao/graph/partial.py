@@ -11,8 +11,11 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.memory import is_out_of_memory
+from mq_ao.modes import plain
 
-_WATCHED = walk.LINEAR | walk.CONV | walk.ANY_SCAN | walk.NORM | walk.ADD | walk.MUL
+_CHANNELS = walk.LINEAR | walk.CONV | walk.ANY_SCAN | walk.NORM
+_WATCHED = _CHANNELS | walk.ADD | walk.MUL
 """Whose outputs are looked at besides those that are wanted; masks that hold infinities come from others."""
 
 
@@ -57,9 +60,11 @@ class PartialRun(Interpreter):
     def run_batch(self, batch: tuple[Any, ...]) -> None:
         """Runs the graph on positional inputs.
 
+        Modes that the thread is in, or a generator of batches, do not matter.
+
         Raises:
             MqAoError: they are not a tuple, not as many as the graph's or none that it takes; or a value is NaN, Inf or
-                too large, and its node and the number of the batch are named.
+                too large, and its node is named. Always the number of the batch is.
         """
         self._batch = batch.number if isinstance(batch, Batch) else self._batch + 1
         if not isinstance(batch, tuple):
@@ -68,16 +73,19 @@ class PartialRun(Interpreter):
         if len(flat) != self._inputs:
             raise MqAoError(f"a batch holds {len(flat)} inputs, but the graph takes {self._inputs}.")
         try:
-            # The outputs may be unneeded, and are never used.
-            self.run(*flat, enable_io_processing=False)
-        except MqAoError:
-            raise
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            with plain():
+                # The outputs may be unneeded, and are never used.
+                self.run(*flat, enable_io_processing=False)
+        except MqAoError as error:
+            raise MqAoError(f"batch {self._batch}: {error}") from error
+        except (RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
             shapes = ", ".join(f"{tuple(item.shape)} {item.dtype}" for item in flat if isinstance(item, Tensor))
+            what = f"batch {self._batch} ({shapes})"
+            if is_out_of_memory(error):
+                raise MqAoError(f"there is not enough memory for {what}: give fewer or shorter sequences.") from error
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise MqAoError(
-                f"batch {self._batch} ({shapes}) does not fit the graph, which was captured from the first batch: "
-                f"{reason}"
+                f"{what} does not fit the graph, which was captured from the first batch: {reason}"
             ) from error
 
     def run_node(self, n: Node) -> Any:
@@ -103,13 +111,16 @@ class PartialRun(Interpreter):
         path = walk.module_path(node)
         found = f"a value of {largest:.0e}" if largest < torch.inf else "NaN or Inf"
         raise MqAoError(
-            f"{found} at node {node.name}{f' in {path}' if path else ''} during calibration, in batch {self._batch}: "
+            f"{found} at node {node.name}{f' in {path}' if path else ''} during calibration: "
             "check the weights and the inputs before it."
         )
 
 
 def _is_wide(node: Node) -> bool:
-    """Whether a node is an activation with channels: what is computed from masks and positions has fewer axes."""
+    """Whether a node is an activation with channels.
+
+    What is computed from masks and positions has fewer axes, or four where it is added to scores of attention.
+    """
     value = node.meta.get("val")
     value = value[0] if isinstance(value, tuple | list) and value else value
-    return isinstance(value, Tensor) and value.dim() == 3
+    return isinstance(value, Tensor) and (value.dim() == 3 or (value.dim() > 3 and node.target in _CHANNELS))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
+from mq_ao.arrays import as_tensor
 from mq_ao.compat.tracing import is_fake
 from mq_ao.errors import MqAoError
 
@@ -34,7 +34,9 @@ def token_ids(given: Any, vocab_size: int | None = None, what: str = "input_ids"
     Raises:
         MqAoError: it is something else, empty, or outside the vocabulary.
     """
-    ids = given if isinstance(given, Tensor) else _tensor(given, what)
+    ids = as_tensor(given)
+    if ids is None:
+        raise _wrong(what, f"a {type(given).__name__} that is no rectangle of whole numbers")
     if ids.dim() != 2 or not is_plain(ids):
         raise _wrong(what, f"a tensor {_describe(ids)}")
     if ids.numel() == 0:
@@ -70,14 +72,6 @@ def refuse_mask(attention_mask: Any) -> None:
             "this model takes no attention_mask: padding would change its states. Give sequences of one length, or one "
             "after the other, and leave the mask out."
         )
-
-
-def _tensor(given: Any, what: str) -> Tensor:
-    try:
-        # A copy of its own: of arrays that are read-only or run backwards too.
-        return torch.from_numpy(numpy.array(given, order="C"))
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise _wrong(what, f"a {type(given).__name__} that is no rectangle of whole numbers") from None
 
 
 def _describe(tensor: Tensor) -> str:

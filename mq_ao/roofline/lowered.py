@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from mq_ao import passes
 from mq_ao.api import capture
-from mq_ao.calibrate import calibrate
+from mq_ao.calibration import calibrate
 from mq_ao.graph import match, walk
 from mq_ao.lowering import cuda
 from mq_ao.lowering.graphs import with_positions
