@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,8 +18,6 @@ import mq_ao
 from mq_ao import MqAoError
 from mq_ao.calibration.batches import Given
 from mq_ao.calibration.calls import calls
-from mq_ao.calibration.padding import unpadded
-from mq_ao.models import MambaLM
 from tests.conftest import tokens
 
 IDS = tokens(2, 5)
@@ -101,6 +100,45 @@ def test_rows_of_a_data_set_and_lists_of_different_lengths() -> None:
     assert ids_of([{"input_ids": [torch.tensor(row) for row in batch]}]) == rows_of_each_length
 
 
+COLUMNS = {
+    "words": [["a", "b"], ["c"]],
+    "score": [None, None],
+    "about": [{"a": 1}, {"a": 2}],
+    "day": [datetime.date(2026, 1, 1)],
+    "thing": object(),
+    "objects": numpy.array(["a", None], dtype=object),
+}
+
+
+@pytest.mark.parametrize("ids", [IDS, IDS.tolist(), IDS[0].tolist(), [IDS[0].numpy(), IDS[1].numpy()]])
+def test_columns_that_no_model_takes_are_not_read(ids: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="mq_ao"):
+        batches = read([{"input_ids": ids, **COLUMNS}] * 2)
+    assert [list(kwargs) for _, kwargs in batches] == [[]] * 2
+    assert caplog.text.count("no use for words") == 1
+
+
+def test_arrays_that_run_backwards_or_are_read_only() -> None:
+    array = IDS.numpy()[:, ::-1]
+    array.flags.writeable = False
+    for batch in (array, (array,), {"input_ids": array}):
+        assert ids_of([batch]) == [IDS.flip(1).tolist()]
+    ((args, _),) = read([(numpy.float64(2.0), numpy.arange(3.0)[::-1])], Open())
+    assert args[0] == 2.0
+    assert torch.equal(args[1], torch.tensor([2.0, 1.0, 0.0]))
+
+
+def test_one_value_a_sequence_beside_whole_batches_stays() -> None:
+    batch = {"x": torch.ones(2, 3, 4), "lengths": torch.tensor([3, 2])}
+    ((_, kwargs),) = read([batch], Open())
+    assert kwargs["lengths"].shape == (2,)
+
+
+def test_an_input_may_be_called_as_the_parameter_that_takes_all() -> None:
+    ((_, kwargs),) = read([{"x": IDS, "kwargs": IDS}], Open())
+    assert list(kwargs) == ["x", "kwargs"]
+
+
 def test_floats_become_float32_and_end_their_history() -> None:
     with torch.inference_mode():
         made = torch.randn(2, 3, 4)
@@ -127,6 +165,17 @@ def test_open_signatures_keep_every_input() -> None:
         (3, "calibration is of type int"),
         (["text"], "calibration batch 0: this is text: tokenize it first"),
         ([IDS, ["a", "b"]], "calibration batch 1: this is text"),
+        ([IDS, [[1, 2], []]], "calibration batch 1: sequence 1 is empty: leave it out"),
+        ([[[]]], "calibration batch 0: sequence 0 is empty"),
+        ([{"input_ids": [[1, 2], []]}], "calibration batch 0: sequence 1 is empty"),
+        ([{"input_ids": [[2**70]]}], "calibration batch 0: input_ids is no rectangle of numbers"),
+        ([[[2**70]]], "calibration batch 0: it is no rectangle of numbers"),
+        ([{"input_ids": 3}], "calibration batch 0: input_ids must be .*got a tensor of shape"),
+        ([{"input_ids": IDS.to("meta")}], r"calibration batch 0: input_ids has no plain values in memory \(meta"),
+        ([{"input_ids": numpy.array([[1, "a"]], dtype=object)}], "calibration batch 0: input_ids is no rectangle"),
+        ([(numpy.array([[1, "a"]], dtype=object),)], "calibration batch 0: input_ids is of type ndarray"),
+        ([{"input_ids": ["some", "text"]}], "calibration batch 0: this is text"),
+        ([{"input_ids": IDS, 1: IDS}], "calibration batch 0: there is a key 1: a dictionary's keys are the names"),
         ([object()], "a tuple of the model's positional inputs, or a dictionary of its keyword inputs, as a tokenizer"),
         ([None], "calibration batch 0: this is of type NoneType"),
         ([[]], "calibration batch 0: this is an empty list"),
@@ -138,7 +187,7 @@ def test_open_signatures_keep_every_input() -> None:
         ([(IDS,) * 6], "does not fit Masked.forward: too many positional arguments"),
         (
             [IDS[0]],
-            r"calibration batch 0: input_ids must be \(batch, length\) int64 .*got a tensor of shape \(5,\), torch.int64",
+            r"calibration batch 0: input_ids must be \(batch, length\) .*got a tensor of shape \(5,\), torch.int64",
         ),
         ([IDS.float()], r"input_ids must be .*got a tensor of shape \(2, 5\), torch.float32"),
         ([IDS, IDS + 256], "calibration batch 1: input_ids holds .*, outside the vocabulary of 256 tokens"),
@@ -147,63 +196,11 @@ def test_open_signatures_keep_every_input() -> None:
             [{"ids": IDS}],
             "calibration batch 0: this holds ids, and Masked.forward takes input_ids, .*: name its inputs so",
         ),
-        ([{"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}], "batch 0: attention_mask is 0 everywhere"),
-        (
-            [{"input_ids": IDS, "attention_mask": torch.tensor([[1, 0, 1, 1, 1]]).expand(2, -1)}],
-            "batch 0: attention_mask is 0 between tokens",
-        ),
     ],
 )
 def test_what_is_no_batch_is_named(batches: Any, message: str) -> None:
     with pytest.raises(MqAoError, match=message):
         read(batches)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=6), st.data())
-def test_padding_is_cut_from_whatever_has_the_shape_of_the_mask(runs: list[tuple[int, int]], data: Any) -> None:
-    width = max(1, *(start + count for start, count in runs)) + data.draw(st.integers(0, 2))
-    mask = torch.zeros(len(runs), width, dtype=data.draw(st.sampled_from([torch.int64, torch.bool])))
-    for row, (start, count) in enumerate(runs):
-        mask[row, start : start + count] = 1
-    ids = torch.arange(mask.numel()).view(mask.shape)
-    inputs = {"input_ids": ids, "attention_mask": mask, "x": ids[..., None].float(), "row": ids[:, 0], "scale": 2.0}
-    if not mask.any():
-        with pytest.raises(MqAoError):
-            list(unpadded(inputs))
-        return
-    seen = []
-    for part in unpadded(inputs):
-        assert part["attention_mask"].all()
-        assert part["input_ids"].shape == part["attention_mask"].shape
-        assert torch.equal(part["x"], part["input_ids"][..., None].float())
-        assert part["scale"] == 2.0
-        assert part["row"].shape == part["input_ids"].shape[:1]
-        seen += part["input_ids"].flatten().tolist()
-    assert sorted(seen) == ids[mask != 0].tolist()
-
-
-def padded(side: str) -> dict[str, Tensor]:
-    """Two sequences, of 7 and 4 tokens, as a tokenizer pads them: with token 0."""
-    ids, mask = tokens(2, 7, seed=3), torch.ones(2, 7, dtype=torch.int64)
-    place = slice(4, None) if side == "right" else slice(None, 3)
-    ids[1, place], mask[1, place] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def alone(batch: dict[str, Tensor]) -> list[Tensor]:
-    return [row[mask != 0][None] for row, mask in zip(*batch.values(), strict=True)]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("recipe", ["rtn-w8a8", "mambaquant-w8a8"])
-def test_padding_changes_nothing_in_a_language_model(tiny: MambaLM, side: str, recipe: str) -> None:
-    padding = mq_ao.quantize(tiny, [padded(side)], recipe)
-    without = mq_ao.quantize(tiny, alone(padded(side)), recipe)
-    ids = tokens(2, 9, seed=5)
-    states = tiny.initial_states(2)
-    assert torch.equal(padding.converted(ids, *states)[0], without.converted(ids, *states)[0])
-    assert (padding.report().batches, padding.report().tokens) == (1, 11)
 
 
 @pytest.fixture(scope="module")
@@ -216,16 +213,6 @@ def theirs() -> Callable[[], nn.Module]:
         return transformers.MambaForCausalLM(config).eval()
 
     return build
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_in_transformers_models(theirs: Callable[[], nn.Module], side: str) -> None:
-    batch = padded(side)
-    padding = mq_ao.quantize(theirs(), [batch], "rtn-w8a8")
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in alone(batch)]
-    without = mq_ao.quantize(theirs(), rows, "rtn-w8a8")
-    given = {"input_ids": tokens(3, 9, seed=5), "attention_mask": torch.ones(3, 9, dtype=torch.int64)}
-    assert torch.equal(padding.converted(**given).logits, without.converted(**given).logits)
 
 
 def test_tokenizers_batches_and_positional_ids_give_the_same(theirs: Callable[[], nn.Module]) -> None:

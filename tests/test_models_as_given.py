@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,44 +17,19 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import compile_float
-from mq_ao.capture import import_mamba_ssm, modes
-from mq_ao.capture.replacing import replaced
+from mq_ao.capture import import_mamba_ssm
 from mq_ao.models import MambaConfig, MambaLM, Vim, VimConfig, demo
-from mq_ao.models.mamba import MambaMixer
 from mq_ao.quantizer import MambaQuantizer, w8a8
+from tests.blocks import Blocks, X, output
 from tests.conftest import tokens
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 BATCHES = [tokens(2, 12, seed=seed) for seed in range(2)]
 
 
-class Blocks(nn.Module):
-    """Two Mamba blocks on (batch, length, 16) floats."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = MambaConfig(vocab_size=8, d_model=16, n_layer=2)
-        self.mixers = nn.ModuleList(MambaMixer(config) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for mixer in self.mixers:
-            x = x + mixer(x)[0]
-        return x
-
-
 @pytest.fixture(scope="module")
 def blocks() -> Blocks:
-    torch.manual_seed(0)
-    return Blocks().eval()
-
-
-X = [torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-
-
-def output(quantized: Any, *inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        result = quantized.converted(*inputs)
-    return result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
+    return Blocks()
 
 
 def same_as(model: nn.Module, wanted: nn.Module, batches: list[Any], recipe: str = "rtn-w8a8") -> None:
@@ -305,101 +278,6 @@ def test_weights_without_values_and_quantized_ones(blocks: Blocks) -> None:
         mq_ao.quantize(model, X)
 
 
-def test_inference_mode(tiny: MambaLM, blocks: Blocks) -> None:
-    with torch.inference_mode():
-        torch.manual_seed(0)
-        loaded = Blocks().eval()
-        inside = mq_ao.quantize(loaded, [x.clone() for x in X], "mambaquant-w8a8")
-    outside = mq_ao.quantize(loaded, X, "mambaquant-w8a8")
-    expected = mq_ao.quantize(blocks, X, "mambaquant-w8a8")
-    assert torch.equal(output(inside, X[0]), output(expected, X[0]))
-    assert torch.equal(output(outside, X[0]), output(expected, X[0]))
-    assert loaded.mixers[0].A_log.is_inference()
-
-
-class Under(nn.Module):
-    """Runs its inner model in a mode."""
-
-    def __init__(self, inner: nn.Module, mode: Callable[[], Any]) -> None:
-        super().__init__()
-        self.inner, self.mode = inner, mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        with self.mode():
-            y = self.inner(x)
-            with torch.enable_grad():
-                return y + 0.5 * x
-
-
-@pytest.mark.parametrize(
-    "mode",
-    [
-        torch.enable_grad,
-        torch.no_grad,
-        lambda: torch.amp.autocast("cuda", enabled=False),
-        lambda: torch.autocast("cpu", enabled=False),
-    ],
-)
-def test_grad_modes_and_disabled_autocasts_are_inlined(blocks: Blocks, mode: Callable[[], Any]) -> None:
-    model = Under(blocks, mode).eval()
-    quantized = mq_ao.quantize(model, X, "rtn-w8a8")
-    accepted = [item.role for item in quantized.report().quantization.accepted]
-    assert len(accepted) == len(mq_ao.quantize(blocks, X, "rtn-w8a8").report().quantization.accepted)
-    program = mq_ao.export(model, (X[0],))
-    assert not [node for node in program.graph.nodes if "wrap" in str(node.target)]
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(X[0][:1, :3]), model(X[0][:1, :3]))
-
-
-def test_an_enabled_autocast_is_left_out_and_named(blocks: Blocks, caplog: pytest.LogCaptureFixture) -> None:
-    model = Under(blocks, lambda: torch.autocast("cpu", dtype=torch.bfloat16)).eval()
-    program = mq_ao.export(model, (X[0],))
-    assert "the model's own autocast to bfloat16 is left out" in caplog.text
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(X[0]), blocks(X[0]) + 0.5 * X[0])
-
-
-class Kept(nn.Module):
-    """Enters the same autocast at every call, and one by a decorator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.mode = nn.Linear(4, 4), torch.autocast("cpu", dtype=torch.bfloat16)
-
-    @torch.autocast("cpu", dtype=torch.bfloat16)
-    def decorated(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with self.mode:
-            y = self.linear(x)
-        return y, self.decorated(x)
-
-
-def test_a_capture_leaves_the_models_autocast_and_that_of_other_threads_on() -> None:
-    model, x = Kept().eval(), torch.randn(2, 3, 4)
-    assert [y.dtype for y in mq_ao.export(model, (x,)).module()(x)] == [torch.float32] * 2
-    assert [y.dtype for y in model(x)] == [torch.bfloat16] * 2
-    seen: list[torch.dtype] = []
-
-    def other() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
-
-    with replaced(modes.replacements()):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert seen == [torch.bfloat16]
-
-
-def test_an_autocast_around_quantize_changes_nothing(blocks: Blocks) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        quantized = mq_ao.quantize(blocks, X, "mambaquant-w8a8")
-    expected = mq_ao.quantize(blocks, X, "mambaquant-w8a8")
-    assert torch.equal(output(quantized, X[0]), output(expected, X[0]))
-
-
 @pytest.mark.parametrize("first", [X[0][:1], X[0][:, :1], X[0][:1, :1]])
 def test_one_sequence_and_one_token_in_the_first_batch(blocks: Blocks, first: Tensor) -> None:
     batches = [first, X[1].repeat(2, 2, 1)]
@@ -456,90 +334,3 @@ def test_caches_are_left_out() -> None:
         mq_ao.quantize(model, [BATCHES[0][0]])
     with pytest.raises(MqAoError, match="outside the vocabulary of 256 tokens"):
         mq_ao.quantize(model, [BATCHES[0] + 256])
-
-
-def test_threads_take_turns(tiny: MambaLM, blocks: Blocks) -> None:
-    results: dict[int, Any] = {}
-
-    def work(index: int) -> None:
-        try:
-            model, batches = ((tiny, BATCHES), (blocks, X))[index % 2]
-            results[index] = mq_ao.quantize(model, batches, "mambaquant-w8a8")
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    expected = output(mq_ao.quantize(blocks, X, "mambaquant-w8a8"), X[0])
-    assert torch.equal(output(results[1], X[0]), expected)
-    assert torch.equal(output(results[3], X[0]), expected)
-    inputs = (BATCHES[0], *tiny.initial_states(2))
-    assert torch.equal(output(results[0], *inputs), output(results[2], *inputs))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_after_a_fork(blocks: Blocks) -> None:
-    mq_ao.quantize(blocks, X, "rtn-w8a8")
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            mq_ao.quantize(blocks, X, "rtn-w8a8")
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-BROKEN = {
-    "backbone.embedding.weight": "backbone",
-    "backbone.layers.1.mixer.in_proj.weight": "layers.1",
-    "backbone.layers.1.mixer.conv1d.bias": "layers.1",
-    "backbone.layers.1.mixer.x_proj.weight": "layers.1",
-    "backbone.layers.1.mixer.dt_proj.bias": "layers.1",
-    "backbone.layers.1.mixer.D": "layers.1",
-    "backbone.layers.1.mixer.out_proj.weight": "layers.1",
-    "backbone.layers.1.norm.weight": "layers.1",
-    "backbone.norm_f.weight": "norm_f",
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    # Not what has been folded into the head: logits are not computed while calibrating.
-    [*((name, "rtn-w8a8") for name in BROKEN), *((name, "mambaquant-w8a8") for name in list(BROKEN)[:-1])],
-)
-def test_values_that_overflow_are_named_whatever_makes_them(tiny: MambaLM, name: str, recipe: str) -> None:
-    model = copy.deepcopy(tiny)
-    weight = dict(model.named_parameters())[name]
-    with torch.no_grad():
-        weight[3 if name != "backbone.embedding.weight" else slice(None)] = 1e30
-    with pytest.raises(MqAoError, match=rf"batch 0: (NaN or Inf|a value of .*) at node .*{BROKEN[name]}.*: check the"):
-        mq_ao.quantize(model, BATCHES, recipe)
-
-
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_the_batch_of_an_overflow_is_named(tiny: MambaLM, place: int) -> None:
-    model = copy.deepcopy(tiny)
-    with torch.no_grad():
-        model.backbone.embedding.weight[255] = 1e30
-    batches = [tokens(2, 8, seed=seed).clamp(max=254) for seed in range(3)]
-    batches[place][1, 3] = 255
-    for recipe in ("rtn-w8a8", "mambaquant-w8a8"):
-        with pytest.raises(MqAoError, match=f"batch {place}: .*: check the weights and the inputs before it"):
-            mq_ao.quantize(model, batches, recipe)
-
-
-def test_a_batch_of_several_lengths_is_one_for_messages(tiny: MambaLM) -> None:
-    model = copy.deepcopy(tiny)
-    with torch.no_grad():
-        model.backbone.embedding.weight[255] = 1e30
-    batches = [[[1, 2, 3], [4, 5], [6]], [[7, 8], [9, 255, 10]]]
-    for recipe in ("rtn-w8a8", "mambaquant-w8a8"):
-        with pytest.raises(MqAoError, match="batch 1: .*: check the weights and the inputs before it"):
-            mq_ao.quantize(model, batches, recipe)
-    assert mq_ao.quantize(tiny, batches, "rtn-w8a8").report().batches == 2

@@ -42,9 +42,9 @@ def sequences(batch: Any, takes: Callable[[str], bool]) -> Iterator[Given]:
         yield from _named(batch, takes)
     elif isinstance(batch, list | tuple) and batch and all(map(_is_tokens, batch)):
         for rows in _by_length(batch):
-            yield (as_tensor([batch[row] for row in rows]),), {}
+            yield (_converted("it", [batch[row] for row in rows]),), {}
     elif isinstance(batch, list | tuple) and batch and _is_tokens(batch):
-        yield (as_tensor([batch]),), {}
+        yield (_converted("it", [batch]),), {}
     elif isinstance(batch, Tensor | numpy.ndarray):
         yield (batch,), {}
     elif isinstance(batch, list | tuple) and batch:
@@ -81,7 +81,7 @@ def _of_one_length(columns: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         return
     for rows in _by_length(ids):
         yield {
-            name: as_tensor([value[row] for row in rows])
+            name: _converted(name, [value[row] for row in rows])
             if isinstance(value, list | tuple) and len(value) == len(ids)
             else value
             for name, value in columns.items()

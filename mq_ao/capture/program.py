@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
 from mq_ao.capture import by_hand, examples, mamba_ssm, modes, transformers
 from mq_ao.capture.examples import Call
+from mq_ao.capture.frames import tensors
 from mq_ao.capture.layout import ChannelLast
 from mq_ao.capture.precision import outside_inference
 from mq_ao.capture.replacing import Replacement, replaced
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.compat.tracing import REFUSALS
-from mq_ao.compat.trees import tree_leaves
 from mq_ao.errors import MqAoError
 from mq_ao.graph.canonical import canonicalise
 from mq_ao.memory import is_out_of_memory
@@ -70,8 +70,8 @@ def export(
     if not isinstance(args, tuple | list) or not isinstance(kwargs or {}, Mapping):
         raise MqAoError("example inputs are a tuple of positional inputs and a dictionary of keyword inputs.")
     call = examples.own((tuple(args), transformers.without_cache(module, kwargs or {})))
-    for tensor in tree_leaves(call):
-        if isinstance(tensor, Tensor) and tensor.numel() == 0:
+    for tensor in tensors(call):
+        if tensor.numel() == 0:
             raise MqAoError(
                 f"an example input is empty, of shape {tuple(tensor.shape)}: give at least one sequence and one token."
             )
