@@ -59,7 +59,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def test_help_answers_without_torch() -> None:
-    program = "import sys; import mq_ao.cli; print('torch' in sys.modules)"
+    program = "import sys; import mq_ao.cli.app; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 
