@@ -19,7 +19,7 @@ from mq_ao.ablation import Group, Measured, Row, Step, TextMetric, ablate, all_s
 from mq_ao.ablation import steps as steps_module
 from mq_ao.ablation.run import check_disjoint, first_tokens
 from mq_ao.ablation.steps import canonical, parse_bits, scheme
-from mq_ao.cli import app
+from mq_ao.cli.app import app
 from mq_ao.graph import Role
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.models.saving import save_pretrained

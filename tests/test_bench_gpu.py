@@ -47,8 +47,12 @@ def test_the_table_and_the_file(tiny: MambaLM, tmp_path: Path, capsys: pytest.Ca
 def test_without_a_gpu_it_says_so(mq_ao: CommandLine) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "CUDA was asked for, but PyTorch sees no GPU" in error(mq_ao("bench", "--device", "cuda"))
-    assert "unknown device 'tpu'" in error(mq_ao("bench", "--device", "tpu"))
+    assert "CUDA was asked for, but PyTorch sees no GPU" in error(mq_ao("bench", "gpu"))
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu"])
+def test_other_devices_are_refused(mq_ao: CommandLine, device: str) -> None:
+    assert f"unknown device '{device}': it is cuda" in error(mq_ao("bench", "gpu", "--device", device))
 
 
 def test_the_peer_says_what_it_lacks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import typer
 
 from mq_ao.cli import demo as demo_command
 from mq_ao.cli import main
+from mq_ao.cli.app import app
 from mq_ao.models import MambaConfig, MambaLM, demo
 from mq_ao.models.saving import save_pretrained
 from tests.conftest import CommandLine, error
+from tests.test_docs import files as documents
 
 TEXT = Path(demo_command.__file__).read_bytes()
 
@@ -59,14 +63,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def test_help_answers_without_torch() -> None:
-    program = "import sys; import mq_ao.cli; print('torch' in sys.modules)"
+    program = "import sys; import mq_ao.cli.app; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "bench", "build-kernels", "demo"])
+BENCHES = ["bench", "bench kernels", "bench quantize", "bench gpu"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", *BENCHES, "build-kernels", "demo"])
 def test_every_command_has_help_with_an_example(mq_ao: CommandLine, command: str) -> None:
-    run = mq_ao(command, "--help")
+    run = mq_ao(*command.split(), "--help")
     assert run.code == 0
     assert f"mq-ao {command}" in run.out.split("Usage", 1)[1]
     assert "Example" in run.out
@@ -204,7 +211,7 @@ def test_bench_of_two_recipes(mq_ao: CommandLine, files: Files, tmp_path: Path) 
 @pytest.mark.usefixtures("threads")
 def test_bench_of_quantizing(mq_ao: CommandLine, files: Files) -> None:
     recipes = ("--recipe", "rtn-w8a8", "--recipe", "mambaquant-w8a8", "--calibration-tokens", "512")
-    run = mq_ao("bench", "--quantize", "--model", files.model, *recipes, "--threads", "1", "--json", "-")
+    run = mq_ao("bench", "quantize", "--model", files.model, *recipes, "--threads", "1", "--json", "-")
     assert run.code == 0, run.err
     rows = json.loads(run.out)["quantizing"]
     assert [(row["recipe"], row["tokens"]) for row in rows] == [("rtn-w8a8", 512), ("mambaquant-w8a8", 512)]
@@ -214,7 +221,7 @@ def test_bench_of_quantizing(mq_ao: CommandLine, files: Files) -> None:
 @pytest.mark.usefixtures("threads")
 def test_bench_of_kernels(mq_ao: CommandLine, tmp_path: Path) -> None:
     target = tmp_path / "kernels.json"
-    run = mq_ao("bench", "--kernels", "--threads", "1", "--json", target)
+    run = mq_ao("bench", "kernels", "--threads", "1", "--json", target)
     assert run.code == 0, run.err
     kernels = json.loads(target.read_text())["kernels"]
     assert list(kernels) == ["selective_scan", "ssd_scan"]
@@ -314,9 +321,45 @@ def test_bad_bench_arguments(mq_ao: CommandLine, tmp_path: Path) -> None:
     assert "at least one token" in error(mq_ao("bench", "--tokens", "0,128"))
     assert "unknown peer 'onnx'" in error(mq_ao("bench", "--peers", "onnx"))
     assert "unknown recipe" in error(mq_ao("bench", "--recipe", "magic"))
-    assert "unknown recipe" in error(mq_ao("bench", "--quantize", "--recipe", "rtn-w8a8", "--recipe", "magic"))
+    assert "unknown recipe" in error(mq_ao("bench", "quantize", "--recipe", "rtn-w8a8", "--recipe", "magic"))
     assert "two recipes are called rtn-w8a8" in error(mq_ao("bench", "--recipe", "rtn-w8a8", "--recipe", "rtn-w8a8"))
     assert "does not exist" in error(mq_ao("bench", "--json", tmp_path / "no" / "bench.json"))
+    run = mq_ao("bench", "--tokens", "4", "--decode-tokens", "2", "kernels")
+    assert "options before kernels do not count (--tokens, --decode-tokens)" in error(run)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("kernels", "--model"), ("quantize", "--tokens"), ("gpu", "--peers"), ("gpu", "--backend")]
+)
+def test_each_bench_has_its_own_options(mq_ao: CommandLine, command: str, option: str) -> None:
+    run = mq_ao("bench", command, option, "x")
+    assert run.code == 2 and f"No such option: {option}" in run.err
+
+
+def documented() -> Iterator[tuple[str, str]]:
+    """Every command that documents, docstrings and comments show, with the file that it stands in."""
+    span = re.compile(r"`(mq-ao [a-z][^`]*)`")
+    line = re.compile(r"^[#\s]*(?:\$\(BIN\)/)?(mq-ao [a-z].*?)(?: +#.*)?$", re.MULTILINE)
+    block = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    for name, text in documents(".md", ".py", ".yaml", "Makefile").items():
+        if not name.startswith("tests/"):
+            unbroken = re.sub(r"\\\n[#\s]*", "", text)
+            lines = "\n".join(block.findall(unbroken)) if name.endswith(".md") else unbroken
+            yield from ((name, " ".join(item.split())) for item in span.findall(unbroken) + line.findall(lines))
+
+
+def test_documented_commands_have_the_options_that_are_shown() -> None:
+    known, benches = typer.main.get_command(app), 0
+    for name, line in documented():
+        first, *words = line.split()[1:]
+        assert first in known.commands, f"{name}: {line}"
+        command = known.commands[first]
+        if first == "bench" and words and words[0] in command.commands:
+            command, benches = command.commands[words[0]], benches + 1
+        options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        given = {word.partition("=")[0] for word in words if word.startswith("-")} - {"-"}
+        assert given <= options, f"{name}: {line}"
+    assert benches >= 10
 
 
 def test_a_failure_of_the_system_ends_with_1(mq_ao: CommandLine, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

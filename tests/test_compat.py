@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
+import re
 import struct
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -52,6 +58,28 @@ def test_private_names_stand_in_compat_alone() -> None:
         for name in private(ast.parse(path.read_text(encoding="utf-8")))
     }
     assert found == set()
+
+
+def minor(version: str) -> tuple[int, ...]:
+    return Version(version).release[:2]
+
+
+@pytest.mark.parametrize("package", ["torch", "torchao", "executorch"])
+def test_versions_end_with_those_that_were_checked(package: str) -> None:
+    """Of private names nothing is promised, so a later minor version is admitted once it was checked, not before."""
+    pinned = re.search(rf"^{package}==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned is not None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [project["dependencies"], *project["optional-dependencies"].values()]
+    bounds = [item.specifier for items in listed for item in map(Requirement, items) if item.name == package]
+    assert bounds
+    for admitted in bounds:
+        major, last = minor(pinned[1])
+        assert pinned[1] in admitted and f"{major}.{last}.99" in admitted
+        assert f"{major}.{last + 1}.0" not in admitted and f"{major + 1}.0.0" not in admitted
+        with suppress(importlib.metadata.PackageNotFoundError):
+            here = importlib.metadata.version(package)
+            assert here in admitted, f"{package} {here}: once all tests pass with it, admit it in pyproject.toml"
 
 
 class Halved(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from mq_ao.lowering.cuda.steps import one_token
 from mq_ao.models import MambaConfig
 from mq_ao.models.config import Mamba2Config
 from mq_ao.models.mamba2 import language_model
+from mq_ao.ops import gpu_tuning
 from mq_ao.recipes import RECIPES
 from mq_ao.roofline import DEVICES, SHAPES, Cost, Device, Line, at_run_time, count_model, get_device, get_shape, predict
 from mq_ao.roofline.cost import RULES, moved, rotation
@@ -120,6 +123,21 @@ def test_scan_of_one_step_and_in_chunks() -> None:
     # With 256 threads for each of 64 multiprocessors, four a channel, all at once.
     assert [cost(128, channels).kernels for channels in (4095, 4096)] == [3, 1]
     assert cost(128, 4096).special == 128 * 4096 * (16 + 2)
+
+
+def test_costs_follow_the_sizes_that_kernels_choose_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, matrix = empty(1, 128, 64), empty(1, 128, 16)
+    chunks = [cost_of_call(mq.selective_scan.default, x, x, empty(64, 16), matrix, matrix).moved]
+    for name, value in (("SHORTEST_CHUNK", 16), ("ENOUGH_THREADS", 4)):
+        monkeypatch.setattr(gpu_tuning, name, value)
+        chunks.append(cost_of_call(mq.selective_scan.default, x, x, empty(64, 16), matrix, matrix).moved)
+    four, eight, whole = chunks
+    assert eight - four == 4 * 4 * 4 * 64 * 16 and whole < four
+
+
+def test_the_cost_model_needs_no_triton() -> None:
+    script = "import sys; sys.modules['triton'] = None; import mq_ao.roofline, mq_ao.ops.gpu_tuning"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 def test_ssd_scan_is_a_recurrence_for_one_step_and_products_for_many() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mq_ao import MqAoError
 from mq_ao.ops import nibbles
+from mq_ao.ops.gpu_tuning import FEW_ROWS
 from mq_ao.ops.int8_linear import int8_linear
 from tests.interpreter import bfloat16_as_on_chips
 
@@ -125,7 +126,7 @@ def test_float_activations_meet_integer_weights(case: dict[str, object], config:
         got = kernel.run(x, *rest)
     largest = float((x.double().abs() @ values.abs().t()).max())
     # Of many rows, activations are rounded to bfloat16, by half a unit of its 8 bits.
-    bits = 9 if x[..., 0].numel() > kernel.FEW_ROWS and not narrow else 20
+    bits = 9 if x[..., 0].numel() > FEW_ROWS and not narrow else 20
     for result, off in ((mq.weight_linear(x, *rest), 2.0**-20), (got, 2.0**-bits)):
         assert result.dtype == torch.float32 and result.shape == expected.shape
         torch.testing.assert_close(result.double(), expected, rtol=max(off, 1e-5), atol=off * largest)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mq_ao import MqAoError
+from mq_ao.ops import gpu_tuning
 from mq_ao.ops.grids import dequantize
 from mq_ao.ops.qselective_scan import qselective_scan
 from mq_ao.ops.selective_scan import selective_scan
@@ -86,13 +87,13 @@ def double(arguments: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module", autouse=True)
 def _chunks() -> Iterator[None]:
     """Chunks are as short as a case says, however few the threads are."""
-    before = kernels._SHORTEST
+    before = gpu_tuning.SHORTEST_CHUNK
     yield
-    kernels._SHORTEST = before
+    gpu_tuning.SHORTEST_CHUNK = before
 
 
 def run(kernel: Callable[..., tuple[Tensor, Tensor]], case: Case, config: int, arguments: dict[str, Any]) -> Any:
-    kernels._SHORTEST = case.chunk
+    gpu_tuning.SHORTEST_CHUNK = case.chunk
     with using(config):
         return kernel(**arguments)
 

@@ -12,15 +12,13 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.compat.compiling import dynamo_settings, inductor_settings
 from mq_ao.graph import walk
+from mq_ao.ops.gpu_tuning import FEW_OUTPUTS, FEW_ROWS
 from mq_ao.ops.int8_linear import MOST_PIECES, finished, scaled
 
 mq = torch.ops.mq_ao
 
-# The CUDA kernel behind `aten._int_mm` asks for more rows than these, and for sizes that are such multiples.
-FEW_ROWS = 16
+# The CUDA kernel behind `aten._int_mm` asks for sizes that are such multiples.
 _MULTIPLE = 8
-# Outputs up to which a linear waits for its input: its pieces come from one kernel, which reads that once.
-_FEW_OUTPUTS = 256
 
 
 def product(
@@ -60,7 +58,7 @@ def products(
     group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`int8_linears` likewise: of many rows and outputs a product for each piece, which an epilogue can follow."""
-    if weight.shape[0] <= _FEW_OUTPUTS or not _taken(q, weight, group_size, *sizes):
+    if weight.shape[0] <= FEW_OUTPUTS or not _taken(q, weight, group_size, *sizes):
         pieces = (sizes, out_scales, out_zero_points, group_size)
         return mq.int8_linears(q, token_scale, weight, scale, correction, bias, *pieces)
     given, start = [], 0

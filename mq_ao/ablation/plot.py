@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from typing import TYPE_CHECKING
 
 from mq_ao.ablation.run import Row
 from mq_ao.ablation.steps import Group
 from mq_ao.errors import MqAoError
+from mq_ao.extras import needs
 from mq_ao.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg")
 _COLOURS = {8: "#0072b2", 4: "#d55e00"}  # apart for every kind of colour vision
@@ -25,13 +26,15 @@ _FAR = 0.1
 
 
 def check_plot(path: Path) -> None:
-    """Checks the name of a plot before long work.
+    """Checks before long work that a plot of that name can be drawn.
 
     Raises:
-        MqAoError: no PNG or SVG.
+        MqAoError: no PNG or SVG, or matplotlib is not installed.
     """
     if path.suffix not in SUFFIXES:
         raise MqAoError(f"{path} must end in {' or '.join(SUFFIXES)}.")
+    with needs("a plot", extra="report"):
+        import_module("matplotlib")
 
 
 def save_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
@@ -43,9 +46,13 @@ def save_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
         path: file to write.
 
     Raises:
-        MqAoError: the suffix is neither, or the file cannot be written.
+        MqAoError: the suffix is neither, matplotlib is not installed, or the file cannot be written.
     """
     check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
     shown = [row for row in rows if row.group is not Group.ALONE]
     places = {place: index for index, place in enumerate(dict.fromkeys((row.group, row.name) for row in shown))}
     figure = Figure(figsize=(max(7.0, 0.55 * len(places) + 2), 7.5), layout="constrained")

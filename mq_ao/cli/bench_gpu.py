@@ -1,11 +1,31 @@
-"""`mq-ao bench --device cuda`: one command on a machine with a GPU."""
+"""`mq-ao bench gpu`: one command on a machine with a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mq_ao.cli.console import megabytes, out, step, write_json
+import typer
+
+from mq_ao.cli.benching import (
+    DECODE_TOKENS,
+    LENGTHS,
+    REPEATS,
+    DecodeTokens,
+    Json,
+    Lengths,
+    Models,
+    Recipes,
+    Repeats,
+    chosen_models,
+    chosen_recipes,
+    chosen_threads,
+    machine,
+    parse_lengths,
+    write,
+)
+from mq_ao.cli.console import check_json, megabytes, out, step
+from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,8 +34,39 @@ if TYPE_CHECKING:
     from mq_ao.recipes import Recipe
 
 
+def gpu(
+    *,
+    model: Models = None,
+    tokens: Lengths = LENGTHS,
+    decode_tokens: DecodeTokens = DECODE_TOKENS,
+    repeats: Repeats = REPEATS,
+    recipe: Recipes = None,
+    device: Annotated[str, typer.Option(help="cuda, or a GPU of several, such as cuda:1.")] = "cuda",
+    json: Json = None,
+) -> None:
+    """Time prefill and decode on a GPU, of fp16 in eager mode and compiled, mamba_ssm's kernels, and ours.
+
+    Logits are compared with those of the same program on the CPU first.
+
+    [bold]Examples[/bold]
+
+    mq-ao bench gpu --model mamba-130m --recipe mambaquant-w8a8 --json gpu.json
+
+    mq-ao bench gpu --model mamba-130m --tokens 1024 --recipe rtn-w8a8 --recipe mambaquant-w8a8 --device cuda:1
+    """
+    check_json(json)
+    lengths = parse_lengths(tokens)
+    if device.split(":", maxsplit=1)[0] != "cuda":
+        raise MqAoError(f"unknown device {device!r}: it is cuda, or a GPU of several, such as cuda:1.")
+    with step("starting"):
+        from mq_ao.bench.gpu import Plan
+    host = machine(chosen_threads(None))
+    recipes = [*chosen_recipes(recipe).values()]
+    bench_gpu(chosen_models(model), recipes, Plan(lengths, decode_tokens, repeats), device, host, json)
+
+
 def bench_gpu(
-    models: Sequence[str], recipes: Sequence[Recipe], plan: Plan, device: str, machine: dict[str, Any], json: str | None
+    models: Sequence[str], recipes: Sequence[Recipe], plan: Plan, device: str, host: dict[str, Any], json: str | None
 ) -> None:
     """Benches every model and prints a table of each.
 
@@ -31,7 +82,7 @@ def bench_gpu(
     wanted = torch.device(device)
     if wanted.type == "cuda":
         require_cuda(wanted)
-        machine = {**machine, "gpu": torch.cuda.get_device_name(wanted)}
+        host = {**host, "gpu": torch.cuda.get_device_name(wanted)}
     results = []
     for source in models:
         with step(f"loading {source}"):
@@ -42,8 +93,7 @@ def bench_gpu(
             out().print(_table(source, rows, plan))
             for reason in left_out:
                 out().print(f"left out: {reason}", markup=False, soft_wrap=True)
-    if json is not None:
-        write_json(json, {"machine": machine, "device": device, "mode": str(plan.mode), "models": results})
+    write({"machine": host, "device": device, "mode": str(plan.mode), "models": results}, json)
 
 
 def _table(source: str, rows: list[Row], plan: Plan) -> Table:

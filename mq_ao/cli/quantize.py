@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,6 +68,9 @@ def quantize(
         from mq_ao.models import demo
         from mq_ao.recipes import get_recipe
         from mq_ao.text import TOKEN_FILES, calibration_batches, read_tokens
+
+        if report is not None:
+            import_module("mq_ao.report.page")  # before anything takes long: it says what it lacks
     chosen = get_recipe(recipe)
     options = _options(backend, max_length, scan)
     if calibration is None:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from mq_ao.extras import needs
 from mq_ao.files import check_output, write_atomically
 from mq_ao.passes import Status, Transform
 from mq_ao.quantizer.report import Decision
 from mq_ao.report import plots
 from mq_ao.report.data import NodeQuality, PageData, RangeRow, Size
 from mq_ao.report.plots import number
+
+with needs("the page of a report", extra="report"):
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
 _WORST = 15  # nodes in the table that is open from the start
 _FEATURED = 6  # variance plots shown at once; the others are folded away

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.image import imsave
-from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mq_ao.extras import needs
 from mq_ao.report.data import NodeQuality, RangeRow, VarianceProfile
+
+with needs("the page of a report", extra="report"):
+    from matplotlib.image import imsave
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
 Floats = NDArray[np.float64]
 

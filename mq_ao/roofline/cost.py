@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 from mq_ao.ops import hadamard_matrix
+from mq_ao.ops.gpu_tuning import FEW_OUTPUTS, FEW_ROWS, SSD_CHUNK, scan_chunk
 
 SIGMOID = 2
 """Special functions of a sigmoid: an exponential and a reciprocal."""
@@ -24,14 +25,6 @@ ROUNDING = 4
 
 _ROWS = 128
 """Rows of a product that share one unpacking of int4 weights."""
-_FEW_ROWS, _FEW_OUTPUTS = 16, 256
-"""Rows up to which linears have kernels of their own (mq_ao/ops/triton), and outputs up to which pieces of many rows
-come from one (lowering/cuda/compiled.py)."""
-_SHORTEST, _THREADS, _LANES, _ENOUGH = 32, 2**17, 4, 256
-"""Steps of a chunk of the selective scan, the threads up to which it is cut into chunks, the lanes that share a channel
-otherwise, and the threads of a multiprocessor from which on it is not cut (mq_ao/ops/triton/selective_scan.py)."""
-_CHUNK = 64
-"""Tokens of a chunk of the SSD scan; below two chunks, it is a plain recurrence."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,7 @@ def _linear(call: Call) -> Cost:
         fp32 += ROUNDING * inputs * channels * math.ceil(rows / _ROWS)
     if x.dtype == torch.int8:
         # Compiled, pieces of many rows and outputs are products of their own, which read x again; not those of steps.
-        apart = rows > _FEW_ROWS and channels > _FEW_OUTPUTS and not groups and "piece" not in call.arguments
+        apart = rows > FEW_ROWS and channels > FEW_OUTPUTS and not groups and "piece" not in call.arguments
         several = len(call.arguments.get("sizes", ())) if apart else 1
         again = max(several - 1, 0)
         cost = call.cost(1 + again, int8=products, fp32=fp32) + Cost(moved=again * moved(x))
@@ -165,7 +158,7 @@ def _weight_linear(call: Call) -> Cost:
     outputs, inputs = call.y.shape[-1], x.shape[-1]
     rows = x.numel() // inputs
     products, size = 2 * rows * outputs * inputs, outputs * inputs
-    if rows <= _FEW_ROWS:
+    if rows <= FEW_ROWS:
         return call.cost(fp32=products + ROUNDING * size * rows)
     rounded = Cost(kernels=1, moved=2 * 2 * x.numel())
     return call.cost(fp16=products, fp32=ROUNDING * size * math.ceil(rows / _ROWS)) + rounded
@@ -190,8 +183,8 @@ def _selective_scan(call: Call) -> Cost:
     once = u.numel() * (4 * states + 3 * ROUNDING)
     special = u.numel() * (states + 2)
     outputs = u.numel() * 2 * states
-    chunk = max(_SHORTEST, length * batch * channels // _THREADS)
-    if 2 * chunk >= length or batch * channels * _LANES >= _ENOUGH * call.multiprocessors:
+    chunk = scan_chunk(batch, length, channels, call.multiprocessors)
+    if chunk == length:
         return call.cost(fp32=once + outputs, special=special)
     again = moved(u) + moved(call.arguments["delta"]) + moved(b)
     # Written, carried over by reading and writing again, and read.
@@ -204,14 +197,14 @@ def _ssd_scan(call: Call) -> Cost:
     x, b = call.arguments["x"], call.arguments["B"]
     batch, length, heads, headdim = x.shape
     groups, states = b.shape[2:]
-    if length < 2 * _CHUNK:
+    if length < 2 * SSD_CHUNK:
         return call.cost(fp32=x.numel() * (5 * states + 3 * ROUNDING), special=batch * length * heads * 3)
-    scores = 2 * batch * length * _CHUNK * groups * states
-    within = 2 * batch * length * _CHUNK * heads * headdim
+    scores = 2 * batch * length * SSD_CHUNK * groups * states
+    within = 2 * batch * length * SSD_CHUNK * heads * headdim
     across = 2 * 2 * x.numel() * states
-    decays = batch * length * _CHUNK * heads
+    decays = batch * length * SSD_CHUNK * heads
     # States of the chunks: written, then each read and replaced by the one before it, then read again.
-    carried = 4 * 4 * batch * math.ceil(length / _CHUNK) * heads * headdim * states
+    carried = 4 * 4 * batch * math.ceil(length / SSD_CHUNK) * heads * headdim * states
     cost = call.cost(kernels=4, fp16=scores + within + across, fp32=3 * decays + x.numel() * 3 * ROUNDING)
     cost += Cost(special=decays)
     return cost + Cost(moved=carried)
@@ -232,7 +225,7 @@ def _scan_step(call: Call) -> Cost:
 
 def _between(call: Call, values: int) -> Cost:
     """What a step of many rows, which are two kernels, writes with one and reads with the other, in int8."""
-    return Cost(1, 2 * values) if call.arguments["q"].shape[0] > _FEW_ROWS else Cost()
+    return Cost(1, 2 * values) if call.arguments["q"].shape[0] > FEW_ROWS else Cost()
 
 
 def _scan_states(call: Call) -> Cost:

@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 from mq_ao.compat.tracing import OpOverload, OpOverloadPacket
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
-from mq_ao.lowering.cuda.compiled import FEW_ROWS, summed
+from mq_ao.lowering.cuda.compiled import summed
+from mq_ao.ops.gpu_tuning import FEW_ROWS
 from mq_ao.roofline.cost import ROUNDING, RULES, SIGMOID, Call, Cost, cost_of, moved, tensors
 from mq_ao.roofline.devices import Device
 

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mq_ao.ops.gpu_tuning import FEW_ROWS
 from mq_ao.ops.int8_linear import MOST_PIECES, fake, fake_pieces
 from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.rounding import rounded, write
 
-FEW_ROWS = 16
 ALIGNMENT = 16
 
 

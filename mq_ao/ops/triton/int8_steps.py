@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mq_ao.ops.gpu_tuning import FEW_ROWS
 from mq_ao.ops.int8_steps import fake_conv_step, fake_scan_step
 from mq_ao.ops.triton import int8_linear
 from mq_ao.ops.triton.causal_conv1d import MOST_TAPS, epilogue, finished, in_steps
-from mq_ao.ops.triton.int8_linear import ALIGNMENT, FEW_ROWS, tile, write_piece
+from mq_ao.ops.triton.int8_linear import ALIGNMENT, tile, write_piece
 from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.operands import float32, on_grid, rows
 from mq_ao.ops.triton.rounding import rounded, to_bytes, write

@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mq_ao.ops.gpu_tuning import LANES
 from mq_ao.ops.triton.launch import Config, Kernel
 from mq_ao.ops.triton.operands import centred, parameter, read, read_state, step_size, step_size_of, write_state
 from mq_ao.ops.triton.rounding import write
 
-LANES = 4  # over which the states of a channel can be spread
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 AHEAD: tl.constexpr = tl.constexpr(LANES)
 

@@ -17,18 +17,16 @@ import torch
 import triton
 from torch import Tensor
 
+from mq_ao.ops.gpu_tuning import scan_chunk
 from mq_ao.ops.qselective_scan import _fake as _qfake
 from mq_ao.ops.selective_scan import _fake
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.launch import blank
 from mq_ao.ops.triton.operands import destination, float32, on_grid, rows
 from mq_ao.ops.triton.rounding import rounded
-from mq_ao.ops.triton.scan_kernels import LANES, channels_of, scan, step
+from mq_ao.ops.triton.scan_kernels import channels_of, scan, step
 
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
-_SHORTEST = 32  # steps of a chunk
-_THREADS = 2**17  # that keep a GPU busy: about a thousand for each of its multiprocessors
-_ENOUGH = 256  # threads of a multiprocessor with which once over all of time is not slower than twice over chunks
 _MULTIPROCESSORS = 64  # of the chip that is thought of where there is none
 
 
@@ -85,9 +83,8 @@ def _launch(
             **constants,
         )
 
-    chunk = max(_SHORTEST, length * batch * channels // _THREADS)
-    # Two chunks scanned twice take as long as all of it once.
-    if 2 * chunk >= length or batch * channels * LANES >= _ENOUGH * _multiprocessors(A.device):
+    chunk = scan_chunk(batch, length, channels, _multiprocessors(A.device))
+    if chunk == length:
         scan_chunks(length, start, last_state, scale, y, None)
         return
     states = A.new_empty(batch, triton.cdiv(length, chunk), channels, d_state)

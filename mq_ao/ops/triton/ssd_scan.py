@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mq_ao.ops.gpu_tuning import SSD_CHUNK
 from mq_ao.ops.grids import BYTES
 from mq_ao.ops.qssd_scan import _fake as _qfake
 from mq_ao.ops.ssd_scan import _fake
@@ -20,7 +21,6 @@ from mq_ao.ops.triton.rounding import rounded
 from mq_ao.ops.triton.ssd_kernels import add_up, add_up_float32, outputs, outputs_float32, step
 
 _Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
-_CHUNK = 64  # steps: what is quadratic in them then costs no more than what is quadratic in headdim or d_state
 
 
 def _sequences(seq_idx: Tensor | None) -> Tensor | None:
@@ -73,8 +73,8 @@ def _launch(
             N=triton.next_power_of_2(d_state),
         )
         return
-    constants["CHUNK"] = _CHUNK
-    chunks = triton.cdiv(length, _CHUNK)
+    constants["CHUNK"] = SSD_CHUNK
+    chunks = triton.cdiv(length, SSD_CHUNK)
     states = A.new_empty(batch, chunks, heads, headdim, d_state)
     totals = A.new_empty(batch, chunks, heads)
     ids = _sequences(seq_idx)

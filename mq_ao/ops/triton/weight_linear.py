@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mq_ao.ops.triton.int8_linear import ALIGNMENT, FEW_ROWS, halves, launch, linear
+from mq_ao.ops.gpu_tuning import FEW_ROWS
+from mq_ao.ops.triton.int8_linear import ALIGNMENT, halves, launch, linear
 from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.weight_linear import fake
 
