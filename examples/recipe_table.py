@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import mq_ao
-from mq_ao.api import QuantizedProgram
 from mq_ao.classify import Comparison, compare, log_probabilities
 from mq_ao.cli.console import bar, out, write_json
+from mq_ao.quantized import QuantizedModel
 from mq_ao.recipes import Recipe
 
 
@@ -49,7 +49,7 @@ def measure(
     chosen: Sequence[tuple[int, Recipe]],
     images: Tensor,
     labels: Tensor,
-    run: Callable[[QuantizedProgram], Callable[[Tensor], Tensor]],
+    run: Callable[[QuantizedModel], Callable[[Tensor], Tensor]],
 ) -> Results:
     """Quantizes and runs a classifier recipe by recipe, with a progress bar.
 

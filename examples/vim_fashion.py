@@ -27,18 +27,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mq_ao.ablation.steps import BASELINES, PRODUCTION, parse_bits
-from mq_ao.api import QuantizedProgram
 from mq_ao.cli.console import check_json
 from mq_ao.errors import MqAoError
 from mq_ao.lowering import inductor
 from mq_ao.models import Vim, vision_demo
 from mq_ao.models.vision_demo import normalised
+from mq_ao.quantized import QuantizedModel
 from mq_ao.recipes import get_recipe
 
 BATCH = 64
 
 
-def in_integers(quantized: QuantizedProgram) -> Callable[[Tensor], Tensor]:
+def in_integers(quantized: QuantizedModel) -> Callable[[Tensor], Tensor]:
     """The graph over integer operators.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -19,96 +19,28 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from mq_ao import models, passes
 from mq_ao.backends import BACKENDS, backend_of, get_backend
 from mq_ao.calibration import Calibration, calibrate
+from mq_ao.calibration.calls import Call
 from mq_ao.capture import export
 from mq_ao.capture.by_hand import Scans, using_scans
 from mq_ao.capture.precision import check_weights, float_dtype, in_float32
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.errors import MqAoError
-from mq_ao.files import check_output
 from mq_ao.graph import match, walk
 from mq_ao.graph.buffers import written
+from mq_ao.graph.partial import Batch
 from mq_ao.lowering.graphs import find_state_shapes
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
 from mq_ao.models.program import LanguageProgram
 from mq_ao.modes import plain
+from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import MambaQuantizer
 from mq_ao.recipes import Recipe, get_recipe
-from mq_ao.report import build, sizes
+from mq_ao.report import build
 from mq_ao.report.summary import Report
 from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)
-
-
-class QuantizedProgram:
-    """A quantized graph in torchao's q/dq form, ready to be lowered.
-
-    Args:
-        converted: result of `convert_pt2e`: integers simulated in float.
-        report: what was done to get there.
-        vocab_size: of a language model, else None.
-        source: the rewritten float graph and a few inputs, for `report(html=...)`. Float weights that rewrites made
-            stay in memory with it; `lower` does not need them, and what it returns does not hold them.
-        known_tokens: tokens of a language model that its tokenizer knows, where the model tells.
-    """
-
-    def __init__(
-        self,
-        converted: GraphModule,
-        report: Report,
-        vocab_size: int | None,
-        source: build.Source,
-        known_tokens: int | None = None,
-    ) -> None:
-        self.converted = converted
-        self._report = report
-        self._vocab_size = vocab_size
-        self._source = source
-        self._known = {} if known_tokens is None else {"known_tokens": known_tokens}
-
-    def report(self, html: str | Path | None = None, *, title: str | None = None) -> Report:
-        """What was matched, rewritten, quantized and left out, and why; `print` it.
-
-        Args:
-            html: also write a page there, ending in .html, with plots of variances and ranges, and the signal to
-                noise ratio of every quantized node; that runs both graphs on at most 2 x 256 tokens.
-            title: heading of the page; the class of the model if not given.
-
-        Raises:
-            MqAoError: the page cannot be written there.
-        """
-        if html is not None:
-            from mq_ao.report import page  # with matplotlib, which takes long to load
-
-            path = check_output(html, ".html")
-            page.write(build.page_data(self.converted, self._report, self._source, title), path)
-        return self._report
-
-    @in_turn
-    def lower(self, backend: str | None = None, options: Any = None) -> LanguageProgram | Any:
-        """Compiles the graph to a program that can be called, saved, and loaded by `load`.
-
-        That of a `MambaLM` is a `LanguageProgram`: prefill, decode and generation. That of any other model is a
-        `Program`, which is called with the model's inputs and gives what the model gives.
-
-        Args:
-            backend: the one that the graph was quantized for; None: that one.
-            options: of that backend: `mq_ao.lowering.executorch.Options` has batch, longest prefill and more.
-
-        Raises:
-            MqAoError: unknown or other backend, nothing quantized, or a graph that cannot be saved as a program.
-        """
-        wanted = get_backend(self._report.backend)
-        if backend is not None and get_backend(backend) is not wanted:
-            raise MqAoError(
-                f"this graph was quantized for {wanted.name}, whose integers are not those of {backend}: "
-                f"call mq_ao.quantize(..., backend={backend!r})."
-            )
-        info: dict[str, Any] = {"recipe": self._report.recipe.name}
-        if self._vocab_size is not None:
-            info |= {"vocab_size": self._vocab_size, **self._known}
-        return wanted.lowering.lower(self.converted, info, options)
 
 
 def capture(model: nn.Module, example: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> GraphModule:
@@ -136,7 +68,7 @@ def quantize(
     backend: str = "inductor",
     scans: Scans | None = None,
     progress: bool = False,
-) -> QuantizedProgram:
+) -> QuantizedModel:
     """Captures, rewrites, calibrates and converts a trained model.
 
     Args:
@@ -171,11 +103,8 @@ def quantize(
 
 def _quantized(
     model: nn.Module, data: Iterable[Any], recipe: Recipe, quantizer: MambaQuantizer, progress: bool
-) -> QuantizedProgram:
+) -> QuantizedModel:
     check_weights(model)
-    dtype = float_dtype(model)
-    if dtype != torch.float32 and isinstance(model, GraphModule):
-        raise MqAoError(f"this graph was captured in {dtype}: give mq_ao.export a model in float32 (model.float()).")
     calibration = Calibration(model, data, _vocab_size(model), takes_mask=not isinstance(model, MambaLM))
     with plain():  # again, after code of the user's
         return _calibrated(model, calibration, recipe, quantizer, progress)
@@ -183,41 +112,61 @@ def _quantized(
 
 def _calibrated(
     model: nn.Module, calibration: Calibration, recipe: Recipe, quantizer: MambaQuantizer, progress: bool
-) -> QuantizedProgram:
+) -> QuantizedModel:
+    """The walk; what takes long comes after everything that can be refused."""
     dtype = float_dtype(model)
-    with in_float32(model):
-        graph = capture(model, calibration.first.args, calibration.first.kwargs)
-    if (name := written(graph)) is not None:
-        raise MqAoError(
-            f"the model writes to its buffer {name} while it runs, and calibration would change it: give it as an "
-            "input, and return what it becomes."
-        )
-    vocab_size = _language_model_vocabulary(graph)
-    # Before anything takes long.
-    walk.check_scans(graph, quantizer.kernels.scans, quantizer.kernels.backend)
-    stored = sizes.stored(graph, sizes.roles(graph))
-    inputs = calibration.inputs(graph, find_state_shapes(graph))
-    example = next(inputs)
-    # Statistics and ranges are two runs over the same data.
-    given: Iterable[tuple[Any, ...]] = chain([example], inputs)
-    given = [*given] if recipe.needs_statistics else given
-    rewrite = passes.apply(graph, recipe.passes, given, progress=progress)
-    source = build.Source.of(type(model).__name__, stored, rewrite, example)
-    description = match(graph).describe()
+    graph = _captured(model, calibration.first)
+    info = _info(model, graph)
+    quantizer.check(graph)
+    captured = build.Captured.of(type(model).__name__, graph)
+    example, batches = _batches(calibration.inputs(graph, find_state_shapes(graph)), keep=recipe.needs_statistics)
+    rewrite = passes.apply(graph, recipe.passes, batches, progress=progress)
+    source, description = captured.rewritten(rewrite, example), match(graph).describe()
     rewrite.statistics = {}  # of no more use, and large
     release()
     if requests := quantizer.requests(graph):
-        quantizer.set_statistics(passes.collect(graph, requests, given, progress=progress))
+        quantizer.set_statistics(passes.collect(graph, requests, batches, progress=progress))
     prepared = prepare_pt2e(graph, quantizer)
     release()
-    count = calibrate(prepared, given, progress=progress)
+    count = calibrate(prepared, batches, progress=progress)
     converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     report = Report(
         *(recipe, quantizer.kernels.backend, description, tuple(rewrite.transforms), quantizer.report),
         *(count, calibration.tokens, str(dtype).removeprefix("torch.")),
     )
-    known_tokens = model.known_tokens if isinstance(model, MambaLM) else None
-    return QuantizedProgram(converted, report, vocab_size, source, known_tokens)
+    return QuantizedModel(converted, report, info, source)
+
+
+def _captured(model: nn.Module, first: Call) -> GraphModule:
+    """The float32 graph that is edited from here on."""
+    if isinstance(model, GraphModule) and (dtype := float_dtype(model)) != torch.float32:
+        raise MqAoError(f"this graph was captured in {dtype}: give mq_ao.export a model in float32 (model.float()).")
+    with in_float32(model):
+        graph = capture(model, first.args, first.kwargs)
+    if (name := written(graph)) is not None:
+        raise MqAoError(
+            f"the model writes to its buffer {name} while it runs, and calibration would change it: give it as an "
+            "input, and return what it becomes."
+        )
+    return graph
+
+
+def _batches(inputs: Iterator[Batch], *, keep: bool) -> tuple[Batch, Iterable[Batch]]:
+    """The first batch, and all; those of statistics run twice and are kept."""
+    first = next(inputs)
+    batches = chain([first], inputs)
+    return first, [*batches] if keep else batches
+
+
+def _info(model: nn.Module, graph: GraphModule) -> dict[str, Any]:
+    """What a program says of the model: of a language model with states, which tokens there are."""
+    (output,) = graph.graph.find_nodes(op="output")
+    results: Any = output.args[0]
+    if find_state_shapes(graph) is None or walk.upstream(results[0]).target not in walk.LINEAR:
+        return {}
+    vocabulary = {"vocab_size": int(walk.value(results[0]).shape[-1])}
+    known = model.known_tokens if isinstance(model, MambaLM) else None
+    return vocabulary if known is None else {**vocabulary, "known_tokens": known}
 
 
 @in_turn
@@ -231,13 +180,11 @@ def compile_float(model: nn.Module, backend: str = "inductor", options: Any = No
     model = unwrapped(model)
     if not isinstance(model, MambaLM):
         raise MqAoError(f"compile_float takes a MambaLM, and not {type(model).__name__}: see mq_ao.models.load.")
-    dtype = str(float_dtype(model)).removeprefix("torch.")
-    info = {"recipe": dtype, "vocab_size": model.config.vocab_size}
-    if model.known_tokens is not None:
-        info["known_tokens"] = model.known_tokens
     lowering = get_backend(backend).lowering
+    dtype = str(float_dtype(model)).removeprefix("torch.")
     with in_float32(model):
-        return lowering.lower_float(capture(model, ()), info, options)
+        graph = capture(model, ())
+        return lowering.lower_float(graph, {"recipe": dtype, **_info(model, graph)}, options)
 
 
 def load(path: str | Path) -> LanguageProgram | Any:
@@ -281,12 +228,3 @@ def _vocab_size(model: nn.Module) -> int | None:
     except NotImplementedError:  # of those without
         return None
     return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
-
-
-def _language_model_vocabulary(graph: GraphModule) -> int | None:
-    """The vocabulary of the float graph of a language model with states, or None for any other."""
-    (output,) = graph.graph.find_nodes(op="output")
-    results: Any = output.args[0]
-    if find_state_shapes(graph) is None or walk.upstream(results[0]).target not in walk.LINEAR:
-        return None
-    return int(walk.value(results[0]).shape[-1])

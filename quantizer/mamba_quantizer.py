@@ -93,6 +93,10 @@ class MambaQuantizer(Quantizer):
         self._statistics = statistics
         return self
 
+    def check(self, model: GraphModule) -> None:
+        """Raises MqAoError if the backend has no operator for a scan of the graph; to be called before long work."""
+        walk.check_scans(model, self.kernels.scans, self.kernels.backend)
+
     def requests(self, model: GraphModule) -> list[Request]:
         """What `set_statistics` has to be given for this graph: inputs of what GPTQ rounds, and carried states."""
         found = match(model)
@@ -111,7 +115,7 @@ class MambaQuantizer(Quantizer):
             MqAoError: GPTQ or an int8 carried state was asked for and no statistics were given; the backend has no
                 operator for a scan; or the graph is not in float32.
         """
-        walk.check_scans(model, self.kernels.scans, self.kernels.backend)
+        self.check(model)
         found = match(model)
         for scan, state in self._carried_states(found).items():
             if isinstance(state, CarriedState) and scan not in self._scales:

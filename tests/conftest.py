@@ -18,12 +18,12 @@ if not torch.cuda.is_available():
 
 import mq_ao as package
 from mq_ao import MqAoError
-from mq_ao.api import QuantizedProgram
 from mq_ao.cli import main
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.ops import library
 from mq_ao.ops.native import build
+from mq_ao.quantized import QuantizedModel
 
 VOCAB = 256
 
@@ -83,13 +83,13 @@ def calibration() -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="session", params=["rtn-w8a8", "rtn-w8a8-dynamic"])
-def quantized(request: pytest.FixtureRequest, tiny: MambaLM, calibration: list[torch.Tensor]) -> QuantizedProgram:
+def quantized(request: pytest.FixtureRequest, tiny: MambaLM, calibration: list[torch.Tensor]) -> QuantizedModel:
     """The tiny model quantized by each recipe."""
     return package.quantize(tiny, calibration, request.param)
 
 
 @pytest.fixture(scope="session")
-def program(quantized: QuantizedProgram) -> InductorProgram:
+def program(quantized: QuantizedModel) -> InductorProgram:
     """The quantized tiny model, compiled."""
     return quantized.lower("inductor")
 

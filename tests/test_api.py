@@ -9,14 +9,15 @@ import torch
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.api import QuantizedProgram, capture, compile_float
+from mq_ao.api import capture, compile_float
 from mq_ao.capture import export
 from mq_ao.models import MambaLM
+from mq_ao.quantized import QuantizedModel
 from mq_ao.recipes import RECIPES, Recipe, get_recipe
 from tests.conftest import VOCAB, tokens
 
 
-def test_quantized_logits_are_close_to_float(quantized: QuantizedProgram, tiny: MambaLM) -> None:
+def test_quantized_logits_are_close_to_float(quantized: QuantizedModel, tiny: MambaLM) -> None:
     ids = tokens(2, 32, seed=7)
     with torch.no_grad():
         expected, got = tiny(ids)[0], quantized.converted(ids, *tiny.initial_states(2))[0]
@@ -29,7 +30,7 @@ def test_the_model_is_not_changed(tiny: MambaLM, calibration: list[torch.Tensor]
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
 
 
-def test_report_says_what_was_done(quantized: QuantizedProgram) -> None:
+def test_report_says_what_was_done(quantized: QuantizedModel) -> None:
     text = str(quantized.report())
     assert "12 nodes quantized, 4 left in float" in text
     assert "left out   scan x 2: switched off by the configuration" in text
@@ -69,7 +70,7 @@ def test_unknown_pass_is_refused(tiny: MambaLM) -> None:
         mq_ao.quantize(tiny, [tokens(1, 4)], Recipe("mine", passes=("rotate",)))
 
 
-def test_unknown_backend_is_refused(quantized: QuantizedProgram) -> None:
+def test_unknown_backend_is_refused(quantized: QuantizedModel) -> None:
     with pytest.raises(MqAoError, match="unknown backend 'tpu': the backends are inductor"):
         quantized.lower("tpu")
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.api import QuantizedProgram, capture
+from mq_ao.api import capture
 from mq_ao.graph import walk
 from mq_ao.lowering import cuda
 from mq_ao.lowering.cuda.compiled import norm_of_sum, product, products, summed
@@ -23,6 +23,7 @@ from mq_ao.lowering.cuda.rewrite import INTEGER_LINEARS, Rewriter
 from mq_ao.lowering.patterns import Q_STATIC, Weight
 from mq_ao.models import Mamba2Config, MambaLM, Vim, VimConfig, language_model
 from mq_ao.ops.qlinear import quantize_per_token
+from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import Activation, MambaQuantizer, RoleSpec, w8a8
 from mq_ao.recipes import RECIPES, Recipe
 from tests.conftest import tokens
@@ -60,7 +61,7 @@ KINDS = [(name, kind) for name in NAMES for kind in ("lm", "vim")] + [("mambaqua
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def case(
     request: pytest.FixtureRequest, tiny: MambaLM, vim: Vim, mamba2: MambaLM, calibration: list[Tensor]
-) -> tuple[QuantizedProgram, tuple[Tensor, ...]]:
+) -> tuple[QuantizedModel, tuple[Tensor, ...]]:
     """A quantized model, and inputs."""
     name, kind = request.param
     if kind == "vim":
@@ -156,7 +157,7 @@ class _Tag:
 
 
 def test_every_operator_computes_what_the_simulation_does(
-    case: tuple[QuantizedProgram, tuple[Tensor, ...]],
+    case: tuple[QuantizedModel, tuple[Tensor, ...]],
 ) -> None:
     quantized, inputs = case
     lowered = cuda.rewrite(tagged(quantized.converted))
@@ -177,7 +178,7 @@ def test_every_operator_computes_what_the_simulation_does(
 
 
 def test_the_whole_graph_stays_close_to_the_simulation(
-    case: tuple[QuantizedProgram, tuple[Tensor, ...]],
+    case: tuple[QuantizedModel, tuple[Tensor, ...]],
 ) -> None:
     quantized, inputs = case
     module = cuda.rewrite(quantized.converted).module

@@ -12,26 +12,27 @@ from torch import Tensor
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.api import QuantizedProgram, compile_float
+from mq_ao.api import compile_float
 from mq_ao.lowering.cuda import CudaProgram
 from mq_ao.models import MambaLM
+from mq_ao.quantized import QuantizedModel
 from tests.conftest import CommandLine, error, tokens
 
 
 @pytest.fixture(scope="module")
-def gpu(tiny: MambaLM, calibration: list[Tensor]) -> QuantizedProgram:
+def gpu(tiny: MambaLM, calibration: list[Tensor]) -> QuantizedModel:
     return mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda")
 
 
 @pytest.fixture(scope="module")
-def lowered(gpu: QuantizedProgram) -> CudaProgram:
+def lowered(gpu: QuantizedModel) -> CudaProgram:
     program = gpu.lower()
     assert isinstance(program, CudaProgram)
     return program
 
 
 def test_prefill_and_decode_compute_what_the_simulation_does(
-    gpu: QuantizedProgram, lowered: CudaProgram, tiny: MambaLM
+    gpu: QuantizedModel, lowered: CudaProgram, tiny: MambaLM
 ) -> None:
     for batch, length in ((1, 1), (3, 33), (2, 7)):
         ids = tokens(batch, length + 1)

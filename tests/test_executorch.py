@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.api import QuantizedProgram, compile_float
+from mq_ao.api import compile_float
 from mq_ao.lowering.executorch import ExecutorchProgram, Options, Scan
 from mq_ao.lowering.executorch.program import open_program
 from mq_ao.models import MambaConfig, MambaLM, Sampling
+from mq_ao.quantized import QuantizedModel
 from tests.conftest import VOCAB, tokens
 
 pytest.importorskip("executorch", reason='needs pip install "mq-ao[executorch]"')
@@ -46,7 +47,7 @@ def small() -> MambaLM:
     return MambaLM(MambaConfig(vocab_size=VOCAB, d_model=64, n_layer=1)).eval()
 
 
-def quantize(model: MambaLM, recipe: str) -> QuantizedProgram:
+def quantize(model: MambaLM, recipe: str) -> QuantizedModel:
     return mq_ao.quantize(model, [tokens(2, 64, seed=seed) for seed in range(100, 104)], recipe, backend="executorch")
 
 
@@ -54,7 +55,7 @@ def quantize(model: MambaLM, recipe: str) -> QuantizedProgram:
     scope="module",
     params=["mambaquant-w8a8", "mambaquant-static-w8a8", "rtn-w8a8", "mambaquant-w4a8", "mambaquant-w8a8 portable"],
 )
-def pair(request: pytest.FixtureRequest, small: MambaLM) -> tuple[QuantizedProgram, ExecutorchProgram]:
+def pair(request: pytest.FixtureRequest, small: MambaLM) -> tuple[QuantizedModel, ExecutorchProgram]:
     """The q/dq graph, and the program made of it."""
     return lowered(small, *request.param.split())
 
@@ -66,7 +67,7 @@ def program(small: MambaLM) -> ExecutorchProgram:
 
 
 @functools.cache
-def lowered(model: MambaLM, recipe: str, scan: str = "native") -> tuple[QuantizedProgram, ExecutorchProgram]:
+def lowered(model: MambaLM, recipe: str, scan: str = "native") -> tuple[QuantizedModel, ExecutorchProgram]:
     quantized = quantize(model, recipe)
     program = quantized.lower(options=Options(max_length=MAX_LENGTH, scan=Scan(scan)))
     assert isinstance(program, ExecutorchProgram)
@@ -74,7 +75,7 @@ def lowered(model: MambaLM, recipe: str, scan: str = "native") -> tuple[Quantize
 
 
 def test_every_linear_is_an_integer_one_inside_a_delegate(
-    pair: tuple[QuantizedProgram, ExecutorchProgram],
+    pair: tuple[QuantizedModel, ExecutorchProgram],
 ) -> None:
     info = pair[1].info
     for method in ("prefill", "decode"):
@@ -100,7 +101,7 @@ def test_four_bit_weights_stay_four_bits(small: MambaLM) -> None:
 
 
 def test_prefill_decode_and_reset_equal_the_simulation(
-    pair: tuple[QuantizedProgram, ExecutorchProgram], small: MambaLM
+    pair: tuple[QuantizedModel, ExecutorchProgram], small: MambaLM
 ) -> None:
     quantized, program = pair
     ids = tokens(1, 80, seed=7)

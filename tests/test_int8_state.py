@@ -13,7 +13,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import mq_ao
 from mq_ao import MqAoError, passes
-from mq_ao.api import QuantizedProgram, capture
+from mq_ao.api import capture
 from mq_ao.graph import Direction, Role, match
 from mq_ao.lowering import inductor
 from mq_ao.lowering.inductor import InductorProgram
@@ -21,6 +21,7 @@ from mq_ao.models import MambaLM
 from mq_ao.models.generate import Step
 from mq_ao.ops.qselective_scan import quantize_state
 from mq_ao.passes import Statistics, collect
+from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import Activation, MambaQuantizer, QuantizationConfig, RoleSpec
 from mq_ao.recipe_files import from_dict, to_dict
 from mq_ao.recipes import Recipe, get_recipe
@@ -38,13 +39,13 @@ def with_state(name: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def carried(tiny: MambaLM, calibration: list[torch.Tensor]) -> QuantizedProgram:
+def carried(tiny: MambaLM, calibration: list[torch.Tensor]) -> QuantizedModel:
     """The calibration can be read only once."""
     return mq_ao.quantize(tiny, iter(calibration), with_state("rtn-scan-w8a8"))
 
 
 @pytest.fixture(scope="module")
-def compiled(carried: QuantizedProgram) -> InductorProgram:
+def compiled(carried: QuantizedModel) -> InductorProgram:
     return carried.lower()
 
 
@@ -164,7 +165,7 @@ def test_integer_graph_equals_the_simulation(recipe: str, tiny: MambaLM, calibra
 
 
 def test_compiled_program_equals_the_simulation(
-    compiled: InductorProgram, carried: QuantizedProgram, tiny: MambaLM
+    compiled: InductorProgram, carried: QuantizedModel, tiny: MambaLM
 ) -> None:
     check_steps(compiled, carried.converted, tiny)
     ids = tokens(2, 7)

@@ -13,10 +13,11 @@ import torch
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.api import QuantizedProgram, capture
+from mq_ao.api import capture
 from mq_ao.lowering import inductor
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaLM, Sampling
+from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import QuantizationConfig, w8a8
 from mq_ao.recipes import Recipe
 from tests.conftest import VOCAB, tokens
@@ -30,7 +31,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def test_every_linear_and_convolution_is_an_integer_kernel(quantized: QuantizedProgram) -> None:
+def test_every_linear_and_convolution_is_an_integer_kernel(quantized: QuantizedModel) -> None:
     integer = inductor.rewrite(quantized.converted)
     graph, counts = integer.module, integer.kernels
     assert integer.simulated == []
@@ -49,7 +50,7 @@ def test_static_in_proj_writes_the_convolutions_integers_itself(tiny: MambaLM, c
         assert conv.args[0].args[6] == conv.args[1]  # out_scale is the convolution's input scale
 
 
-def test_integer_graph_equals_the_simulation(quantized: QuantizedProgram, tiny: MambaLM) -> None:
+def test_integer_graph_equals_the_simulation(quantized: QuantizedModel, tiny: MambaLM) -> None:
     graph = inductor.rewrite(quantized.converted).module
     ids, states = tokens(2, 19), tiny.initial_states(2)
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_integer_graph_equals_the_simulation(quantized: QuantizedProgram, tiny: 
 
 
 def test_compiled_program_equals_the_simulation(
-    program: InductorProgram, quantized: QuantizedProgram, tiny: MambaLM
+    program: InductorProgram, quantized: QuantizedModel, tiny: MambaLM
 ) -> None:
     assert sum(program.integer_kernels.values()) == 15
     for shape in [(1, 1), (1, 7), (3, 33)]:
@@ -128,7 +129,7 @@ def test_generation_is_greedy_by_default_and_repeats_with_a_seed(program: Induct
     assert torch.equal(program.generate(ids, 5, draw), program.generate(ids, 5, draw))
 
 
-def test_torch_compile_of_a_converted_graph(quantized: QuantizedProgram, tiny: MambaLM) -> None:
+def test_torch_compile_of_a_converted_graph(quantized: QuantizedModel, tiny: MambaLM) -> None:
     inputs = (tokens(2, 8), *tiny.initial_states(2))
     compiled = inductor.compiled(quantized.converted, inputs)
     with torch.no_grad():
@@ -141,7 +142,7 @@ def test_a_graph_in_which_nothing_is_quantized_is_refused(tiny: MambaLM) -> None
 
 
 def test_lowering_without_a_compiler_says_so_at_once(
-    quantized: QuantizedProgram, monkeypatch: pytest.MonkeyPatch
+    quantized: QuantizedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MqAoError, match="no C.. compiler found .looked for no-such-compiler.: install g"):

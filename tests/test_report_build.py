@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 import mq_ao
-from mq_ao.api import QuantizedProgram, capture
+from mq_ao.api import capture
 from mq_ao.cli import main
 from mq_ao.errors import MqAoError
 from mq_ao.graph import match
@@ -23,6 +23,7 @@ from mq_ao.models.saving import save_pretrained
 from mq_ao.passes.fold_norm import FoldNorm
 from mq_ao.passes.rotate_dt import RotateDt
 from mq_ao.passes.rotate_residual import RotateResidual
+from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import RoleSpec, w8a8
 from mq_ao.recipes import Recipe
 from mq_ao.report import PageData, build, sqnr
@@ -57,13 +58,13 @@ def record(module: GraphModule, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
 class Built:
     """A quantization, its page as data, and every value of both of its graphs on the page's sample."""
 
-    program: QuantizedProgram
+    program: QuantizedModel
     data: PageData
     before: dict[str, Tensor]
     after: dict[str, Tensor]
 
 
-def data_of(program: QuantizedProgram) -> PageData:
+def data_of(program: QuantizedModel) -> PageData:
     return build.page_data(program.converted, program.report(), program._source)
 
 
@@ -273,7 +274,7 @@ def test_command_line_writes_the_page_before_it_compiles(
         assert stop.value.code == 2
         return capsys.readouterr().err
 
-    monkeypatch.setattr(QuantizedProgram, "lower", lower)
+    monkeypatch.setattr(QuantizedModel, "lower", lower)
     model, page = tmp_path / "model", tmp_path / "page.html"
     save_pretrained(tiny, model)
     options = (model, "-o", tmp_path / "p.pt2", "--calibration", demo.CALIBRATION, "--tokens", 64, "--report")

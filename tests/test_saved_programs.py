@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import mq_ao
 from mq_ao import MqAoError
-from mq_ao.api import QuantizedProgram
 from mq_ao.lowering.cuda import CudaProgram
 from mq_ao.models import MambaLM
+from mq_ao.quantized import QuantizedModel
 from tests.conftest import assert_same_bits_for_any_threads, tokens
 
 IDS = tokens(2, 7, seed=11)
@@ -96,7 +96,7 @@ def test_workers_of_a_loader(saved: Path, expected: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def files(
-    saved: Path, quantized_for_cuda: QuantizedProgram, tmp_path_factory: pytest.TempPathFactory
+    saved: Path, quantized_for_cuda: QuantizedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
     path = tmp_path_factory.mktemp("files") / "tiny.ptc"
     quantized_for_cuda.lower().save(path)
@@ -107,7 +107,7 @@ def files(
 
 
 @pytest.fixture(scope="module")
-def quantized_for_cuda(tiny: MambaLM, calibration: list[Tensor]) -> QuantizedProgram:
+def quantized_for_cuda(tiny: MambaLM, calibration: list[Tensor]) -> QuantizedModel:
     return mq_ao.quantize(tiny, calibration, "rtn-w8a8", backend="cuda")
 
 

@@ -43,12 +43,29 @@ class Source:
     stored: tuple[sizes.Stored, ...]
     profiles: tuple[Profile, ...]
 
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """What a page needs of the graph as it was captured, noted before rewrites edit it.
+
+    Attributes:
+        title: what is quantized.
+        stored: constants of the graph.
+    """
+
+    title: str
+    stored: tuple[sizes.Stored, ...]
+
     @classmethod
-    def of(cls, title: str, stored: tuple[sizes.Stored, ...], rewrite: Rewrite, batch: tuple[Tensor, ...]) -> Source:
+    def of(cls, title: str, graph: GraphModule) -> Captured:
+        """Notes it now."""
+        return cls(title, sizes.stored(graph, sizes.roles(graph)))
+
+    def rewritten(self, rewrite: Rewrite, batch: tuple[Any, ...]) -> Source:
         """Keeps the rewritten graph as it is now: `prepare_pt2e` edits it in place. Tensors are shared."""
         module = rewrite.module
         graph = GraphModule(module, copy.deepcopy(module.graph))
-        return cls(title, graph, sample(module, batch), stored, tuple(rewrite.profiles))
+        return Source(self.title, graph, sample(module, batch), self.stored, tuple(rewrite.profiles))
 
 
 def sample(graph: GraphModule, batch: tuple[Any, ...]) -> tuple[Any, ...]:
