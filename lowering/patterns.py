@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import edit, walk
+from mq_ao.graph.views import Argument, View
 from mq_ao.quantizer.kernels import UINT8
 
 qd = torch.ops.quantized_decomposed
@@ -24,6 +25,31 @@ DEQUANTIZE = frozenset({DQ_CHANNEL, DQ_STATIC, DQ_AFFINE, DQ_STATE})
 Limits = tuple[int, int, torch.dtype]
 """Smallest and largest integer and dtype of static activations."""
 _LIMITS = {(-127, 127): 8, (-8, 7): 4}
+
+
+class Quantized(View):
+    """A call that puts a value on a grid of integers, or takes it from one."""
+
+    operators = frozenset({Q_STATIC, DQ_STATIC, DQ_CHANNEL, DQ_AFFINE})
+
+    x = Argument[Node]("input")
+    scale = Argument[Any]("scale", "scales")
+    zero_point = Argument[Any]("zero_point", "zero_points")
+    axis = Argument[int]()
+    block_size = Argument[list[int]]()
+    low = Argument[int]("quant_min")
+    high = Argument[int]("quant_max")
+    dtype = Argument[torch.dtype]("dtype", "input_dtype")
+
+    @property
+    def step(self) -> tuple[float, int]:
+        """Scale and zero point of static integers, as operators take them."""
+        return self.scale, self.zero_point
+
+    @property
+    def limits(self) -> Limits:
+        """Smallest and largest integer, and their dtype."""
+        return self.low, self.high, self.dtype
 
 
 @dataclass(frozen=True)
@@ -45,10 +71,10 @@ class Operand:
     @classmethod
     def of(cls, node: Any, limits: Limits = UINT8.limits) -> Operand:
         """What an operator that takes such integers reads at `node`."""
-        if isinstance(node, Node) and node.target == DQ_STATIC and node.args[3:] == limits:
-            args: tuple[Any, ...] = node.args
-            return cls(args[0], args[1], args[2], True)
-        return cls(node)
+        if not isinstance(node, Node) or node.target != DQ_STATIC:
+            return cls(node)
+        given = Quantized.of(node)
+        return cls(given.x, *given.step, True) if given.limits == limits else cls(node)
 
     @property
     def arguments(self) -> tuple[Any, float, int]:
@@ -77,20 +103,19 @@ class Weight:
         """The weight behind a dequantize node, or None if `node` is not one of a folded symmetric weight."""
         if not isinstance(node, Node) or node.target not in (DQ_CHANNEL, DQ_AFFINE):
             return None
-        group_size = 0
-        args: tuple[Any, ...] = node.args
+        given, group_size = Quantized.of(node), 0
         if node.target == DQ_CHANNEL:
-            values, scale, zero_point, axis, *limits = args
-            fits = axis == 0
+            fits = given.axis == 0
         else:
-            values, block, scale, zero_point, dtype, *limits = args
-            fits = len(block) == 2 and block[0] == 1 and dtype == torch.int8
+            block = given.block_size
+            fits = len(block) == 2 and block[0] == 1 and given.dtype == torch.int8
             group_size = int(block[-1])
-        constants = all(isinstance(arg, Node) and arg.op == "get_attr" for arg in (values, scale, zero_point))
-        bits = _LIMITS.get(tuple(limits[:2]), 8 if node.target == DQ_CHANNEL else None)
+        parts = (given.x, given.scale, given.zero_point)
+        constants = all(isinstance(part, Node) and part.op == "get_attr" for part in parts)
+        bits = _LIMITS.get(given.limits[:2], 8 if node.target == DQ_CHANNEL else None)
         if not constants or not fits or bits is None:
             return None
-        tensors = [edit.constant(module, arg) for arg in (values, scale, zero_point)]
+        tensors = [edit.constant(module, part) for part in parts]
         if tensors[0].dtype != torch.int8 or tensors[2].any():
             return None
         return cls(tensors[0], tensors[1].float(), bits, group_size)
@@ -109,27 +134,32 @@ def per_token_source(node: object) -> Node | None:
     """The float value that `node` dequantizes, if it was quantized as `mq_ao::quantize_per_token` does it."""
     if not isinstance(node, Node) or node.target != DQ_AFFINE:
         return None
-    args: tuple[Any, ...] = node.args
-    quantize, block, scale, _, *limits = args
-    choose = scale.args[0] if isinstance(scale, Node) and scale.op == "call_function" else None
-    symmetric = isinstance(choose, Node) and len(choose.args) > 1 and choose.args[1] == "SYMMETRIC"
-    if not symmetric or not set(block[:-1]) <= {1} or limits[:3] != [torch.int8, -127, 127]:
+    given = Quantized.of(node)
+    choose = given.scale.args[0] if isinstance(given.scale, Node) and given.scale.op == "call_function" else None
+    chosen = isinstance(choose, Node) and choose.target == torch.ops.torchao.choose_qparams_affine
+    symmetric = chosen and walk.arguments(choose)["mapping_type"] == "SYMMETRIC"
+    if not symmetric or not set(given.block_size[:-1]) <= {1} or given.limits != (-127, 127, torch.int8):
         return None
-    return quantize.args[0]
+    return walk.argument(given.x, 0)
 
 
 def carried(node: object) -> tuple[Any, Any]:
     """(value, scale) of a state that `node` quantizes and dequantizes; (`node`, None) if it does not."""
     if not isinstance(node, Node) or node.target != DQ_STATE:
         return node, None
-    value, scale = walk.argument(node, 0).args
+    value, scale = walk.arguments(walk.argument(node, 0)).values()
     return value, scale
 
 
 def requantize(value: Node, limits: Limits = UINT8.limits) -> Node | None:
     """The one static quantize to such integers that is all that reads `value`, or None."""
     user = walk.only_user(value)
-    return user if user is not None and user.target == Q_STATIC and user.args[3:] == limits else None
+    return user if user is not None and user.target == Q_STATIC and Quantized.of(user).limits == limits else None
+
+
+def rounding(quantize: Node | None) -> tuple[float | None, int]:
+    """out_scale and out_zero_point of an operator that takes over a static quantize, or gives a float value."""
+    return (None, 0) if quantize is None else Quantized.of(quantize).step
 
 
 def merge_dequantize(module: GraphModule) -> None:

@@ -14,15 +14,18 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
+from mq_ao.graph.views import Conv, Embedding, Linear, Scan
 from mq_ao.lowering.patterns import (
     DQ_STATE,
     Q_STATIC,
     Operand,
+    Quantized,
     Weight,
     carried,
     is_dequantized,
     per_token_source,
     requantize,
+    rounding,
 )
 from mq_ao.quantizer.kernels import UINT8, Kernels
 
@@ -55,9 +58,9 @@ class GraphRewriter:
 
     def gate(self, quantize: Node) -> tuple[Any, ...] | None:
         """What an operator for gate, rotation and this quantize step takes: y, z, smoothing, whether it rotates."""
-        x: Any = quantize.args[0]
+        x = walk.argument(quantize, 0)
         rotated = x.target in walk.HADAMARD
-        product = x.args[0] if rotated else x
+        product = walk.argument(x, 0) if rotated else x
         alone = walk.only_user(x) is quantize and (not rotated or walk.only_user(product) is x)
         if product.target not in walk.MUL or not alone:
             return None
@@ -69,44 +72,42 @@ class GraphRewriter:
 
     def readable(self, quantize: Node) -> bool:
         """Whether a quantize node gives integers that the backend's kernels give."""
-        return quantize.target != Q_STATIC or quantize.args[3:] == self.limits
+        return quantize.target != Q_STATIC or Quantized.of(quantize).limits == self.limits
 
     def conv(self, node: Node) -> None:
         """A convolution of static integers, which quantizes its own output where only that is read."""
-        x, weight_node, bias, state, activation = walk.padded(node, 5)
-        weight, operand = Weight.of(self.module, weight_node), self.operand(x)
+        conv = Conv.of(node)
+        weight, operand = Weight.of(self.module, conv.weight), self.operand(conv.x)
         if weight is None or not operand.static:
             return
-        y = _output(node, 0)
+        y = walk.result(node, 0)
         following = self.following(y)
-        out = (None, 0) if following is None else (following.args[1], following.args[2])
         with self.graph.inserting_before(node):
             values, scale = self.store("taps", weight.values), self.store("scale", weight.scale)
-            args = (*operand.arguments, values, scale, bias, state, activation, *out)
-            self.replace(node, self.graph.call_function(mq.qcausal_conv1d.default, args))
+            args = (*operand.arguments, values, scale, conv.bias, conv.initial_state, conv.activation)
+            self.replace(node, self.graph.call_function(mq.qcausal_conv1d.default, (*args, *rounding(following))))
         if following is not None and y is not None:
             self.take_over(following, y)
 
     def scan(self, node: Node) -> None:
         """A scan with integers among its operands, output and carried states."""
-        u, delta, a, b, c, skip, bias, softplus, *rest = walk.padded(node, 9 if node.target in walk.SCAN else 12)
-        state, state_scale = carried(rest[0])  # of Mamba-2, whose states stay in float, a number without a scale
-        operands = [self.operand(value) for value in (u, delta, b, c)]
-        y, last = _output(node, 0), _output(node, 1)
+        scan = Scan.of(node)
+        state, state_scale = carried(scan.initial_state)
+        operands = [self.operand(value) for value in (scan.u, scan.delta, scan.b, scan.c)]
+        y, last = walk.result(node, 0), walk.result(node, 1)
         # The scan's own integers are uint8 unless u is int8.
         following = self.following(y) if operands[0].static or self.limits == UINT8.limits else None
         if following is None and state_scale is None and not any(operand.static for operand in operands):
             return
-        out = (None, 0) if following is None else (following.args[1], following.args[2])
+        out = rounding(following)
         first, second, third, fourth = (operand.arguments for operand in operands)
         with self.graph.inserting_before(node):
-            args = (*first, *second, a, *third, *fourth, skip, bias, bool(softplus))
+            args = (*first, *second, scan.a, *third, *fourth, scan.skip, scan.bias, scan.softplus)
             if node.target in walk.SCAN:
                 new = self.graph.call_function(mq.qselective_scan.default, (*args, state, state_scale, *out))
             else:
-                low, high, initial, sequences = rest
-                limits = (0.0 if low is None else low, high)
-                new = self.graph.call_function(mq.qssd_scan.default, (*args, *limits, initial, sequences, *out))
+                rest = (scan.dt_min, scan.dt_max, state, scan.seq_idx)
+                new = self.graph.call_function(mq.qssd_scan.default, (*args, *rest, *out))
             self.replace(node, new)
         if state_scale is not None and last is not None:
             self._carry(last, state)
@@ -123,13 +124,14 @@ class GraphRewriter:
 
     def embedding(self, node: Node) -> None:
         """A gather of integer rows, times the scales of these rows."""
-        weight = Weight.of(self.module, node.args[0])
+        given = Embedding.of(node)
+        weight = Weight.of(self.module, given.weight)
         if weight is None:
             return
         with self.graph.inserting_before(node):
             values, scale = self.store("rows", weight.values), self.store("scale", weight.scale[:, None])
-            rows = self.graph.call_function(aten.embedding.default, (values, node.args[1]))
-            scales = self.graph.call_function(aten.embedding.default, (scale, node.args[1]))
+            rows = self.graph.call_function(aten.embedding.default, (values, given.x))
+            scales = self.graph.call_function(aten.embedding.default, (scale, given.x))
             self.replace(node, self.graph.call_function(aten.mul.Tensor, (rows, scales)))
 
     def per_token(self, source: Node, before: Node, quantize: Callable[..., Any]) -> tuple[Node, Node]:
@@ -176,16 +178,11 @@ class LinearRewriter(GraphRewriter, ABC):
 
     def linear(self, node: Node) -> None:
         """A linear with an integer weight; where only pieces of it are read, these pieces."""
-        x, weight_node, bias = walk.padded(node, 3)
-        weight = Weight.of(self.module, weight_node)
+        linear = Linear.of(node)
+        x, weight, bias = linear.x, Weight.of(self.module, linear.weight), linear.bias
         known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
         if weight is None or not known:
             return
         bounds = pieces(node)
         if bounds is None or not self.in_pieces(x, weight, bias, bounds):
             self.replace(node, self.product(node, x, weight, bias))
-
-
-def _output(node: Node, index: int) -> Node | None:
-    """The getitem of one result of a node."""
-    return next((user for user in node.users if user.args[1:] == (index,)), None)

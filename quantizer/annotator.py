@@ -14,8 +14,8 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from mq_ao.graph import Role
 from mq_ao.graph.rows import pieces
+from mq_ao.graph.views import Layer
 from mq_ao.quantizer.kernels import Kernels
 from mq_ao.quantizer.observers import activation_spec, state_spec, weight_spec
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
@@ -36,12 +36,12 @@ class Annotator:
         self._kernels = kernels
         self._edges: dict[tuple[Node, Range], tuple[Node, Node]] = {}
 
-    def layer(self, role: Role, node: Node, spec: RoleSpec) -> None:
+    def layer(self, node: Node, spec: RoleSpec) -> None:
         """Annotates weight and input of a layer."""
-        x, weight = layer_operands(role, node)
-        qspecs: dict[Node, QuantizationSpecBase | None] = {weight: weight_spec(self._planned[node])}
+        given = Layer.of(node)
+        qspecs: dict[Node, QuantizationSpecBase | None] = {given.weight: weight_spec(self._planned[node])}
         if spec.activation is not Activation.NONE:
-            qspecs[x] = self._input(x, node, spec)
+            qspecs[given.x] = self._input(given.x, node, spec)
         self._write(node, qspecs)
 
     def inputs(self, node: Node, operands: tuple[Node, ...], spec: RoleSpec) -> None:
@@ -101,15 +101,7 @@ def _is_static(user: Node, value: Node) -> bool:
     return isinstance(qspec, SharedQuantizationSpec) or (isinstance(qspec, QuantizationSpec) and not qspec.is_dynamic)
 
 
-def layer_operands(role: Role, node: Node) -> tuple[Node, Node]:
-    """(input, weight) of a layer."""
-    order = (1, 0) if role is Role.EMBEDDING else (0, 1)
-    x, weight = (node.args[index] for index in order)
-    assert isinstance(x, Node) and isinstance(weight, Node)
-    return x, weight
-
-
-def carries(role: Role, node: Node, spec: RoleSpec) -> bool:
+def carries(node: Node, spec: RoleSpec) -> bool:
     """Whether a layer's annotation is still there, for all of its operands."""
     if not is_annotated(node):
         return False

@@ -12,7 +12,8 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from mq_ao.backends import get_backend
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Rejection, Role, match, walk
-from mq_ao.graph.walk import argument, module_path
+from mq_ao.graph.views import Layer
+from mq_ao.graph.walk import module_path
 from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
 from mq_ao.quantizer.kernels import Kernels, check_executable
 from mq_ao.quantizer.planning import plan_state, plan_weight
@@ -106,7 +107,7 @@ class MambaQuantizer(Quantizer):
             if isinstance(state, CarriedState)
         ]
         wanted = [node for role, node in found.by_role() if _rounding(self._spec(role, node)) is Rounding.GPTQ]
-        return [*(Request(argument(node, 0).name, covariance=True) for node in wanted), *states]
+        return [*(Request(Layer.of(node).x.name, covariance=True) for node in wanted), *states]
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Rounds the weights, and chooses the carried states' scales; calibration still runs in float.
@@ -173,7 +174,7 @@ class MambaQuantizer(Quantizer):
                 raise MqAoError(f"set_role({role.value!r}) was called, but no node has that role ({reasons}).")
         for role, node in pairs:
             spec = self._spec(role, node)
-            if spec is not None and not carries(role, node, spec):
+            if spec is not None and not carries(node, spec):
                 raise MqAoError(f"{node.name} ({role}) was to be quantized ({spec}), but its annotation was lost.")
 
     def _check_module_names(self, nodes: list[Node]) -> None:
@@ -208,7 +209,7 @@ class MambaQuantizer(Quantizer):
         if operands is not None:
             annotator.inputs(node, tuple(operands.values()), spec)
             return Decision(node.name, path, role, True, f"{spec.input}: {', '.join(operands)}")
-        annotator.layer(role, node, spec)
+        annotator.layer(node, spec)
         return Decision(node.name, path, role, True, annotator.describe(node, spec))
 
     def _carried_states(self, found: Match) -> dict[Node, CarriedState | Rejection]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import edit, walk
+from mq_ao.graph import edit
+from mq_ao.graph.views import Layer, Scan
 from mq_ao.memory import release
 from mq_ao.quantizer.gptq import gptq
 from mq_ao.quantizer.specs import RoleSpec, Rounding
@@ -27,11 +28,11 @@ def plan_weight(
     Raises:
         MqAoError: GPTQ was asked for, and there are no second moments of the layer's input.
     """
-    index = weight_index(node)
-    weight = edit.constant(model, walk.argument(node, index))
+    layer = Layer.of(node)
+    weight = edit.constant(model, layer.weight)
     matrix = weight.flatten(1)
     group_size = spec.group_size if spec.group_size and matrix.shape[1] % spec.group_size == 0 else None
-    found = statistics.get(walk.argument(node, 0).name)
+    found = statistics.get(layer.x.name)
     if spec.rounding is Rounding.GPTQ:
         if found is None or found.moments is None:
             raise MqAoError(
@@ -64,9 +65,4 @@ def plan_state(scan: Node, statistics: Mapping[str, ChannelStatistics]) -> Tenso
         )
     _, steps = LIMITS[8]
     scale = (found.maximum / steps).float().clamp(min=torch.finfo(torch.float32).tiny)
-    return scale.view(walk.argument(scan, 2).meta["val"].shape)
-
-
-def weight_index(node: Node) -> int:
-    """Which argument of a layer is its weight."""
-    return 0 if node.target == walk.aten.embedding.default else 1
+    return scale.view(Scan.of(scan).a.meta["val"].shape)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from mq_ao.graph import Rejection, walk
+from mq_ao.graph.views import Scan
 
 aten = walk.aten
 # Nothing that casts or computes: these take integers as well as floats.
@@ -51,11 +52,11 @@ def _carried_state(scan: Node) -> CarriedState | Rejection:
         return Rejection(scan.name, "Mamba-2's states are carried in float32")
     if scan.target not in walk.SCAN:
         return Rejection(scan.name, "its states are nodes of their own, which are computed in float")
-    initial = scan.args[8] if len(scan.args) > 8 else None
-    source = walk.upstream(initial, through=_MOVES) if isinstance(initial, Node) else None
-    if not isinstance(initial, Node) or source is None or source.op != "placeholder":
+    initial = Scan.of(scan).initial_state
+    source = None if initial is None else walk.upstream(initial, through=_MOVES)
+    if initial is None or source is None or source.op != "placeholder":
         return Rejection(scan.name, "its initial state is not an input of the graph")
-    last = next((user for user in scan.users if user.args[1] == 1), None)
+    last = walk.result(scan, 1)
     if last is None or {user.op for user in walk.downstream(last, through=_MOVES)} != {"output"}:
         return Rejection(scan.name, "its last state is not just an output of the graph")
     return CarriedState(source, initial, last)

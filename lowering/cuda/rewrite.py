@@ -11,9 +11,10 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
+from mq_ao.graph.views import Norm
 from mq_ao.lowering.cuda.kernels import KERNELS
 from mq_ao.lowering.integer_graph import count_kernels
-from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source
+from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source, rounding
 from mq_ao.lowering.rewrite import LinearRewriter
 from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import MOST_PIECES
@@ -89,7 +90,7 @@ class Rewriter(LinearRewriter):
         *first, group_size = operands
         sizes = [stop - start for _, start, stop in bounds]
         # A scale of 0 is that of a float piece.
-        grids = [(0.0, 0) if quantize is None else quantize.args[1:3] for quantize in following]
+        grids = [(0.0, 0) if quantize is None else rounding(quantize) for quantize in following]
         scales, zero_points = (list(values) for values in zip(*grids, strict=True))
         with self.graph.inserting_before(at):
             args = (*first, bias, sizes, scales, zero_points, group_size)
@@ -112,8 +113,8 @@ class Rewriter(LinearRewriter):
                 return self.graph.call_function(mq.weight_linear.default, args)
             *first, group_size = operands
             following = self.following(at)
-            out = (None, 0) if following is None else (following.args[1], following.args[2])
-            new = self.graph.call_function(mq.int8_linear.default, (*first, bias, *out, group_size))
+            args = (*first, bias, *rounding(following), group_size)
+            new = self.graph.call_function(mq.int8_linear.default, args)
         if following is not None:
             self.take_over(following, new)
         return new
@@ -163,14 +164,15 @@ class Rewriter(LinearRewriter):
 
     def _norm(self, quantize: Node) -> None:
         """The sum before an RMSNorm, the norm, and the one quantize step that reads it as one operator."""
-        norm: Any = quantize.args[0]
+        norm = walk.argument(quantize, 0)
         if norm.target != aten.rms_norm.default or walk.only_user(norm) is not quantize:
             return
-        x, shape, weight, eps = walk.padded(norm, 4)
-        if len(shape) != 1 or eps is None:
+        given = Norm.of(norm)
+        if len(given.shape) != 1 or given.eps is None:
             return
+        x: Any = given.x
         fuses = x.target in walk.ADD and not x.kwargs and _alike(*x.args)
-        args = (*x.args, weight, eps) if fuses else (x, None, weight, eps)
+        args = (*(x.args if fuses else (x, None)), given.weight, given.eps)
         new = self._fused(quantize, mq.int8_rms_norm.default, args)
         if fuses:
             with self.graph.inserting_after(new):
@@ -185,7 +187,7 @@ class Rewriter(LinearRewriter):
                 new = self.graph.call_function(operator, args)
                 self.replace(quantize, new)
             else:
-                new = self.graph.call_function(operator, (*args, *quantize.args[1:3]))
+                new = self.graph.call_function(operator, (*args, *rounding(quantize)))
                 integers, _ = self.outputs(new)
                 self.replace(quantize, integers)
         return new

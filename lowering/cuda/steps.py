@@ -61,7 +61,7 @@ def _carried(state: Node, result: Node) -> list[Node]:
         return []
     carriers: list[Node] = []
     for layer, last in enumerate(result.args[0]):
-        carrier: Any = last.args[0] if last.target == walk.getitem and last.args[1] == 1 else None
+        carrier = walk.argument(last, 0) if walk.is_result(last, 1) else None
         if carrier is None or carrier.target not in _TWINS:
             return []
         first = walk.arguments(carrier)["initial_state"]
@@ -78,7 +78,7 @@ def _overwrite(step: GraphModule, carrier: Node) -> None:
     with step.graph.inserting_before(carrier):
         twin = step.graph.call_function(_TWINS[carrier.target], tuple(walk.arguments(carrier).values()))
     for user in list(carrier.users):
-        if user.args[1] == 0:
+        if walk.is_result(user, 0):
             twin.meta = dict(user.meta)
             user.replace_all_uses_with(twin)
 

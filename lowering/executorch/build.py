@@ -26,6 +26,7 @@ from mq_ao.compat.compiling import constant_fold
 from mq_ao.compat.tracing import SpecViolationError
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
+from mq_ao.graph.views import Linear
 from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals
 from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_LENGTH, VOCAB_SIZE, versions
 from mq_ao.lowering.executorch.kernels import KERNELS
@@ -37,7 +38,7 @@ from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.states import buffers
 from mq_ao.lowering.graphs import state_shapes
 from mq_ao.lowering.modules import export_module, refuse_memory
-from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, simulated_nodes
+from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, rounding, simulated_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +149,11 @@ def _packs_alike(graph: GraphModule) -> bool:
     """Whether linears with the same integers have the same scales too, so that XNNPACK may pack them once."""
     seen: dict[str, tuple[Any, ...]] = {}
     for node in walk.calls(graph, walk.LINEAR):
-        x, weight = walk.argument(node, 0), walk.argument(node, 1)
-        if weight.target not in DEQUANTIZE:
+        linear = Linear.of(node)
+        if linear.weight.target not in DEQUANTIZE:
             continue
-        values, scales = (_digest(edit.constant(graph, arg)) for arg in weight.all_input_nodes[:2])
-        following = walk.only_user(node)
-        around = [item.args[1:3] for item in (x, following) if item is not None and item.target in _STATIC]
+        values, scales = (_digest(edit.constant(graph, arg)) for arg in linear.weight.all_input_nodes[:2])
+        around = [rounding(item) for item in (linear.x, walk.only_user(node)) if item and item.target in _STATIC]
         if seen.setdefault(values, (scales, around)) != (scales, around):
             return False
     return True

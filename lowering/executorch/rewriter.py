@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import edit, walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
+from mq_ao.graph.views import Conv, Linear, Norm
 from mq_ao.lowering.executorch.kernels import KERNELS
 from mq_ao.lowering.patterns import DEQUANTIZE
 from mq_ao.lowering.rewrite import GraphRewriter
@@ -62,9 +63,10 @@ class Rewriter(GraphRewriter):
         """Constants as `portable` and XNNPACK want them."""
         for node in walk.calls(self.module, walk.CONV):
             # In float: there is no operator for quantized taps whose output is not quantized at once.
-            taps = edit.constant(self.module, walk.argument(node, 1)).unsqueeze(1).clone()
+            conv = Conv.of(node)
+            taps = edit.constant(self.module, conv.weight).unsqueeze(1).clone()
             with self.graph.inserting_before(node):
-                node.args = (node.args[0], self.store("taps", taps), *node.args[2:])
+                conv.weight = self.store("taps", taps)
         for node in walk.calls(self.module, walk.HADAMARD):
             self._rotation(node)
 
@@ -87,12 +89,12 @@ class Rewriter(GraphRewriter):
 
     def _linear(self, node: Node) -> None:
         """One linear for every piece of an output that is split: XNNPACK cannot slice values of dynamic length."""
-        x, weight, bias = walk.padded(node, 3)
+        linear = Linear.of(node)
         for piece, start, stop in pieces(node) or []:
             with self.graph.inserting_before(piece):
-                args = [x, self._rows(weight, start, stop)]
-                if bias is not None:
-                    args.append(self._rows(bias, start, stop))
+                args = [linear.x, self._rows(linear.weight, start, stop)]
+                if linear.bias is not None:
+                    args.append(self._rows(linear.bias, start, stop))
                 self.replace(piece, self.graph.call_function(aten.linear.default, tuple(args)))
 
     def _rows(self, value: Node, start: int, stop: int) -> Node:
@@ -108,20 +110,20 @@ class Rewriter(GraphRewriter):
 
     def _norm(self, node: Node) -> None:
         """x / sqrt(mean(x^2) + eps), the mean as a product with a constant: XNNPACK has no mean of the last axis."""
-        x, shape, weight, eps = walk.padded(node, 4)
-        if len(shape) != 1:
+        norm = Norm.of(node)
+        if len(norm.shape) != 1:
             return
-        epsilon = torch.finfo(torch.float32).eps if eps is None else eps
+        epsilon = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
         call = self.graph.call_function
         with self.graph.inserting_before(node):
-            ones = self.constant("mean", torch.full((1, shape[0]), 1.0 / shape[0]))
-            mean = call(aten.linear.default, (call(aten.mul.Tensor, (x, x)), ones))
+            ones = self.constant("mean", torch.full((1, norm.shape[0]), 1.0 / norm.shape[0]))
+            mean = call(aten.linear.default, (call(aten.mul.Tensor, (norm.x, norm.x)), ones))
             inverse = call(
                 aten.rsqrt.default, (call(aten.add.Tensor, (mean, self.constant("eps", torch.tensor([epsilon])))),)
             )
-            result = call(aten.mul.Tensor, (x, inverse))
-            if weight is not None:
-                result = call(aten.mul.Tensor, (result, weight))
+            result = call(aten.mul.Tensor, (norm.x, inverse))
+            if norm.weight is not None:
+                result = call(aten.mul.Tensor, (result, norm.weight))
         self.replace(node, result)
 
     def _gate(self, product: Node) -> None:
@@ -134,7 +136,9 @@ class Rewriter(GraphRewriter):
         ):
             return
         following = walk.only_user(product)
-        rotated = following is not None and following.target in walk.HADAMARD and len(following.args) == 1
+        rotated = (
+            following is not None and following.target in walk.HADAMARD and walk.arguments(following)["scale"] is None
+        )
         last = following if rotated and following is not None else product
         with self.graph.inserting_before(last):
             args: tuple[Any, ...] = (gate.y, gate.z, gate.scale, rotated)

@@ -65,9 +65,10 @@ def _layers(source: Node, name: str) -> dict[int, Node]:
     for user in list(source.users):
         if user.target == aten.sym_size.int:
             continue
-        if user.target != aten.select.int or user.args[1] != 0 or not isinstance(user.args[2], int):
+        given = walk.arguments(user) if user.target == aten.select.int else {}
+        layer = given.get("index")
+        if given.get("dim") != 0 or not isinstance(layer, int):
             raise MqAoError(f"{user.name} reads {name} otherwise than layer by layer: it cannot become a buffer.")
-        layer = user.args[2]
         with graph.inserting_before(user):
             node = found.setdefault(layer, graph.get_attr(f"{name}_{layer}"))
         user.replace_all_uses_with(node)

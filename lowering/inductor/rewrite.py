@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import walk
 from mq_ao.lowering.inductor.kernels import KERNELS
 from mq_ao.lowering.integer_graph import count_kernels
-from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source
+from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source, rounding
 from mq_ao.lowering.rewrite import LinearRewriter
 
 aten = torch.ops.aten
@@ -86,10 +86,9 @@ class Rewriter(LinearRewriter):
             if not operand.static and tokens is None:
                 return graph.call_function(mq.wlinear.default, (x, packed, scale, bias, *layout))
             following = self.following(at)
-            out = (None, 0) if following is None else (following.args[1], following.args[2])
             kernel = mq.qlinear.default if tokens is None else mq.qlinear_per_token.default
             inputs = operand.arguments if tokens is None else tokens
-            product = graph.call_function(kernel, (*inputs, packed, scale, bias, *out, *layout))
+            product = graph.call_function(kernel, (*inputs, packed, scale, bias, *rounding(following), *layout))
         if following is not None:
             self.take_over(following, product)
         return product
@@ -101,7 +100,7 @@ class Rewriter(LinearRewriter):
             return
         with self.graph.inserting_before(quantize):
             if quantize.target == Q_STATIC:
-                new = self.graph.call_function(mq.qgate.default, (*args, *quantize.args[1:3]))
+                new = self.graph.call_function(mq.qgate.default, (*args, *rounding(quantize)))
             else:
                 new = self.graph.call_function(mq.qgate_per_token.default, args)
         self.replace(quantize, new)

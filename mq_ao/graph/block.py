@@ -6,17 +6,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from mq_ao.graph import walk
 from mq_ao.graph.gate import Gate
 from mq_ao.graph.roles import Role
 from mq_ao.graph.rows import Rows, rows_of
-from mq_ao.graph.walk import argument
-
-_SOFTPLUS: dict[object, int] = {
-    **dict.fromkeys(walk.SCAN | walk.SSD, 7),
-    **dict.fromkeys(walk.SCAN_STATES, 5),
-}
-"""Where `delta_softplus` or `dt_softplus` stands among the arguments of a scan."""
+from mq_ao.graph.views import Conv, Linear, Scan
 
 
 @dataclass(frozen=True)
@@ -47,17 +40,17 @@ class Direction:
     @property
     def conv_input(self) -> Node:
         """What the convolution reads, (batch, length, channels)."""
-        return argument(self.conv1d, 0)
+        return Conv.of(self.conv1d).x
 
     @property
     def dt(self) -> Node | None:
         """What dt_proj reads, (batch, length, dt_rank), or None unless there is just one."""
-        return argument(self.dt_projs[0], 0) if len(self.dt_projs) == 1 else None
+        return Linear.of(self.dt_projs[0]).x if len(self.dt_projs) == 1 else None
 
     @property
     def b(self) -> Node:
         """Operand B of the scan, (batch, length, d_state)."""
-        return argument(self.scan, 3)
+        return Scan.of(self.scan).b
 
     @property
     def b_rows(self) -> Rows:
@@ -80,14 +73,13 @@ class Direction:
         delta is among them only where the scan applies the softplus: after it, small steps would vanish
         (docs/method.md, section 5).
         """
-        index = _SOFTPLUS[self.scan.target]
-        softplus = len(self.scan.args) > index and self.scan.args[index] is True
-        scan = {"u": argument(self.scan, 0), "delta": argument(self.scan, 1), "B": self.b, "C": self.c}
-        if not softplus:
-            del scan["delta"]
-        result: list[tuple[Role, Node, dict[str, Node]]] = [(Role.SCAN, self.scan, scan)]
+        scan = Scan.of(self.scan)
+        operands = {"u": scan.u, "delta": scan.delta, "B": self.b, "C": self.c}
+        if not scan.softplus:
+            del operands["delta"]
+        result: list[tuple[Role, Node, dict[str, Node]]] = [(Role.SCAN, self.scan, operands)]
         if self.product is not None:
-            del scan["C"]
+            del operands["C"]
             h, c = self.product.all_input_nodes
             result.append((Role.STATE, self.product, {"h": h, "C": c}))
         return result
@@ -118,7 +110,7 @@ class Block:
     @property
     def out_input(self) -> Node:
         """What out_proj reads, (batch, length, d_inner)."""
-        return argument(self.out_proj, 0)
+        return Linear.of(self.out_proj).x
 
     def by_role(self) -> list[tuple[Role, Node]]:
         """(role, node) pairs of the layers with weights, each once; a separate gate is a second in_proj."""

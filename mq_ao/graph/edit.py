@@ -12,6 +12,8 @@ from torch.fx import GraphModule, Node
 from mq_ao.compat.graphs import attribute
 from mq_ao.compat.trees import tree_map_only
 
+from mq_ao.graph import walk
+
 _BLOCK = 2**20
 """Elements that are in float64 at a time: an embedding or a head has many more."""
 
@@ -36,26 +38,42 @@ def constant(module: GraphModule, node: Node) -> Tensor:
         return node.target(*args, **kwargs)
 
 
-def operand(module: GraphModule, user: Node, index: int) -> Tensor | None:
-    """A copy of constant operand `index` of `user` in float64, or None where there is no tensor."""
-    node = user.args[index] if index < len(user.args) else None
-    return constant(module, node).to(torch.float64, copy=True) if isinstance(node, Node) else None
+def operand(module: GraphModule, node: Node | None) -> Tensor | None:
+    """A copy of a constant in float64, or None where there is no tensor."""
+    return None if node is None else constant(module, node).to(torch.float64, copy=True)
 
 
-def set_operand(module: GraphModule, user: Node, index: int, value: Tensor) -> None:
-    """Gives `user` a parameter of its own for operand `index`, in the dtype of what it replaces.
+def set_operand(module: GraphModule, user: Node, name: str, value: Tensor) -> None:
+    """Gives `user` a parameter of its own for the argument of that name, in the dtype of what it replaces.
 
     The old parameter stays as it is, for whoever else reads it: tied weights come apart.
     """
-    old = user.args[index] if index < len(user.args) else None
+    old = walk.arguments(user)[name]
     dtype = constant(module, old).dtype if isinstance(old, Node) else _dtype(user)
     with module.graph.inserting_before(user):
-        node = get_attr(module, f"{user.name}_operand{index}", value.to(dtype).contiguous(), like=user)
-    args = [*user.args, *[None] * (index + 1 - len(user.args))]
-    args[index] = node
-    user.args = tuple(args)
+        node = get_attr(module, f"{user.name}_{name}", value.to(dtype).contiguous(), like=user)
+    set_argument(user, name, node)
     if isinstance(old, Node):
         drop_unused(module, old)
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Changes an argument of an operator's node by its name in the schema; defaults before it are written out.
+
+    Raises:
+        TypeError: the operator has no such argument.
+    """
+    known = walk.parameters(node.target)
+    if name not in {item.name for item in known}:
+        raise TypeError(f"{node.target} has no argument {name}")
+    names = [item.name for item in known if not item.kwarg_only]
+    if name in node.kwargs or name not in names:
+        node.update_kwarg(name, value)
+        return
+    values = {**walk.arguments(node), name: value}
+    positional = names[: max(len(node.args), names.index(name) + 1)]
+    node.args = tuple(values[item] for item in positional)
+    node.kwargs = {key: item for key, item in node.kwargs.items() if key not in positional}
 
 
 def by_rows(matrix: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from mq_ao.graph.block import Block, Direction
 from mq_ao.graph.edit import is_constant
 from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
+from mq_ao.graph.views import Conv, Embedding, Linear, Scan
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ def match(module: GraphModule) -> Match:
             'scan of your own, name the function: mq_ao.export(..., scans={"Class.method": '
             "mq_ao.capture.SelectiveScan()})."
         )
-    found: dict[Node, list[_Scan]] = {}
+    found: dict[Node, list[_Found]] = {}
     rejected = []
     for scan in scans:
         try:
-            item = _Scan.of(scan)
+            item = _Found.of(scan)
             found.setdefault(item.output.out_proj, []).append(item)
         except _WalkEnded as end:
             rejected.append(Rejection(scan.name, str(end)))
@@ -135,7 +136,7 @@ def match(module: GraphModule) -> Match:
         if outside.is_product(node):
             reason = "a product with constant weights that is no linear, as of experts: it stays in float"
             rejected.append(Rejection(node.name, reason))
-    embeddings = walk.calls(module, {walk.aten.embedding.default})
+    embeddings = walk.calls(module, Embedding.operators)
     convolutions = [node for node in walk.calls(module, {torch.ops.mq_ao.causal_conv1d.default}) if node not in taken]
     return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears), tuple(convolutions))
 
@@ -150,7 +151,7 @@ class _Output:
 
 
 @dataclass(frozen=True)
-class _Scan:
+class _Found:
     """A scan with its surroundings, before scans of one block are put together."""
 
     direction: Direction
@@ -159,12 +160,12 @@ class _Scan:
     output: _Output
 
     @classmethod
-    def of(cls, scan: Node) -> _Scan:
+    def of(cls, scan: Node) -> _Found:
         product, y = _product(scan)
-        c = _node(scan, 4) if product is None else _other(product, scan)
+        c = Scan.of(scan).c if product is None else _other(product, scan)
         own = _state_space_duality if scan.target in walk.SSD else _low_rank
-        conv1d, x_projs, dt_projs = own(scan, _node(scan, 3), c)
-        in_proj = _expect(_node(conv1d, 0), walk.LINEAR, "conv1d's input", "in_proj (a linear)")
+        conv1d, x_projs, dt_projs = own(Scan.of(scan), c)
+        in_proj = _expect(Conv.of(conv1d).x, walk.LINEAR, "conv1d's input", "in_proj (a linear)")
         output = _output_side(y)
         gate_projs = {_expect(gate.z, walk.LINEAR, "the gate", "a linear") for gate in output.gates}
         if len(gate_projs) > 1:
@@ -174,18 +175,17 @@ class _Scan:
         return cls(direction, in_proj, next(iter(gate_projs), None), output)
 
 
-def _low_rank(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
+def _low_rank(scan: Scan, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
     """(conv1d, x_projs, dt_projs) of a Mamba-1 scan."""
-    u, delta = _node(scan, 0), _node(scan, 1)
-    dt_projs = _sources([delta], walk.LINEAR, "delta", "dt_proj (a linear)", also_through=walk.NORM)
+    dt_projs = _sources([scan.delta], walk.LINEAR, "delta", "dt_proj (a linear)", also_through=walk.NORM)
     found: set[Node] = set()
-    for name, node in (("B", b), ("C", c)):
+    for name, node in (("B", scan.b), ("C", c)):
         found.update(_sources([node], walk.LINEAR, name, "x_proj (a linear)", also_through=walk.NORM))
-    conv1d = _expect(u, walk.CONV, "u", "conv1d", also_through=walk.ACTIVATION)
+    conv1d = _expect(scan.u, walk.CONV, "u", "conv1d", also_through=walk.ACTIVATION)
     for dt_proj in dt_projs:
         # Where dt has its full rank, this linear reads the convolution itself.
         if not _comes_from(dt_proj, conv1d):
-            low = [_node(dt_proj, 0)]
+            low = [Linear.of(dt_proj).x]
             found.update(_sources(low, walk.LINEAR, "dt_proj's input", "x_proj (a linear)", also_through=walk.NORM))
     x_projs = tuple(sorted(found))
     for x_proj in x_projs:
@@ -197,23 +197,23 @@ def _low_rank(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tup
 def _comes_from(linear: Node, conv1d: Node) -> bool:
     """Whether a linear reads a convolution's output."""
     try:
-        inputs = [_node(linear, 0)]
+        inputs = [Linear.of(linear).x]
         return _sources(inputs, walk.CONV, "its input", "conv1d", also_through=walk.ACTIVATION) == (conv1d,)
     except _WalkEnded:
         return False
 
 
-def _state_space_duality(scan: Node, b: Node, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
+def _state_space_duality(scan: Scan, c: Node) -> tuple[Node, tuple[Node, ...], tuple[Node, ...]]:
     """(conv1d, nothing, nothing) of a Mamba-2 scan."""
-    conv1d = _expect(_node(scan, 0), walk.CONV, "x", "conv1d", also_through=walk.ACTIVATION)
-    for name, node in (("B", b), ("C", c)):
+    conv1d = _expect(scan.u, walk.CONV, "x", "conv1d", also_through=walk.ACTIVATION)
+    for name, node in (("B", scan.b), ("C", c)):
         if _expect(node, walk.CONV, name, "conv1d", also_through=walk.ACTIVATION) is not conv1d:
             raise _WalkEnded(f"{name} does not come from {conv1d.name}, from which x comes")
-    _expect(_node(scan, 1), walk.LINEAR, "dt", "in_proj (a linear)")
+    _expect(scan.delta, walk.LINEAR, "dt", "in_proj (a linear)")
     return conv1d, (), ()
 
 
-def _block(items: list[_Scan]) -> Block:
+def _block(items: list[_Found]) -> Block:
     """One block of the scans that lead to one out_proj."""
     first = items[0]
     for item in items[1:]:
@@ -239,13 +239,6 @@ def _block(items: list[_Scan]) -> Block:
         first.output.out_proj,
         tuple(directions),
     )
-
-
-def _node(node: Node, index: int) -> Node:
-    argument = node.args[index]
-    if not isinstance(argument, Node):
-        raise _WalkEnded(f"argument {index} of {node.name} is {argument!r}, not a tensor of the graph")
-    return argument
 
 
 def _expect(
@@ -302,7 +295,7 @@ def _unscaled(node: Node, through: frozenset[object]) -> Node:
 
 def _product(scan: Node) -> tuple[Node | None, Node]:
     """(multiplication h C, y) of a scan; the multiplication is None where it is inside the operator."""
-    outputs = [user for user in scan.users if user.args[1:] == (0,)]
+    outputs = [user for user in scan.users if walk.is_result(user, 0)]
     if len(outputs) != 1:
         raise _WalkEnded(f"the scan's output is read by {len(outputs)} nodes, where one was expected")
     if scan.target not in walk.SCAN_STATES:
@@ -322,7 +315,7 @@ def _following(node: Node, targets: frozenset[object], through: frozenset[object
 def _other(product: Node, scan: Node) -> Node:
     through = walk.TRANSPARENT | walk.HADAMARD
     c = next(item for item in walk.inputs(product) if walk.upstream(item, through=through) is not scan)
-    return _node(c, 0) if c.target == walk.aten.unsqueeze.default else c
+    return walk.argument(c, 0) if c.target == walk.aten.unsqueeze.default else c
 
 
 def _output_side(y: Node) -> _Output:
@@ -351,8 +344,7 @@ def _output_side(y: Node) -> _Output:
 
 def _joins_channels(node: Node) -> bool:
     """Whether a concatenation is along the last axis."""
-    axis: Any = node.args[1] if len(node.args) > 1 else 0
-    return node.target != walk.aten.stack.default and axis in (-1, node.meta["val"].dim() - 1)
+    return node.target != walk.aten.stack.default and walk.arguments(node)["dim"] in (-1, node.meta["val"].dim() - 1)
 
 
 def _next(node: Node) -> Node:

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.edit import is_constant
+from mq_ao.graph.views import Linear
 
 aten = walk.aten
 
@@ -37,9 +38,10 @@ _SCORES = (
 
 def unsuited(linear: Node) -> str | None:
     """Why a linear outside the blocks has no role."""
-    if not is_constant(linear.args[1]):
+    weight = Linear.of(linear).weight
+    if not is_constant(weight):
         return "its weight is computed at run time"
-    if walk.argument(linear, 1).meta["val"].shape[1] == 1:
+    if weight.meta["val"].shape[1] == 1:
         return "it has one input, so there is no product to speed up"
     if _is_router(linear):
         return "a router: its few scores choose experts, and a rounded one chooses others"
@@ -69,7 +71,7 @@ def _is_router(scores: Node, *, choice: bool = False) -> bool:
     """
     for user in walk.downstream(scores):
         if user.target in _ORDERED:
-            if any(_is_router(part, choice=choice or part.args[1:] == (1,)) for part in user.users):
+            if any(_is_router(part, choice=choice or walk.is_result(part, 1)) for part in user.users):
                 return True
         elif user.target in _SCORES or walk.is_scaling(user):
             if _is_router(user, choice=choice or user.target in _CHOICES):

@@ -16,6 +16,7 @@ from mq_ao.graph import walk
 from mq_ao.graph.block import Block
 from mq_ao.graph.edit import channels, is_constant
 from mq_ao.graph.rows import channel_source
+from mq_ao.graph.views import Linear, Norm
 
 aten = walk.aten
 
@@ -58,12 +59,6 @@ _BY_CHANNEL = (
 """Operators that are linear and treat every channel alike, if the last axis keeps its size and is not what they act
 on."""
 
-
-_ALONG_ONE = frozenset(
-    {aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.cat.default, aten.concatenate.default}
-)
-"""Operators that act on one axis, which may be left out: the first."""
-
 _SHAPE_ONLY = frozenset(
     {
         aten.new_empty.default,
@@ -85,7 +80,7 @@ class Stream:
     Attributes:
         width: number of channels.
         writers: linears and embeddings whose outputs are in the stream.
-        constants: (node, argument index) of parameters that are added or concatenated, such as position embeddings.
+        constants: (node, argument's name) of parameters that are added or concatenated, such as position embeddings.
         norms: norms that read the stream; their outputs are in it too.
         readers: linears whose inputs are in the stream.
         problem: why the stream cannot be rotated, or None.
@@ -93,7 +88,7 @@ class Stream:
 
     width: int
     writers: list[Node] = field(default_factory=list)
-    constants: list[tuple[Node, int]] = field(default_factory=list)
+    constants: list[tuple[Node, str]] = field(default_factory=list)
     norms: list[Node] = field(default_factory=list)
     readers: list[Node] = field(default_factory=list)
     problem: str | None = None
@@ -102,7 +97,7 @@ class Stream:
     @property
     def inputs(self) -> list[Node]:
         """The values that the readers read, each once."""
-        return list(dict.fromkeys(walk.argument(reader, 0) for reader in self.readers))
+        return list(dict.fromkeys(Linear.of(reader).x for reader in self.readers))
 
     @property
     def name(self) -> str:
@@ -115,7 +110,7 @@ class Stream:
 def streams(module: GraphModule, blocks: Iterable[Block]) -> list[Stream]:
     """The streams that feed the blocks' in_proj or that their out_proj writes into, each once, in graph order."""
     found: list[Stream] = []
-    seeds = [value for block in blocks for value in (walk.argument(block.in_proj, 0), block.out_proj)]
+    seeds = [value for block in blocks for value in (Linear.of(block.in_proj).x, block.out_proj)]
     for seed in seeds:
         if not any(seed in stream._values for stream in found):
             stream = Stream(channels(seed))
@@ -155,7 +150,7 @@ def _backward(stream: Stream, value: Node) -> list[Node]:
         if normalised(value) != [stream.width]:
             return _end(stream, value, "it normalises over more than the channels")
         stream.norms.append(value)
-        return [walk.argument(value, 0)]
+        return [Norm.of(value).x]
     if walk.is_tokenwise(value):
         return [walk.argument(value, 0)]
     if value.target in _BY_CHANNEL or walk.is_scaling(value):
@@ -176,9 +171,10 @@ def _operands(stream: Stream, value: Node) -> list[Node]:
         if not width or not walk.same_size(width[0], stream.width):
             return _end(stream, value, f"it combines {width[0] if width else 1} with {stream.width} channels")
         if is_constant(operand):
-            if operand not in value.args:
+            name = next((name for name, given in walk.arguments(value).items() if given is operand), None)
+            if name is None:
                 return _end(stream, value, "it joins a constant that lies in a list")
-            stream.constants.append((value, value.args.index(operand)))
+            stream.constants.append((value, name))
         else:
             inside.append(operand)
     adds = value.target in (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor)
@@ -218,7 +214,7 @@ def _misplaced(node: Node) -> str:
 
 def normalised(norm: Node) -> list[int]:
     """Sizes of the axes that a norm normalises over."""
-    return list(walk.padded(norm, 2)[1])
+    return list(Norm.of(norm).shape)
 
 
 def keeps_channels(user: Node, width: int) -> bool:
@@ -233,22 +229,15 @@ def keeps_channels(user: Node, width: int) -> bool:
     last = source.dim() - 1
     if user.target in MOVING:
         return channel_source(user, value.dim() - 1) == (last, 0, width)
-    acted_on = walk.padded(user, 2)[1]
-    axes: list[int] = []
-    if user.target in (aten.mean.dim, aten.sum.dim_IntList, aten.flip.default):
-        axes = list(acted_on)
-    elif user.target in _ALONG_ONE:
-        axes = [acted_on or 0]
-    elif user.target == aten.index_select.default:
-        axes = [acted_on]
-    elif user.target == aten.gather.default:
+    given = walk.arguments(user)
+    if user.target == aten.unsqueeze.default:
+        return given["dim"] not in (-1, value.dim() - 1)
+    if user.target == aten.index.Tensor:
+        return len(given["indices"]) < source.dim()
+    if user.target == aten.gather.default:
         # The same row for every channel: an index of one column, spread out.
-        index = walk.argument(user, 2)
+        index = given["index"]
         if index.target != aten.expand.default or not walk.same_size(walk.value(walk.argument(index, 0)).shape[-1], 1):
             return False
-        axes = [acted_on]
-    elif user.target == aten.unsqueeze.default:
-        return acted_on not in (-1, value.dim() - 1)
-    elif user.target == aten.index.Tensor:
-        return len(acted_on) < source.dim()
-    return all(axis not in (-1, last) for axis in axes)
+    acted_on = given.get("dim", given.get("dims", []))
+    return all(axis not in (-1, last) for axis in (acted_on if isinstance(acted_on, list | tuple) else [acted_on]))

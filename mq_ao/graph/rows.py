@@ -13,10 +13,10 @@ from torch.fx import Node
 
 from mq_ao.errors import Unsuitable
 from mq_ao.graph import walk
+from mq_ao.graph.views import Slice, Split
 
 aten = walk.aten
 
-_SPLITS = frozenset({aten.chunk.default, aten.split_with_sizes.default, aten.split.Tensor})
 _RESHAPES = frozenset(
     {
         aten.flatten.using_ints,
@@ -26,6 +26,17 @@ _RESHAPES = frozenset(
         aten.view.default,
     }
 )
+_ALONG = frozenset(
+    {
+        aten.flip.default,
+        aten.index_select.default,
+        aten.permute.default,
+        aten.select.int,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+    }
+)
+"""Operators that move or pick along the axes that they are told."""
 
 
 @dataclass(frozen=True)
@@ -125,48 +136,49 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
         return whole if axis == source.dim() - 1 else None
     if node.target in walk.COPYING or node.target == aten.expand.default:
         return whole if source.dim() == node.meta["val"].dim() else None
-    if node.target in (aten.flip.default, aten.index_select.default):
-        acted_on = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
-        return None if axis in _positive(acted_on, source.dim()) else whole
-    if node.target == aten.slice.Tensor:
-        return _sliced(node, axis)
-    if node.target == aten.transpose.int:
-        first, second = _positive(node.args[1:3], source.dim())
-        return ({first: second, second: first}.get(axis, axis), 0, size)
-    if node.target == aten.permute.default:
-        return (_positive(node.args[1], source.dim())[axis], 0, size)
-    if node.target == aten.select.int:
-        (removed,) = _positive(node.args[1:2], source.dim())
-        return (axis + (axis >= removed), 0, size)
-    if node.target == aten.unsqueeze.default:
-        (added,) = _positive(node.args[1:2], source.dim() + 1)
-        return None if axis == added else (axis - (axis > added), 0, size)
     if node.target in _RESHAPES:
         return _reshaped(source.shape, node.meta["val"].shape, axis)
-    return None
+    if node.target in Slice.operators:
+        return _sliced(Slice.of(node), axis)
+    if node.target not in _ALONG:
+        return None
+    given, dims = walk.arguments(node), source.dim()
+    if node.target == aten.flip.default:
+        return None if axis in _positive(given["dims"], dims) else whole
+    if node.target == aten.permute.default:
+        return (_positive(given["dims"], dims)[axis], 0, size)
+    if node.target == aten.transpose.int:
+        first, second = _positive((given["dim0"], given["dim1"]), dims)
+        return ({first: second, second: first}.get(axis, axis), 0, size)
+    if node.target == aten.index_select.default:
+        return None if axis == given["dim"] % dims else whole
+    if node.target == aten.select.int:
+        return (axis + (axis >= given["dim"] % dims), 0, size)
+    added = given["dim"] % (dims + 1)  # by unsqueeze
+    return None if axis == added else (axis - (axis > added), 0, size)
 
 
 def _piece(node: Node, axis: int) -> tuple[int, int, int] | None:
-    split = walk.argument(node, 0)
-    size = walk.argument(split, 0).meta["val"].shape[axis] if split.target in _SPLITS else None
+    split, index = node.args
+    assert isinstance(split, Node) and isinstance(index, int)
+    size = Split.of(split).x.meta["val"].shape[axis] if split.target in Split.operators else None
     if not isinstance(size, int):
         return None
     bounds = piece_bounds(split, axis)
     # Along another axis, a piece has all channels.
-    return (axis, 0, size) if bounds is None else (axis, *bounds[_index(node)])
+    return (axis, 0, size) if bounds is None else (axis, *bounds[index])
 
 
-def _sliced(node: Node, axis: int) -> tuple[int, int, int] | None:
-    source = walk.argument(node, 0).meta["val"]
-    _, dim, start, stop, step = walk.padded(node, 5)
+def _sliced(part: Slice, axis: int) -> tuple[int, int, int] | None:
+    source = part.x.meta["val"]
     size = source.shape[axis]
     if not isinstance(size, int):
         return None
-    if _positive([dim or 0], source.dim()) != [axis]:
+    if part.dim % source.dim() != axis:
         return axis, 0, size
-    if step not in (None, 1) or not isinstance(start or 0, int) or not isinstance(stop or size, int):
+    if part.step != 1 or not isinstance(part.start or 0, int) or not isinstance(part.end or size, int):
         return None
-    begin, end, _ = slice(start, stop).indices(size)
+    begin, end, _ = slice(part.start, part.end).indices(size)
     return axis, begin, end
 
 
@@ -208,20 +220,13 @@ def _positive(axes: Any, dim: int) -> list[int]:
     return [axis % dim for axis in axes]
 
 
-def _index(piece: Node) -> int:
-    index = piece.args[1]
-    assert isinstance(index, int)
-    return index
-
-
 def piece_bounds(split: Node, axis: int = -1) -> list[tuple[int, int]] | None:
     """(start, stop) of every output of a split or chunk along an axis, or None if `split` is none."""
-    if split.target not in _SPLITS:
+    if split.target not in Split.operators:
         return None
-    source = walk.argument(split, 0).meta["val"]
-    how: Any = split.args[1]
-    along = split.args[2] if len(split.args) > 2 else 0
-    if _positive([along], source.dim()) != _positive([axis], source.dim()):
+    part = Split.of(split)
+    source, how = part.x.meta["val"], part.how
+    if part.dim % source.dim() != axis % source.dim():
         return None
     width = source.shape[axis]
     if not isinstance(width, int):

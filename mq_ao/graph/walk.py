@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,20 +97,25 @@ def same_shape(first: Node, second: Node) -> bool:
     return len(shapes[0]) == len(shapes[1]) and all(map(same_size, *shapes))
 
 
-def padded(node: Node, count: int) -> list[Any]:
-    """Positional arguments, padded with None where defaults were left out."""
-    assert not node.kwargs, f"{node.name} has keyword arguments"
-    return [*node.args, *[None] * (count - len(node.args))]
+@cache
+def parameters(target: Any) -> tuple[Any, ...]:
+    """The arguments in an operator's schema, in order, each with `name`, `default_value` and `kwarg_only`.
+
+    Raises:
+        TypeError: `target` is no operator.
+    """
+    # Graphs call torchao's operators without an overload.
+    schema = getattr(getattr(target, "default", target), "_schema", None)
+    if schema is None:
+        raise TypeError(f"{target} has no schema, so its arguments have no names")
+    return tuple(schema.arguments)
 
 
 def arguments(node: Node) -> dict[str, Any]:
     """All arguments of an operator's node by their names in its schema, in order, defaults included."""
-    target: Any = node.target
-    found = {}
-    for index, argument in enumerate(target._schema.arguments):
-        positional = node.args[index] if index < len(node.args) else argument.default_value
-        found[argument.name] = node.kwargs.get(argument.name, positional)
-    return found
+    known = parameters(node.target)
+    given = {**dict(zip((item.name for item in known), node.args, strict=False)), **node.kwargs}
+    return {item.name: given.get(item.name, item.default_value) for item in known}
 
 
 def upstream(node: Node, *, through: frozenset[object] = TRANSPARENT, tokenwise: bool = False) -> Node:
@@ -167,7 +173,8 @@ def is_tokenwise(node: Node) -> bool:
         x, factor = node.args[:2]
         return isinstance(x, Node) and isinstance(factor, Node) and _is_of_tokens(factor, x)
     if node.target in _MASKED:
-        return not node.args[2] and _is_of_tokens(argument(node, 1), argument(node, 0))
+        given = arguments(node)
+        return not given["value"] and _is_of_tokens(given["mask"], given["self"])
     if node.target in PADDED:
         given = arguments(node)
         return list(given["pad"][:2]) == [0, 0] and given.get("mode") in (None, "constant") and not given["value"]
@@ -187,6 +194,16 @@ def _is_of_tokens(factor: Node, x: Node) -> bool:
 def only_user(node: Node) -> Node | None:
     """The only reader of `node`, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def is_result(node: Node, index: int) -> bool:
+    """Whether a node takes one result of an operator that has several."""
+    return node.target is getitem and node.args[1] == index
+
+
+def result(node: Node, index: int) -> Node | None:
+    """The node that takes one result of an operator that has several, or None; of several such nodes, the first."""
+    return next((user for user in node.users if is_result(user, index)), None)
 
 
 def inputs(node: Node) -> Iterator[Node]:

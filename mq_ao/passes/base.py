@@ -17,6 +17,7 @@ from mq_ao.errors import MqAoError, Unsuitable
 from mq_ao.graph import Block, Direction, edit, match, walk
 from mq_ao.graph.residual import Stream, streams
 from mq_ao.graph.rows import Rows
+from mq_ao.graph.views import Layer, Linear
 from mq_ao.memory import release
 from mq_ao.ops import hadamard_matrix
 from mq_ao.passes.options import checked
@@ -116,33 +117,33 @@ class Rewrite:
 
     def weight(self, linear: Node) -> Tensor:
         """A copy of the weight of a linear or convolution in float64."""
-        weight = edit.operand(self.module, linear, 1)
+        weight = edit.operand(self.module, Layer.of(linear).weight)
         assert weight is not None
         return weight
 
-    def set_weight(self, linear: Node, weight: Tensor) -> None:
-        """Replaces the weight of a linear or convolution; a tied weight becomes its own."""
-        self.set_parameter(linear, 1, weight)
+    def set_weight(self, layer: Node, weight: Tensor) -> None:
+        """Replaces the weight of a layer; a tied weight becomes its own."""
+        self.set_parameter(layer, "weight", weight)
 
-    def set_parameter(self, user: Node, index: int, value: Tensor) -> None:
+    def set_parameter(self, user: Node, name: str, value: Tensor) -> None:
         """Replaces a constant operand; where others read it too, notes that each now has its own."""
-        others = [reader.name for reader in edit.readers(walk.argument(user, index)) if reader is not user]
+        others = [reader.name for reader in edit.readers(walk.arguments(user)[name]) if reader is not user]
         if others:
             size = value.numel() * 4 / 1e6
             detail = f"shared with {', '.join(others)} before, now each has its own: {size:.1f} MB more in float32"
             where = walk.module_path(user) or user.name
             self.transforms.append(Transform("untie", "", where, Status.APPLIED, detail))
-        edit.set_operand(self.module, user, index, value)
+        edit.set_operand(self.module, user, name, value)
         if value.numel() >= _LARGE:
             release()
 
     def bias(self, linear: Node) -> Tensor | None:
         """A copy of the bias of a linear or convolution in float64, or None."""
-        return edit.operand(self.module, linear, 2)
+        return edit.operand(self.module, Layer.of(linear).bias)
 
     def set_bias(self, linear: Node, bias: Tensor) -> None:
         """Replaces or adds the bias of a linear or convolution."""
-        edit.set_operand(self.module, linear, 2, bias)
+        edit.set_operand(self.module, linear, "bias", bias)
 
     def scale_rows(self, rows: Rows, factor: Tensor) -> None:
         """Multiplies output channels of a linear, bias included."""
@@ -156,7 +157,7 @@ class Rewrite:
 
     def scale_columns(self, linear: Node, factor: Tensor) -> None:
         """Multiplies input channels of a linear."""
-        self.change_rows(linear, 1, lambda rows: rows * factor)
+        self.change_rows(linear, lambda rows: rows * factor)
 
     def rotate_rows(self, rows: Rows, rotation: Tensor) -> None:
         """Output channels y become y @ rotation."""
@@ -170,12 +171,12 @@ class Rewrite:
 
     def rotate_columns(self, linear: Node, rotation: Tensor) -> None:
         """The linear takes inputs x @ rotation instead of x."""
-        self.change_rows(linear, 1, lambda rows: rows @ rotation)
+        self.change_rows(linear, lambda rows: rows @ rotation)
 
-    def change_rows(self, user: Node, index: int, change: Callable[[Tensor], Tensor]) -> None:
-        """Applies `change` to every row of a constant matrix, in float64."""
-        matrix = edit.constant(self.module, walk.argument(user, index))
-        self.set_parameter(user, index, edit.by_rows(matrix, change))
+    def change_rows(self, layer: Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Applies `change` to every row of the weight of a linear or embedding, in float64."""
+        matrix = edit.constant(self.module, Layer.of(layer).weight)
+        self.set_weight(layer, edit.by_rows(matrix, change))
 
     def scale_taps(self, conv: Node, factor: Tensor) -> None:
         """Multiplies the taps of every channel of a depthwise convolution, (channels, ...)."""
@@ -196,7 +197,7 @@ class Rewrite:
 
     def largest_by_column(self, linear: Node) -> Tensor:
         """Largest magnitude of every input channel of a linear's weight, (inputs,) float64."""
-        weight = edit.constant(self.module, walk.argument(linear, 1))
+        weight = edit.constant(self.module, Linear.of(linear).weight)
         low, high = torch.aminmax(weight, dim=0)
         return torch.maximum(-low, high).double()
 

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from mq_ao.graph import Direction, edit, walk
+from mq_ao.graph.views import Scan
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.statistics.probe import states_arguments
 
@@ -31,8 +32,7 @@ class ExposeState(Pass):
 
 
 def _expose(rewrite: Rewrite, direction: Direction) -> None:
-    module, scan = rewrite.module, direction.scan
-    skip = scan.args[5] if len(scan.args) > 5 else None
+    module, scan, view = rewrite.module, direction.scan, Scan.of(direction.scan)
 
     def call(target: object, *args: object) -> Node:
         return edit.call(module, target, args, like=scan)
@@ -41,9 +41,9 @@ def _expose(rewrite: Rewrite, direction: Direction) -> None:
         states = call(torch.ops.mq_ao.scan_states.default, *states_arguments(scan))
         h, last = call(walk.getitem, states, 0), call(walk.getitem, states, 1)
         product = call(aten.mul.Tensor, h, call(aten.unsqueeze.default, direction.c, 2))
-        through = call(aten.mul.Tensor, scan.args[0], skip) if skip is not None else 0.0
+        through = call(aten.mul.Tensor, view.u, view.skip) if view.skip is not None else 0.0
         y = call(aten.add.Tensor, call(aten.sum.dim_IntList, product, [-1]), through)
     for output in list(scan.users):
-        output.replace_all_uses_with(last if output.args[1] == 1 else y)
+        output.replace_all_uses_with(last if walk.is_result(output, 1) else y)
         module.graph.erase_node(output)
     module.graph.erase_node(scan)

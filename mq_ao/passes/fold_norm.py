@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from mq_ao.graph import edit, walk
 from mq_ao.graph.residual import MOVING, SELECTING, Stream
+from mq_ao.graph.views import Norm
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.norms import norms, readers_of
 from mq_ao.passes.rotate_residual import change_basis
@@ -39,7 +40,9 @@ class FoldNorm(Pass):
                 self._centre(rewrite, stream)
 
     def _fold(self, rewrite: Rewrite, norm: Node, readers: list[Node]) -> None:
-        gamma, beta = (edit.operand(rewrite.module, norm, index) for index in (2, 3))
+        view = Norm.of(norm)
+        old = [node for node in (view.weight, view.bias) if node is not None]
+        gamma, beta = (edit.operand(rewrite.module, node) for node in (view.weight, view.bias))
         if gamma is None and beta is None:
             return
         for reader in readers:
@@ -48,9 +51,9 @@ class FoldNorm(Pass):
                 rewrite.set_bias(reader, moved if bias is None else bias + moved)
             if gamma is not None:
                 rewrite.scale_columns(reader, gamma)
-        parameters = 2 if norm.target == aten.layer_norm.default else 1
-        old = [arg for arg in norm.args[2 : 2 + parameters] if isinstance(arg, Node)]
-        norm.args = (*norm.args[:2], *[None] * parameters, *norm.args[2 + parameters :])
+        view.weight = None
+        if beta is not None:
+            view.bias = None
         for node in old:
             edit.drop_unused(rewrite.module, node)
         self.note(rewrite, walk.module_path(norm) or norm.name, f"into {', '.join(reader.name for reader in readers)}")
@@ -63,9 +66,9 @@ class FoldNorm(Pass):
         centring = torch.eye(stream.width, dtype=torch.float64) - 1 / stream.width
         change_basis(rewrite, stream, centring)
         for norm in stream.norms:
-            eps = norm.args[4] if len(norm.args) > 4 else 1e-5
+            view = Norm.of(norm)
             with rewrite.module.graph.inserting_before(norm):
-                args = (norm.args[0], norm.args[1], None, eps)
+                args = (view.x, view.shape, None, view.eps)
                 new = edit.call(rewrite.module, aten.rms_norm.default, args, like=norm)
             norm.replace_all_uses_with(new)
             rewrite.module.graph.erase_node(norm)
@@ -76,7 +79,7 @@ def _uncentred(stream: Stream) -> str | None:
     for norm in stream.norms:
         if norm.target != aten.layer_norm.default:
             return f"{norm.name} reads the same stream and is not a LayerNorm"
-        if any(arg is not None for arg in norm.args[2:4]):
+        if (Norm.of(norm).weight, Norm.of(norm).bias) != (None, None):
             return f"the weight of {norm.name} could not be folded"
     for node in stream.inputs:
         through = SELECTING | MOVING | {aten.mean.dim, aten.flip.default}

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import walk
 from mq_ao.graph.edit import channels
 from mq_ao.graph.residual import MOVING, NORM, SELECTING, keeps_channels, normalised
+from mq_ao.graph.views import Norm
 
 _ONWARD = SELECTING | MOVING | {walk.aten.mean.dim, walk.aten.flip.default}
 """With these along other axes than the channels, weight and bias of a norm may still be applied afterwards."""
@@ -21,7 +22,7 @@ def readers_of(norm: Node) -> list[Node] | str:
     """The linears that read the norm's output, perhaps in part; or the reason why something else does."""
     readers: dict[Node, None] = {}
     # A bias would have to be scaled on its way into the linear.
-    biased = norm.target == walk.aten.layer_norm.default and walk.padded(norm, 5)[3] is not None
+    biased = Norm.of(norm).bias is not None
     pending = [norm]
     while pending:
         for reader in pending.pop().users:

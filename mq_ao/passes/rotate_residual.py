@@ -11,6 +11,7 @@ from torch import Tensor
 from mq_ao.graph import edit, walk
 from mq_ao.graph.residual import Stream
 from mq_ao.graph.rows import Rows
+from mq_ao.graph.views import Norm
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.klt import Basis, rotation
 from mq_ao.statistics import ChannelStatistics, Request
@@ -62,16 +63,16 @@ def change_basis(rewrite: Rewrite, stream: Stream, matrix: Tensor) -> None:
         if writer.target in walk.LINEAR:
             rewrite.rotate_rows(Rows(writer, 0, stream.width), matrix)
             continue
-        rewrite.change_rows(writer, 0, lambda rows: rows @ matrix)
-    for node, index in stream.constants:
-        value = edit.constant(rewrite.module, walk.argument(node, index)).double()
-        rewrite.set_parameter(node, index, value @ matrix)
+        rewrite.change_rows(writer, lambda rows: rows @ matrix)
+    for node, name in stream.constants:
+        value = edit.constant(rewrite.module, walk.arguments(node)[name]).double()
+        rewrite.set_parameter(node, name, value @ matrix)
 
 
 def _weighted_norm(stream: Stream) -> str | None:
     for norm in stream.norms:
         if norm.target == walk.aten.layer_norm.default:
             return f"{norm.name} is a LayerNorm, whose mean is not a rotation's: fold it with fold_norm first"
-        if len(norm.args) > 2 and norm.args[2] is not None:
+        if Norm.of(norm).weight is not None:
             return f"{norm.name} has a weight: fold it with fold_norm first"
     return None

@@ -11,11 +11,10 @@ from torch import Tensor
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.graph.rows import rows_of
+from mq_ao.graph.views import Scan
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.low_rank import low_rank, requests_for_dt
 from mq_ao.statistics import ChannelStatistics, Request
-
-_DELTA_BIAS = 6
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ShiftDt(Pass):
                 pair = low_rank(direction, shift=True)
                 # What is added to dt_proj's output goes into this scan's bias, so nothing else may read it, or change
                 # it on the way.
-                rows_of(walk.argument(direction.scan, 1), {direction.scan}, shift=True)
+                rows_of(Scan.of(direction.scan).delta, {direction.scan}, shift=True)
                 statistics = rewrite.of(pair.dt)
                 low, high = statistics.extremes
                 middle = (low + high) / 2
@@ -48,8 +47,8 @@ class ShiftDt(Pass):
                 bias[pair.rows.slice] -= middle
                 rewrite.set_bias(x_proj, bias)
                 moved = rewrite.weight(pair.dt_proj) @ middle
-                old = edit.operand(rewrite.module, scan, _DELTA_BIAS)
-                edit.set_operand(rewrite.module, scan, _DELTA_BIAS, moved if old is None else old + moved)
+                old = edit.operand(rewrite.module, Scan.of(scan).bias)
+                edit.set_operand(rewrite.module, scan, "delta_bias", moved if old is None else old + moved)
                 rewrite.update(pair.dt, shifted(statistics, -middle))
                 self.note(rewrite, direction.name, f"shifts up to {middle.abs().max():.3g}")
 

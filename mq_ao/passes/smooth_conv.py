@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from mq_ao.errors import Unsuitable
-from mq_ao.graph import Block, walk
+from mq_ao.graph import Block
 from mq_ao.graph.rows import Rows, rows_of
+from mq_ao.graph.views import Conv
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.options import Share
@@ -52,12 +53,12 @@ class SmoothConv(Pass):
                     rewrite.scale_rows(rows, 1 / scales)
                     for conv in convs:
                         rewrite.scale_taps(conv, scales)
-                    for u in dict.fromkeys(walk.argument(conv, 0) for conv in convs):
+                    for u in dict.fromkeys(Conv.of(conv).x for conv in convs):
                         rewrite.update(u, rewrite.of(u).scaled(1 / scales))
                     self.note(rewrite, block.name, describe(scales))
 
     def _balance(self, rewrite: Rewrite, convs: list[Node]) -> Tensor:
-        inputs = [rewrite.of(walk.argument(conv, 0)).maximum for conv in convs]
+        inputs = [rewrite.of(Conv.of(conv).x).maximum for conv in convs]
         taps = [rewrite.weight(conv).flatten(1).abs().amax(1) for conv in convs]
         return balance(reduce(torch.maximum, inputs), reduce(torch.maximum, taps), self.alpha)
 
@@ -73,7 +74,7 @@ def shared_inputs(block: Block) -> dict[Rows, list[Node]]:
     for conv in convs:
         if conv.target not in _CHANNEL_LAST:
             raise Unsuitable(f"{conv.name} reads channels before positions, as no integer kernel does.")
-        result.setdefault(rows_of(walk.argument(conv, 0), convs), []).append(conv)
+        result.setdefault(rows_of(Conv.of(conv).x, convs), []).append(conv)
     if any(one.overlaps(other) for one, other in combinations(result, 2)):
         raise Unsuitable("its convolutions read some channels in common, and others not.")
     return result

@@ -14,6 +14,7 @@ from mq_ao.graph import Block, edit, walk
 from mq_ao.graph.gate import Gate
 from mq_ao.graph.residual import normalised
 from mq_ao.graph.rows import Rows, origin, rows_of
+from mq_ao.graph.views import Norm
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.options import Share
@@ -81,26 +82,27 @@ def scale_out_input(rewrite: Rewrite, block: Block, factor: Tensor) -> None:
         _scale_sigmoid(rewrite, gate, 1 / factor)
 
 
-def _weighting(node: Node) -> int | None:
-    """Which operand of a node is a weight a channel: of a norm, or of the multiplication that ends a grouped norm."""
+def _weighting(node: Node) -> str | None:
+    """Which argument of a node is a weight a channel: of a norm, or of the multiplication that ends a grouped norm."""
     if node.target in walk.NORM:
-        return 2 if normalised(node) == [edit.channels(node)] else None
+        return "weight" if normalised(node) == [edit.channels(node)] else None
     if node.target not in walk.MUL:
         return None
     sizes = [edit.channels(node)]
-    weights = (i for i, arg in enumerate(node.args) if edit.is_constant(arg) and _shape(node.args[i]) == sizes)
-    return next(weights, None)
+    given = walk.arguments(node).items()
+    return next((name for name, value in given if edit.is_constant(value) and _shape(value) == sizes), None)
 
 
 def _shape(node: Any) -> list[int]:
     return list(node.meta["val"].shape)
 
 
-def _scale_weight(rewrite: Rewrite, node: Node, index: int, factor: Tensor) -> None:
-    weight = edit.operand(rewrite.module, node, index)
-    edit.set_operand(rewrite.module, node, index, factor if weight is None else weight * factor)
-    if node.target == aten.layer_norm.default and (bias := edit.operand(rewrite.module, node, 3)) is not None:
-        edit.set_operand(rewrite.module, node, 3, bias * factor)
+def _scale_weight(rewrite: Rewrite, node: Node, name: str, factor: Tensor) -> None:
+    weight = edit.operand(rewrite.module, walk.arguments(node)[name])
+    edit.set_operand(rewrite.module, node, name, factor if weight is None else weight * factor)
+    bias = edit.operand(rewrite.module, Norm.of(node).bias) if node.target in walk.NORM else None
+    if bias is not None:
+        edit.set_operand(rewrite.module, node, "bias", bias * factor)
 
 
 def _check_path(block: Block) -> None:
@@ -117,7 +119,7 @@ def _check_path(block: Block) -> None:
             continue
         if end.target in walk.ADD:
             pending += walk.inputs(end)
-        elif walk.is_scaling(end) or walk.is_tokenwise(end) or (end.target in walk.MUL and _weighting(end) == 1):
+        elif walk.is_scaling(end) or walk.is_tokenwise(end) or (end.target in walk.MUL and _weighting(end) == "other"):
             pending.append(walk.argument(end, 0))
         else:
             raise Unsuitable(f"{end.name} lies between the gate and out_proj.")
@@ -142,7 +144,7 @@ def _scale_sigmoid(rewrite: Rewrite, gate: Gate, factor: Tensor) -> None:
     module, end = rewrite.module, gate.end
     if gate.scale is not None:
         inner = walk.argument(walk.argument(end, 1), 0)
-        edit.set_operand(module, inner, 1, edit.constant(module, gate.scale).double() * factor)
+        edit.set_operand(module, inner, "other", edit.constant(module, gate.scale).double() * factor)
         return
     with module.graph.inserting_before(end):
         dtype = gate.z.meta["val"].dtype

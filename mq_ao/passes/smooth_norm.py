@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mq_ao.graph import edit
+from mq_ao.graph.views import Norm
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.norms import norms, readers_of
@@ -37,16 +38,16 @@ class SmoothNorm(Pass):
         """Balances every norm's output against the linears that read it."""
         for norm in norms(rewrite.module):
             readers = readers_of(norm)
-            weight = edit.operand(rewrite.module, norm, 2)
+            weight = edit.operand(rewrite.module, Norm.of(norm).weight)
             if isinstance(readers, str) or weight is None:
                 self.leave_out(rewrite, norm.name, readers if isinstance(readers, str) else "the norm has no weight")
                 continue
             largest = torch.stack([rewrite.largest_by_column(reader) for reader in readers]).amax(0)
             scales = balance(rewrite.of(norm).maximum, largest, self.alpha)
-            edit.set_operand(rewrite.module, norm, 2, weight / scales)
-            bias = edit.operand(rewrite.module, norm, 3)  # of a LayerNorm; an RMSNorm has a number there
+            edit.set_operand(rewrite.module, norm, "weight", weight / scales)
+            bias = edit.operand(rewrite.module, Norm.of(norm).bias)
             if bias is not None:
-                edit.set_operand(rewrite.module, norm, 3, bias / scales)
+                edit.set_operand(rewrite.module, norm, "bias", bias / scales)
             for reader in readers:
                 rewrite.scale_columns(reader, scales)
             rewrite.update(norm, rewrite.of(norm).scaled(1 / scales))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import Role, match, walk
+from mq_ao.graph.views import Layer
 from mq_ao.passes import Profile, Rewrite
 from mq_ao.report import sizes
 from mq_ao.report.data import PageData, RangeRow, VarianceProfile
@@ -144,7 +145,7 @@ def _inputs(graph: GraphModule) -> Iterator[_Input]:
         if role is not Role.EMBEDDING:
             # Our convolution has the channels last, ATen's has them before the length.
             axis = 1 if node.target in walk.CONV - {torch.ops.mq_ao.causal_conv1d.default} else -1
-            yield _Input(role, str(role), node, walk.argument(node, 0), axis)
+            yield _Input(role, str(role), node, Layer.of(node).x, axis)
     for block in found.blocks:
         for role, node, operands in block.operands():
             for symbol, operand in operands.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import Role, edit, match, walk
-from mq_ao.lowering.patterns import DQ_AFFINE, DQ_CHANNEL, Weight
+from mq_ao.lowering.patterns import DQ_AFFINE, DQ_CHANNEL, Quantized, Weight
 from mq_ao.report.data import Size
 
 OTHER = "other"
@@ -72,10 +72,9 @@ def _integers(graph: GraphModule) -> dict[str, int]:
         weight = Weight.of(graph, node)
         if weight is None:
             continue
-        zero_point = node.args[2 if node.target == DQ_CHANNEL else 3]
-        assert isinstance(zero_point, Node)
-        found[str(walk.argument(node, 0).target)] = -(-weight.values.numel() * weight.bits // 8)
-        found[str(zero_point.target)] = 0
+        given = Quantized.of(node)
+        found[str(given.x.target)] = -(-weight.values.numel() * weight.bits // 8)
+        found[str(given.zero_point.target)] = 0
     return found
 
 

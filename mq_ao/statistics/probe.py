@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import edit, walk
+from mq_ao.graph.views import Scan
 
 _SUFFIX, _FLAT_SUFFIX = "_states", "_flat_states"
 
@@ -47,5 +48,5 @@ def _scans(module: GraphModule, wanted: set[str]) -> list[Node]:
 
 def states_arguments(scan: Node) -> tuple[object, ...]:
     """Arguments of `scan_states` that equal a `selective_scan` node's."""
-    u, delta, a, b, _, _, bias, softplus, state = walk.padded(scan, 9)
-    return u, delta, a, b, bias, bool(softplus), state
+    of = Scan.of(scan)
+    return of.u, of.delta, of.a, of.b, of.bias, of.softplus, of.initial_state

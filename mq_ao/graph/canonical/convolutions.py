@@ -9,11 +9,11 @@ from torch.fx import Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.canonical.spelling import Spelling
+from mq_ao.graph.views import Conv, Slice
 
 aten = walk.aten
 CONV = torch.ops.mq_ao.causal_conv1d.default
 
-_ACTIVATION = 4
 _SEQUENCE = 1
 
 
@@ -27,9 +27,8 @@ def activated(spelling: Spelling, node: Node) -> None:
     conv = _convolution(source)
     if conv is None or len(source.users) != 1:
         return
-    x, weight, bias, state, activation = walk.padded(conv, 5)
-    if activation is None:
-        conv.args = (x, weight, bias, state, "silu")
+    if conv.activation is None:
+        conv.activation = "silu"
         spelling.substitute(node, y)
 
 
@@ -37,37 +36,37 @@ def trimmed(spelling: Spelling, node: Node) -> None:
     """A convolution of x with zeros before and behind it, cut to the steps of x, is that of x alone."""
     if node.target != aten.slice.Tensor:
         return
-    y, axis, start, stop, step = walk.padded(node, 5)
-    conv = _convolution(y)
-    if conv is None or axis not in (_SEQUENCE, -2) or step not in (None, 1) or len(conv.users) != 1:
+    part = Slice.of(node)
+    conv = _convolution(part.x)
+    if conv is None or part.dim not in (_SEQUENCE, -2) or part.step != 1 or len(conv.node.users) != 1:
         return
-    padded, weight, bias, state, activation = walk.padded(conv, 5)
-    if state is not None or padded.target not in walk.PADDED or not walk.is_tokenwise(padded):
+    padded = conv.x
+    if conv.initial_state is not None or padded.target not in walk.PADDED or not walk.is_tokenwise(padded):
         return
-    x, pad = walk.argument(padded, 0), padded.args[1]
+    x, pad = walk.argument(padded, 0), walk.arguments(padded)["pad"]
     if len(pad) != 4:
         return
     _, _, before, behind = pad
     whole = padded.meta["val"].shape[_SEQUENCE]
     length = x.meta["val"].shape[_SEQUENCE]
-    first, last = (_value(item, default) for item, default in ((start, 0), (stop, whole)))
+    first, last = (_value(item, default) for item, default in ((part.start, 0), (part.end, whole)))
     # A stop behind the end is the end: INT64_MAX where none was written.
-    open_end = behind == 0 and (stop is None or (isinstance(last, int) and last == _INT64_MAX))
+    open_end = behind == 0 and (part.end is None or (isinstance(last, int) and last == _INT64_MAX))
     if not (walk.same_size(first, before) and (open_end or walk.same_size(last, before + length))):
         return
-    new = spelling.call(CONV, (x, weight, bias, None, activation), conv)
-    spelling.substitute(node, spelling.call(walk.getitem, (new, 0), conv))
+    new = spelling.call(CONV, (x, conv.weight, conv.bias, None, conv.activation), conv.node)
+    spelling.substitute(node, spelling.call(walk.getitem, (new, 0), conv.node))
 
 
 _INT64_MAX = 2**63 - 1
 
 
-def _convolution(y: Node) -> Node | None:
+def _convolution(y: Node) -> Conv | None:
     """The convolution whose output y is, as nobody else reads it."""
-    if y.target is not walk.getitem or y.args[1] != 0 or len(y.users) != 1:
+    if not walk.is_result(y, 0) or len(y.users) != 1:
         return None
     conv = walk.argument(y, 0)
-    return conv if conv.target == CONV else None
+    return Conv.of(conv) if conv.target == CONV else None
 
 
 def _value(size: Any, default: Any) -> Any:

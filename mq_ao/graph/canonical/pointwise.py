@@ -6,6 +6,7 @@ from torch.fx import Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.canonical.spelling import Spelling, both_ways
+from mq_ao.graph.views import Norm
 
 aten = walk.aten
 
@@ -20,9 +21,9 @@ def masked(spelling: Spelling, node: Node) -> None:
             node.args = (second, first)
             if not walk.is_tokenwise(node):
                 node.args = (first, second)
-    elif node.target == aten.where.ScalarOther and node.args[2] == 0:
-        condition, x = (walk.argument(node, index) for index in (0, 1))
-        if walk.same_shape(x, node):
+    elif node.target == aten.where.ScalarOther:
+        condition, x, other = walk.arguments(node).values()
+        if other == 0 and walk.same_shape(x, node):
             inverted = spelling.call(aten.logical_not.default, (condition,), node)
             spelling.become(node, aten.masked_fill.Scalar, (x, inverted, 0))
 
@@ -60,10 +61,12 @@ def weighted(spelling: Spelling, node: Node) -> None:
     for norm, weight in both_ways(node):
         if not isinstance(norm, Node) or norm.target != aten.rms_norm.default or walk.only_user(norm) is not node:
             continue
-        x, shape, old, eps = walk.padded(norm, 4)
+        given = Norm.of(norm)
         same = spelling.is_vector(weight, norm.meta["val"].shape[_CHANNELS])
-        if old is None and len(shape) == 1 and same and weight.meta["val"].dtype == norm.meta["val"].dtype:
-            spelling.become(node, aten.rms_norm.default, (x, shape, spelling.vector(weight, node), eps))
+        plain = given.weight is None and len(given.shape) == 1
+        if plain and same and weight.meta["val"].dtype == norm.meta["val"].dtype:
+            vector = spelling.vector(weight, node)
+            spelling.become(node, aten.rms_norm.default, (given.x, given.shape, vector, given.eps))
             return
 
 

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.canonical.spelling import Spelling, both_ways
+from mq_ao.graph.views import Linear
 
 aten = walk.aten
 
@@ -39,9 +40,9 @@ def biased(spelling: Spelling, node: Node) -> None:
     for product, bias in both_ways(node):
         if not isinstance(product, Node) or product.target not in walk.LINEAR or walk.only_user(product) is not node:
             continue
-        x, weight, old = walk.padded(product, 3)
-        if old is None and spelling.is_vector(bias, product.meta["val"].shape[-1]):
-            spelling.become(node, aten.linear.default, (x, weight, spelling.vector(bias, node)))
+        given = Linear.of(product)
+        if given.bias is None and spelling.is_vector(bias, product.meta["val"].shape[-1]):
+            spelling.become(node, aten.linear.default, (given.x, given.weight, spelling.vector(bias, node)))
             return
 
 
@@ -54,7 +55,7 @@ def merged(spelling: Spelling, node: Node) -> None:
             continue
         if product.target not in walk.LINEAR or not walk.same_shape(product, other):
             continue
-        x, weight, bias = walk.padded(product, 3)
+        x, weight, bias = walk.arguments(product).values()
         # A weight that layers share, each with an adapter of its own, stays one.
         if not spelling.is_constant(weight) or walk.only_user(weight) is not product:
             continue
@@ -76,15 +77,15 @@ def _map(spelling: Spelling, value: Node, x: Node, before: Node) -> Node | None:
             return None
         matrix = _map(spelling, source, x, before)
         return matrix if matrix is None or not scales else spelling.call(value.target, (matrix, *factor), before)
-    if value.target not in walk.LINEAR or (len(value.args) > 2 and value.args[2] is not None):
+    if value.target not in walk.LINEAR:
         return None
-    inner, weight = walk.argument(value, 0), walk.argument(value, 1)
-    if not spelling.is_constant(weight):
+    product = Linear.of(value)
+    if product.bias is not None or not spelling.is_constant(product.weight):
         return None
-    if walk.upstream(inner, through=walk.COPYING) is x:
-        return weight
-    matrix = _map(spelling, inner, x, before)
-    return None if matrix is None else spelling.call(aten.mm.default, (weight, matrix), before)
+    if walk.upstream(product.x, through=walk.COPYING) is x:
+        return product.weight
+    matrix = _map(spelling, product.x, x, before)
+    return None if matrix is None else spelling.call(aten.mm.default, (product.weight, matrix), before)
 
 
 def _is_number(spelling: Spelling, factor: object) -> bool:
@@ -92,9 +93,12 @@ def _is_number(spelling: Spelling, factor: object) -> bool:
 
 
 def _transposed(spelling: Spelling, matrix: Node, before: Node) -> Node:
-    args: tuple[Any, ...] = matrix.args
-    permuted = matrix.target == aten.permute.default and [axis % 2 for axis in args[1]] == [1, 0]
-    swapped = matrix.target == aten.transpose.int and (args[1] - args[2]) % 2
-    if permuted or swapped or matrix.target in _TRANSPOSES:
+    swaps = matrix.target in _TRANSPOSES
+    if matrix.target == aten.permute.default:
+        swaps = [axis % 2 for axis in walk.arguments(matrix)["dims"]] == [1, 0]
+    elif matrix.target == aten.transpose.int:
+        given = walk.arguments(matrix)
+        swaps = given["dim0"] % 2 != given["dim1"] % 2
+    if swaps:
         return walk.argument(matrix, 0)
     return spelling.call(aten.transpose.int, (matrix, 0, 1), before)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.canonical.spelling import Spelling, both_ways
+from mq_ao.graph.views import Scan
 
 aten = walk.aten
-
-_DELTA, _SKIP, _BIAS, _SOFTPLUS = 1, 5, 6, 7
-"""Where these stand among the arguments of a scan, of Mamba-1 and of Mamba-2."""
 
 
 def softplus(spelling: Spelling, node: Node) -> None:
     """A scan of softplus(delta) or of softplus(delta + bias)."""
     if node.target not in walk.SCAN | walk.SSD:
         return
-    args = [*node.args, *[None] * (_SOFTPLUS + 1 - len(node.args))]
-    if args[_SOFTPLUS] or args[_BIAS] is not None:
+    scan = Scan.of(node)
+    if scan.softplus or scan.bias is not None:
         return
     moves: list[Node] = []
-    end = walk.argument(node, _DELTA)
+    end = scan.delta
     while end.target in walk.TRANSPARENT and isinstance(end.args[0], Node):
         moves.append(end)
         end = end.args[0]
@@ -38,8 +34,7 @@ def softplus(spelling: Spelling, node: Node) -> None:
         old, source = move.args[0], delta
         with spelling.graph.inserting_before(node):
             delta = spelling.graph.node_copy(move, lambda item, old=old, new=source: new if item is old else item)
-    args[_DELTA], args[_BIAS], args[_SOFTPLUS] = delta, bias, True
-    node.args = tuple(args)
+    scan.delta, scan.bias, scan.softplus = delta, bias, True
 
 
 def skip(spelling: Spelling, node: Node) -> None:
@@ -49,15 +44,13 @@ def skip(spelling: Spelling, node: Node) -> None:
     for y, product in both_ways(node):
         if not isinstance(y, Node) or not isinstance(product, Node) or product.target not in walk.MUL:
             continue
-        scan = y.args[0] if y.target is walk.getitem and y.args[1] == 0 else None
-        if not isinstance(scan, Node) or scan.target not in walk.SCAN or walk.only_user(y) is not node:
+        source = walk.argument(y, 0) if walk.is_result(y, 0) else None
+        if source is None or source.target not in walk.SCAN or walk.only_user(y) is not node:
             continue
-        args: list[Any] = [*scan.args, *[None] * (_SKIP + 1 - len(scan.args))]
-        u = args[0]
+        scan = Scan.of(source)
         for value, factor in both_ways(product):
-            if args[_SKIP] is None and value is u and spelling.is_vector(factor, u.meta["val"].shape[-1]):
-                args[_SKIP] = spelling.vector(factor, scan)
-                scan.args = tuple(args)
+            if scan.skip is None and value is scan.u and spelling.is_vector(factor, scan.u.meta["val"].shape[-1]):
+                scan.skip = spelling.vector(factor, source)
                 spelling.substitute(node, y)
                 return
 

@@ -1,0 +1,167 @@
+"""Calls of operators with their arguments by name: where these stand, and what they default to, only schemas know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from torch.fx import Node
+
+from mq_ao.graph import edit, walk
+
+aten = walk.aten
+
+T = TypeVar("T")
+_NEEDED: Any = object()
+
+
+class Argument(Generic[T]):
+    """An argument of the operators of a view; to assign to it edits the node.
+
+    Args:
+        names: what schemas call it, where that is not what the view does.
+        absent: its value for operators that have no such argument; without it they raise TypeError.
+    """
+
+    def __init__(self, *names: str, absent: Any = _NEEDED) -> None:
+        self.names, self.absent = names, absent
+
+    def __set_name__(self, owner: type[View], name: str) -> None:
+        self.names = self.names or (name,)
+
+    def __get__(self, view: View, owner: type[View]) -> T:
+        known = walk.arguments(view.node)
+        value: T = known[self.name(view)] if self.absent is _NEEDED else known.get(self._find(view), self.absent)
+        return value
+
+    def __set__(self, view: View, value: T) -> None:
+        edit.set_argument(view.node, self.name(view), value)
+
+    def name(self, view: View) -> str:
+        """What the schema of a view's operator calls it."""
+        found = self._find(view)
+        if found is None:
+            raise TypeError(f"{view.node.target} has no argument {' or '.join(self.names)}")
+        return found
+
+    def _find(self, view: View) -> str | None:
+        known = {item.name for item in walk.parameters(view.node.target)}
+        return next((name for name in self.names if name in known), None)
+
+
+@dataclass(frozen=True)
+class View:
+    """A call of one of some operators that mean the same, under one set of names; it holds no values of its own.
+
+    Attributes:
+        node: the call.
+    """
+
+    operators: ClassVar[frozenset[object]]
+
+    node: Node
+
+    @classmethod
+    def of(cls, node: Node) -> Self:
+        """The view of a node.
+
+        Raises:
+            TypeError: the node calls another operator, which is our mistake and nobody's bad input.
+        """
+        if node.target not in cls.operators:
+            raise TypeError(f"{node.name} calls {node.target}, which {cls.__name__} does not know")
+        return cls(node)
+
+
+class Linear(View):
+    """x W^T + b."""
+
+    operators = walk.LINEAR
+
+    x = Argument[Node]("input")
+    weight = Argument[Node]()
+    bias = Argument[Node | None]()
+
+
+class Conv(View):
+    """A convolution; ours has the channels last, and knows what came before x."""
+
+    operators = walk.CONV
+
+    x = Argument[Node]("x", "input")
+    weight = Argument[Node]()
+    bias = Argument[Node | None]()
+    initial_state = Argument[Node | None](absent=None)
+    activation = Argument[str | None](absent=None)
+
+
+class Embedding(View):
+    """Rows of a table."""
+
+    operators = frozenset({aten.embedding.default})
+
+    x = Argument[Node]("indices")
+    weight = Argument[Node]()
+
+
+class Layer(View):
+    """Whatever has a weight and one input."""
+
+    operators = Linear.operators | Conv.operators | Embedding.operators
+
+    x = Argument[Node]("x", "input", "indices")
+    weight = Argument[Node]()
+    bias = Argument[Node | None](absent=None)
+
+
+class Norm(View):
+    """RMSNorm, which has no bias, or LayerNorm."""
+
+    operators = walk.NORM
+
+    x = Argument[Node]("input")
+    shape = Argument[list[int]]("normalized_shape")
+    weight = Argument[Node | None]()
+    bias = Argument[Node | None](absent=None)
+    eps = Argument[float | None]()
+
+
+class Scan(View):
+    """A scan, by the symbols of METHOD.md; Mamba-2 says x for u and dt for delta."""
+
+    operators = walk.ANY_SCAN
+
+    u = Argument[Node]("u", "x")
+    delta = Argument[Node]("delta", "dt")
+    a = Argument[Node]("A")
+    b = Argument[Node]("B")
+    c = Argument[Node]("C")
+    skip = Argument[Node | None]("D")
+    bias = Argument[Node | None]("delta_bias", "dt_bias")
+    softplus = Argument[bool]("delta_softplus", "dt_softplus")
+    dt_min = Argument[float]()
+    dt_max = Argument[float | None]()
+    initial_state = Argument[Node | None]()
+    seq_idx = Argument[Node | None]()
+
+
+class Slice(View):
+    """A range of one axis."""
+
+    operators = frozenset({aten.slice.Tensor})
+
+    x = Argument[Node]("self")
+    dim = Argument[int]()
+    start = Argument[Any]()
+    end = Argument[Any]()
+    step = Argument[int]()
+
+
+class Split(View):
+    """One axis in pieces: how many, how large, or the size of each."""
+
+    operators = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
+
+    x = Argument[Node]("self")
+    how = Argument[Any]("chunks", "split_size", "split_sizes")
+    dim = Argument[int]()
