@@ -135,7 +135,7 @@ def per_token_source(node: object) -> Node | None:
     if not isinstance(node, Node) or node.target != DQ_AFFINE:
         return None
     given = Quantized.of(node)
-    choose = given.scale.args[0] if isinstance(given.scale, Node) and given.scale.op == "call_function" else None
+    choose: Any = given.scale.args[0] if isinstance(given.scale, Node) and given.scale.op == "call_function" else None
     chosen = isinstance(choose, Node) and choose.target == torch.ops.torchao.choose_qparams_affine
     symmetric = chosen and walk.arguments(choose)["mapping_type"] == "SYMMETRIC"
     if not symmetric or not set(given.block_size[:-1]) <= {1} or given.limits != (-127, 127, torch.int8):

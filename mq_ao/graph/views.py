@@ -30,7 +30,7 @@ class Argument(Generic[T]):
         self.names = self.names or (name,)
 
     def __get__(self, view: View, owner: type[View]) -> T:
-        known = walk.arguments(view.node)
+        known: Any = walk.arguments(view.node)
         value: T = known[self.name(view)] if self.absent is _NEEDED else known.get(self._find(view), self.absent)
         return value
 
@@ -143,6 +143,15 @@ class Scan(View):
     dt_max = Argument[float | None]()
     initial_state = Argument[Node | None]()
     seq_idx = Argument[Node | None]()
+
+
+class Hadamard(View):
+    """A fast Hadamard transform of the channels."""
+
+    operators = walk.HADAMARD
+
+    x = Argument[Node]()
+    scale = Argument[Node | None]()
 
 
 class Slice(View):

@@ -198,7 +198,7 @@ def only_user(node: Node) -> Node | None:
 
 def is_result(node: Node, index: int) -> bool:
     """Whether a node takes one result of an operator that has several."""
-    return node.target is getitem and node.args[1] == index
+    return node.target is getitem and node.args[1:] == (index,)
 
 
 def result(node: Node, index: int) -> Node | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from mq_ao.graph import Role, edit, match, walk
 from mq_ao.lowering.patterns import DQ_AFFINE, DQ_CHANNEL, Quantized, Weight
