@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.compat.graphs import attribute
 from mq_ao.compat.trees import tree_map_only
-
 from mq_ao.graph import walk
 
 _BLOCK = 2**20

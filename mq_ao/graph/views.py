@@ -127,7 +127,7 @@ class Norm(View):
 
 
 class Scan(View):
-    """A scan, by the symbols of METHOD.md; Mamba-2 says x for u and dt for delta."""
+    """A scan, by the symbols of docs/method.md; Mamba-2 says x for u and dt for delta."""
 
     operators = walk.ANY_SCAN
 
