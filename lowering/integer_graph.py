@@ -14,6 +14,7 @@ from mq_ao.compat.compiling import constant_fold
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
 from mq_ao.lowering.patterns import simulated_nodes
+from mq_ao.lowering.rewrite import GraphRewriter
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,19 @@ class IntegerGraph:
     simulated: list[str]
 
     @classmethod
-    def of(cls, module: GraphModule, kernels: Counter[str]) -> IntegerGraph:
-        """A rewritten graph: names and warns about what is simulated, and folds what depends on weights alone."""
+    def of(cls, rewriter: GraphRewriter, kernels: frozenset[object]) -> IntegerGraph:
+        """Rewrites a graph; names and warns about what is simulated, and folds what depends on weights alone.
+
+        Args:
+            rewriter: of the graph, which is edited.
+            kernels: integer operators of the backend.
+
+        Raises:
+            MqAoError: nothing is quantized in the graph, or the backend cannot hold a weight as it was.
+        """
+        rewriter.run()
+        module = rewriter.module
+        counts = count_kernels(module, kernels)
         simulated = simulated_nodes(module)
         if simulated:
             logger.warning(
@@ -42,7 +54,7 @@ class IntegerGraph:
                 ", ".join(simulated),
             )
         fold_constants(module)
-        return cls(module, dict(kernels), simulated)
+        return cls(module, dict(counts), simulated)
 
     @property
     def described(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,26 @@ aten = torch.ops.aten
 mq = torch.ops.mq_ao
 
 
-class GraphRewriter:
+Step = Callable[[GraphModule], None]
+"""Edits a graph in place."""
+
+
+def each(operators: Collection[object], edit: Callable[[Node], None]) -> Step:
+    """The step that edits every call of some operators, in the order of the graph as it is by then."""
+
+    def step(module: GraphModule) -> None:
+        for node in walk.calls(module, operators):
+            edit(node)
+
+    return step
+
+
+def drop_unread(module: GraphModule) -> None:
+    """The step that erases what nobody reads, which else counts as a reader of what it reads."""
+    module.graph.eliminate_dead_code()
+
+
+class GraphRewriter(ABC):
     """Edits one converted GraphModule in place; each method handles one pattern.
 
     Args:
@@ -47,6 +66,23 @@ class GraphRewriter:
         self.limits = kernels.static.limits
         self._names: Counter[str] = Counter()
         self._tokens: dict[Node, tuple[Node, Node]] = {}
+
+    @property
+    @abstractmethod
+    def steps(self) -> Sequence[Step]:
+        """What is done to the graph, in order."""
+
+    def run(self) -> None:
+        """Rewrites everything.
+
+        Raises:
+            MqAoError: the backend cannot hold a weight as it was quantized.
+        """
+        for step in self.steps:
+            step(self.module)
+        drop_unread(self.module)
+        self.module.recompile()
+        self.module.delete_all_unused_submodules()
 
     def operand(self, node: Any) -> Operand:
         """What a kernel of the backend reads at `node`."""
@@ -165,7 +201,7 @@ class GraphRewriter:
         return self.graph.get_attr(name)
 
 
-class LinearRewriter(GraphRewriter, ABC):
+class LinearRewriter(GraphRewriter):
     """One whose backend has products of its own, which can give the pieces of a linear."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ from mq_ao.backends import CUDA
 from mq_ao.lowering.cuda.device import require_cuda
 from mq_ao.lowering.cuda.module import CudaModule
 from mq_ao.lowering.cuda.program import CudaProgram
-from mq_ao.lowering.cuda.rewrite import Rewriter
+from mq_ao.lowering.cuda.rewrite import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.graphs import state_shapes, with_positions
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.lowering.methods import export_prefill
@@ -41,8 +41,7 @@ def rewrite(converted: GraphModule, device: torch.device | str = "cpu") -> Integ
     device = torch.device(device)
     if device.type == "cuda":
         require_cuda(device)
-    module = copy.deepcopy(converted)
-    return IntegerGraph.of(module, Rewriter(module).run()).to(device)
+    return IntegerGraph.of(Rewriter(copy.deepcopy(converted)), INTEGER_KERNELS).to(device)
 
 
 def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None) -> CudaProgram | CudaModule:

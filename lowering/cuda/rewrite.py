@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.views import Norm
 from mq_ao.lowering.cuda.kernels import KERNELS
-from mq_ao.lowering.integer_graph import count_kernels
 from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source, rounding
-from mq_ao.lowering.rewrite import LinearRewriter
+from mq_ao.lowering.rewrite import LinearRewriter, Step, drop_unread, each
 from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import MOST_PIECES
 from mq_ao.ops.qlinear import quantize_per_token
@@ -49,32 +48,19 @@ class Rewriter(LinearRewriter):
         super().__init__(module, KERNELS)
         self._stored: dict[tuple[int, torch.Size, torch.dtype], str] = {}
 
-    def run(self) -> Counter[str]:
-        """Rewrites everything; returns how many integer kernels of each kind the graph calls.
-
-        Raises:
-            MqAoError: the graph calls none, or a group of weights does not divide the inputs of a linear.
-        """
-        merge_dequantize(self.module)
-        for node in walk.calls(self.module, {mq.causal_conv1d.default}):
-            self.conv(node)
-        for node in walk.calls(self.module, walk.SCAN | walk.SSD):
-            self.scan(node)
-        for node in walk.calls(self.module, walk.LINEAR):
-            self.linear(node)
-        for node in walk.calls(self.module, {aten.embedding.default}):
-            self.embedding(node)
-        self.graph.eliminate_dead_code()  # what else read the gates' outputs
-        for node in walk.calls(self.module, {Q_STATIC, quantize_per_token}):
-            if self.readable(node):
-                self._gate(node)
-        for node in walk.calls(self.module, {Q_STATIC, quantize_per_token}):
-            if self.readable(node):
-                self._norm(node)
-        self.graph.eliminate_dead_code()
-        self.module.recompile()
-        self.module.delete_all_unused_submodules()
-        return count_kernels(self.module, INTEGER_KERNELS)
+    @property
+    def steps(self) -> Sequence[Step]:
+        """Layers and scans first; gates and norms are known by what reads them, an integer operator by then."""
+        return (
+            merge_dequantize,
+            each({mq.causal_conv1d.default}, self.conv),
+            each(walk.SCAN | walk.SSD, self.scan),
+            each(walk.LINEAR, self.linear),
+            each({aten.embedding.default}, self.embedding),
+            drop_unread,
+            each({Q_STATIC, quantize_per_token}, self._gate),
+            each({Q_STATIC, quantize_per_token}, self._norm),
+        )
 
     def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
         """One kernel for all pieces, if it can round one of them for what follows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mq_ao.graph.rows import pieces
 from mq_ao.graph.views import Conv, Hadamard, Linear, Norm
 from mq_ao.lowering.executorch.kernels import KERNELS
 from mq_ao.lowering.patterns import DEQUANTIZE
-from mq_ao.lowering.rewrite import GraphRewriter
+from mq_ao.lowering.rewrite import GraphRewriter, Step, each
 from mq_ao.ops import hadamard_matrix
 
 aten = torch.ops.aten
@@ -35,40 +36,28 @@ class Rewriter(GraphRewriter):
         super().__init__(module, KERNELS)
         self._native = native
 
-    def run(self) -> None:
-        """Rewrites everything."""
-        if self._native:
-            self._operators()
-        else:
-            self._portable()
-        for node in walk.calls(self.module, {aten.embedding.default}):
-            self.embedding(node)
-        for node in walk.calls(self.module, walk.LINEAR):
-            self._linear(node)
-        for node in walk.calls(self.module, {aten.rms_norm.default}):
-            self._norm(node)
-        self.graph.eliminate_dead_code()
-        self.module.recompile()
-        self.module.delete_all_unused_submodules()
+    @property
+    def steps(self) -> Sequence[Step]:
+        """Our operators, or what stands for them; then what XNNPACK is to take whole."""
+        native = (
+            each({mq.causal_conv1d.default}, self.conv),
+            each(walk.SCAN, self.scan),
+            each(walk.MUL, self._gate),
+        )
+        portable = (each(walk.CONV, self._taps), each(walk.HADAMARD, self._rotation))
+        return (
+            *(native if self._native else portable),
+            each({aten.embedding.default}, self.embedding),
+            each(walk.LINEAR, self._linear),
+            each({aten.rms_norm.default}, self._norm),
+        )
 
-    def _operators(self) -> None:
-        for node in walk.calls(self.module, {mq.causal_conv1d.default}):
-            self.conv(node)
-        for node in walk.calls(self.module, walk.SCAN):
-            self.scan(node)
-        for node in walk.calls(self.module, walk.MUL):
-            self._gate(node)
-
-    def _portable(self) -> None:
-        """Constants as `portable` and XNNPACK want them."""
-        for node in walk.calls(self.module, walk.CONV):
-            # In float: there is no operator for quantized taps whose output is not quantized at once.
-            conv = Conv.of(node)
-            taps = edit.constant(self.module, conv.weight).unsqueeze(1).clone()
-            with self.graph.inserting_before(node):
-                conv.weight = self.store("taps", taps)
-        for node in walk.calls(self.module, walk.HADAMARD):
-            self._rotation(node)
+    def _taps(self, node: Node) -> None:
+        """A float convolution's weight as `portable` takes it: no operator is quantized without its output."""
+        conv = Conv.of(node)
+        taps = edit.constant(self.module, conv.weight).unsqueeze(1).clone()
+        with self.graph.inserting_before(node):
+            conv.weight = self.store("taps", taps)
 
     def _rotation(self, node: Node) -> None:
         """Two products with small matrices, whose Kronecker product is the rotation."""

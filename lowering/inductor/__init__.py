@@ -5,7 +5,7 @@ from __future__ import annotations
 from mq_ao.lowering.inductor.kernels import KERNELS
 from mq_ao.lowering.inductor.lower import compiled, compiled_float, lower, lower_float, rewrite
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
-from mq_ao.lowering.inductor.rewrite import INTEGER_KERNELS, count_integer_kernels
+from mq_ao.lowering.inductor.rewrite import INTEGER_KERNELS
 
 __all__ = [
     "INTEGER_KERNELS",
@@ -14,7 +14,6 @@ __all__ = [
     "InductorProgram",
     "compiled",
     "compiled_float",
-    "count_integer_kernels",
     "load",
     "lower",
     "lower_float",

@@ -21,7 +21,7 @@ from mq_ao.compat.compiling import inductor_settings
 from mq_ao.lowering.graphs import flat, state_shapes, with_positions
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
-from mq_ao.lowering.inductor.rewrite import Rewriter
+from mq_ao.lowering.inductor.rewrite import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.lowering.methods import export_decode, export_prefill
 from mq_ao.lowering.modules import export_module, refuse_memory
@@ -41,8 +41,7 @@ def rewrite(converted: GraphModule) -> IntegerGraph:
     Raises:
         MqAoError: there is nothing quantized in the graph.
     """
-    module = copy.deepcopy(converted)
-    return IntegerGraph.of(module, Rewriter(module).run())
+    return IntegerGraph.of(Rewriter(copy.deepcopy(converted)), INTEGER_KERNELS)
 
 
 def compiled(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
 from mq_ao.lowering.inductor.kernels import KERNELS
-from mq_ao.lowering.integer_graph import count_kernels
 from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source, rounding
-from mq_ao.lowering.rewrite import LinearRewriter
+from mq_ao.lowering.rewrite import LinearRewriter, Step, drop_unread, each
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -43,28 +42,18 @@ class Rewriter(LinearRewriter):
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module, KERNELS)
 
-    def run(self) -> Counter[str]:
-        """Rewrites everything; returns how many integer kernels of each kind the graph calls.
-
-        Raises:
-            MqAoError: the graph calls none.
-        """
-        merge_dequantize(self.module)
-        for node in walk.calls(self.module, {mq.causal_conv1d.default}):
-            self.conv(node)
-        for node in walk.calls(self.module, walk.SCAN | walk.SSD):
-            self.scan(node)
-        for node in walk.calls(self.module, walk.LINEAR):
-            self.linear(node)
-        for node in walk.calls(self.module, {aten.embedding.default}):
-            self.embedding(node)
-        self.graph.eliminate_dead_code()  # what else read the gates' outputs
-        for node in walk.calls(self.module, {Q_STATIC, mq.quantize_per_token.default}):
-            self._gate(node)
-        self.graph.eliminate_dead_code()
-        self.module.recompile()
-        self.module.delete_all_unused_submodules()
-        return count_integer_kernels(self.module)
+    @property
+    def steps(self) -> Sequence[Step]:
+        """Layers and scans first; a gate is known by what reads it, and that is an integer operator by then."""
+        return (
+            merge_dequantize,
+            each({mq.causal_conv1d.default}, self.conv),
+            each(walk.SCAN | walk.SSD, self.scan),
+            each(walk.LINEAR, self.linear),
+            each({aten.embedding.default}, self.embedding),
+            drop_unread,
+            each({Q_STATIC, mq.quantize_per_token.default}, self._gate),
+        )
 
     def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
         """A product for each piece, if all begin with a panel."""
@@ -111,12 +100,3 @@ class Rewriter(LinearRewriter):
             return self.store("scale", weight.scale)
         stored = self.store("scale", weight.scale.t())
         return self.graph.call_function(aten.t.default, (stored,))
-
-
-def count_integer_kernels(module: GraphModule) -> Counter[str]:
-    """Calls of integer kernels in a lowered graph, by operator name.
-
-    Raises:
-        MqAoError: there are none, so nothing would run in integers.
-    """
-    return count_kernels(module, INTEGER_KERNELS)
