@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 from mq_ao.compat.compiling import constant_fold
 from mq_ao.errors import MqAoError
 from mq_ao.graph import edit, walk
+from mq_ao.lowering.graph_rewriter import GraphRewriter
 from mq_ao.lowering.patterns import simulated_nodes
-from mq_ao.lowering.rewrite import GraphRewriter
 
 logger = logging.getLogger(__name__)
 

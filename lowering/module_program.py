@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.lowering.base import LoweredProgram
+from mq_ao.lowering.lowered_program import LoweredProgram
 from mq_ao.lowering.signature import Signature
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mq_ao.compat import trees as pytree
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.guards import Guard
-from mq_ao.models.inputs import is_plain
+from mq_ao.models.token_inputs import is_plain
 
 _WIDER = frozenset({torch.int32, torch.int16, torch.int8, torch.uint8})
 """What becomes int64 without a loss."""

@@ -28,10 +28,10 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import match, walk
 from mq_ao.graph.buffers import written
 from mq_ao.graph.partial import Batch
-from mq_ao.lowering.graphs import find_state_shapes
+from mq_ao.lowering.language_graphs import find_state_shapes
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
-from mq_ao.models.program import LanguageProgram
+from mq_ao.models.program_interface import LanguageProgram
 from mq_ao.modes import plain
 from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import MambaQuantizer

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from mq_ao.backends import get_backend
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
-from mq_ao.models.program import LanguageProgram
+from mq_ao.models.program_interface import LanguageProgram
 from mq_ao.report import build
 from mq_ao.report.summary import Report
 from mq_ao.turns import in_turn

@@ -16,10 +16,10 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mq_ao.graph.rows import pieces
 from mq_ao.graph.views import Layer
+from mq_ao.quantizer.carried_states import CarriedState
 from mq_ao.quantizer.kernels import Kernels
 from mq_ao.quantizer.observers import activation_spec, state_spec, weight_spec
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
-from mq_ao.quantizer.states import CarriedState
 from mq_ao.quantizer.weights import QuantizedWeight
 
 

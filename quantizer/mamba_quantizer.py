@@ -15,11 +15,11 @@ from mq_ao.graph import Match, Rejection, Role, match, walk
 from mq_ao.graph.views import Layer
 from mq_ao.graph.walk import module_path
 from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
+from mq_ao.quantizer.carried_states import CarriedState, carried_states
 from mq_ao.quantizer.kernels import Kernels, check_executable
 from mq_ao.quantizer.planning import plan_state, plan_weight
 from mq_ao.quantizer.report import Decision, QuantizationReport
 from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding
-from mq_ao.quantizer.states import CarriedState, carried_states
 from mq_ao.quantizer.weights import QuantizedWeight
 from mq_ao.statistics import ChannelStatistics, Request
 from mq_ao.statistics.probe import flat_states_name

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mq_ao import MqAoError, export
-from mq_ao.capture import norms
+from mq_ao.capture import norm_functions
 from mq_ao.graph.matcher import match
 from tests.captured import changed, difference, operators, randomise, references
 
@@ -270,7 +270,7 @@ def test_a_norm_is_replaced_if_it_computes_the_same(shift: float, factor: float)
     same = shift == 1.0 and factor == 1.0
     if shift:
         norm.forward = lambda x: ShiftedRMSNorm.forward(norm, x) * norm.weight / (1 + norm.weight)  # type: ignore[method-assign]
-    found = list(norms.replacements(nn.Sequential(norm), "tests"))
+    found = list(norm_functions.replacements(nn.Sequential(norm), "tests"))
     assert bool(found) == same
     if same:
         x = torch.randn(2, 3, 8)

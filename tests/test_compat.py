@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import Dim
 
-from mq_ao.compat import compiling, graphs, trees
+from mq_ao.compat import compiling, graph_constants, trees
 from mq_ao.compat.executorch import deserialize_pte_binary
 from mq_ao.compat.observers import AffineQuantizedPlaceholderObserver
 from mq_ao.compat.tracing import REFUSALS, FakeTensorMode, is_fake, parse_schema, size_guards
@@ -112,7 +112,7 @@ def test_constants_fold() -> None:
 
 def test_constants_have_dotted_names() -> None:
     module = nn.Sequential(nn.Sequential(nn.Linear(2, 3)))
-    assert graphs.attribute(module, "0.0.weight") is module[0][0].weight
+    assert graph_constants.attribute(module, "0.0.weight") is module[0][0].weight
 
 
 def test_the_observer_of_dynamic_ranges_takes_what_it_is_given() -> None:

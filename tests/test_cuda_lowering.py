@@ -19,7 +19,7 @@ from mq_ao.api import capture
 from mq_ao.graph import walk
 from mq_ao.lowering import cuda
 from mq_ao.lowering.cuda.compiled import norm_of_sum, product, products, summed
-from mq_ao.lowering.cuda.rewrite import INTEGER_LINEARS, Rewriter
+from mq_ao.lowering.cuda.rewriter import INTEGER_LINEARS, Rewriter
 from mq_ao.lowering.patterns import Q_STATIC, Weight
 from mq_ao.models import Mamba2Config, MambaLM, Vim, VimConfig, language_model
 from mq_ao.ops.qlinear import quantize_per_token

@@ -14,8 +14,8 @@ from mq_ao import MqAoError
 from mq_ao.api import capture, compile_float
 from mq_ao.graph import walk
 from mq_ao.lowering.cuda import CudaProgram, rewrite
-from mq_ao.lowering.cuda.steps import one_token
-from mq_ao.lowering.graphs import with_positions
+from mq_ao.lowering.cuda.decode_graph import one_token
+from mq_ao.lowering.language_graphs import with_positions
 from mq_ao.models import Mamba2Config, Mamba2LM, MambaLM
 from mq_ao.ops.in_place import STATEFUL, state_index
 from tests.conftest import tokens

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import capture
-from mq_ao.capture import modes
+from mq_ao.capture import mode_wrappers
 from mq_ao.capture.replacing import replaced
 from mq_ao.models import MambaLM
 from tests.blocks import Blocks, X, output
@@ -155,7 +155,7 @@ def test_a_capture_leaves_the_models_autocast_and_that_of_other_threads_on() -> 
         with torch.autocast("cpu", dtype=torch.bfloat16):
             seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
 
-    with replaced(modes.replacements()):
+    with replaced(mode_wrappers.replacements()):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()

@@ -19,7 +19,7 @@ from mq_ao import MqAoError
 from mq_ao.backends import get_backend
 from mq_ao.lowering.executorch import Options, Scan
 from mq_ao.lowering.guards import Guard
-from mq_ao.lowering.modules import export_module
+from mq_ao.lowering.module_export import export_module
 from mq_ao.lowering.signature import Signature
 from mq_ao.models import Vim, VimConfig
 from mq_ao.models.config import MambaConfig

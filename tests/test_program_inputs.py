@@ -18,7 +18,7 @@ import mq_ao
 from mq_ao import MqAoError
 from mq_ao.lowering.executorch import ExecutorchProgram, Options
 from mq_ao.lowering.inductor import InductorProgram
-from mq_ao.lowering.program import StatefulProgram
+from mq_ao.lowering.stateful_program import StatefulProgram
 from mq_ao.models import Mamba2Config, Mamba2LM, MambaConfig, MambaLM
 
 VOCAB = 24

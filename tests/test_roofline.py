@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mq_ao import MqAoError
-from mq_ao.lowering.cuda.steps import one_token
+from mq_ao.lowering.cuda.decode_graph import one_token
 from mq_ao.models import MambaConfig
 from mq_ao.models.config import Mamba2Config
 from mq_ao.models.mamba2 import language_model

@@ -11,7 +11,7 @@ from mq_ao.lowering.cuda.kernels import KERNELS
 from mq_ao.lowering.cuda.lower import lower, lower_float, rewrite
 from mq_ao.lowering.cuda.module import CudaModule, load
 from mq_ao.lowering.cuda.program import CudaProgram
-from mq_ao.lowering.cuda.rewrite import INTEGER_KERNELS
+from mq_ao.lowering.cuda.rewriter import INTEGER_KERNELS
 from mq_ao.lowering.cuda.saved import Mode
 
 __all__ = [

@@ -13,11 +13,11 @@ from mq_ao.backends import CUDA
 from mq_ao.lowering.cuda.device import require_cuda
 from mq_ao.lowering.cuda.module import CudaModule
 from mq_ao.lowering.cuda.program import CudaProgram
-from mq_ao.lowering.cuda.rewrite import INTEGER_KERNELS, Rewriter
-from mq_ao.lowering.graphs import state_shapes, with_positions
+from mq_ao.lowering.cuda.rewriter import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
-from mq_ao.lowering.methods import export_prefill
-from mq_ao.lowering.modules import export_module, refuse_memory
+from mq_ao.lowering.language_graphs import state_shapes, with_positions
+from mq_ao.lowering.module_export import export_module, refuse_memory
+from mq_ao.lowering.prefill_decode import export_prefill
 from mq_ao.models.states import StateShapes
 
 
@@ -53,7 +53,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
         options: there are none.
 
     Raises:
-        MqAoError: see `rewrite`; or it cannot be saved (see `modules.export_module`).
+        MqAoError: see `rewrite`; or it cannot be saved (see `module_export.export_module`).
     """
     CUDA.check_options(options)
     if "vocab_size" in info:

@@ -22,7 +22,7 @@ class CudaModule(SavedGraph, ModuleProgram):
     Compiled, it serves all sizes that vary; there are no CUDA graphs, which are of one size. Not run on a GPU.
 
     Args:
-        exported: of tensors alone; see `modules.export_module`.
+        exported: of tensors alone; see `module_export.export_module`.
         info: what the program says of itself.
         device: where it runs; None: on the GPU if there is one, else on the CPU.
         mode: how; None: compiled on a GPU, eager on the CPU.

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from mq_ao.compat.compiling import keep_address
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.cuda.compiled import compiled
+from mq_ao.lowering.cuda.decode_graph import one_token
 from mq_ao.lowering.cuda.saved import (
     WITH_GRAPHS,
     Mode,
@@ -23,8 +24,7 @@ from mq_ao.lowering.cuda.saved import (
     wanted_device,
     without_graphs,
 )
-from mq_ao.lowering.cuda.steps import one_token
-from mq_ao.lowering.program import StatefulProgram, States
+from mq_ao.lowering.stateful_program import StatefulProgram, States
 
 _GPU_TOKENS = 65536
 """Tokens that a GPU runs at once: it needs more rows than a CPU, and has the memory for them. Not measured."""

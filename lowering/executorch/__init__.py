@@ -47,8 +47,9 @@ def lower(
         options: batch, longest prefill, and what runs the scan.
 
     Raises:
-        MqAoError: no linear of the program would run in integers, it cannot be saved (see `modules.export_module`), it
-            holds operators that ExecuTorch does not have, or executorch is not installed.
+        MqAoError: no linear of the program would run in integers, it cannot be saved (see
+            `module_export.export_module`), it holds operators that ExecuTorch does not have, or executorch is not
+            installed.
     """
     EXECUTORCH.check_options(options, Options)
     build = _build()

@@ -35,9 +35,9 @@ from mq_ao.lowering.executorch.options import Options, Scan
 from mq_ao.lowering.executorch.portable import OPERATORS
 from mq_ao.lowering.executorch.program import ExecutorchModule, ExecutorchProgram, load
 from mq_ao.lowering.executorch.rewriter import Rewriter
-from mq_ao.lowering.executorch.states import buffers
-from mq_ao.lowering.graphs import state_shapes
-from mq_ao.lowering.modules import export_module, refuse_memory
+from mq_ao.lowering.executorch.state_buffers import buffers
+from mq_ao.lowering.language_graphs import state_shapes
+from mq_ao.lowering.module_export import export_module, refuse_memory
 from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, rounding, simulated_nodes
 
 logger = logging.getLogger(__name__)

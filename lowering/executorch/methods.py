@@ -11,8 +11,8 @@ from torch.fx import Graph, GraphModule
 
 from mq_ao.lowering.executorch.options import Options, Scan
 from mq_ao.lowering.executorch.portable import OPERATORS
-from mq_ao.lowering.executorch.states import keep_states
-from mq_ao.lowering.graphs import export, flat, with_positions
+from mq_ao.lowering.executorch.state_buffers import keep_states
+from mq_ao.lowering.language_graphs import export, flat, with_positions
 
 aten = torch.ops.aten
 METHODS = ("prefill", "decode", "reset")
@@ -29,7 +29,7 @@ def export_methods(
 
     Args:
         module: the graph; it is not changed.
-        states: buffers by name, see `states.buffers`.
+        states: buffers by name, see `state_buffers.buffers`.
         options: batch and longest prefill.
         max_count: most positions in one call.
     """

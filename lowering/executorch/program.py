@@ -18,11 +18,11 @@ from torch import Tensor
 from mq_ao.compat.executorch import reset_thread_pool
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, replacing
-from mq_ao.lowering.base import GeneratingProgram, LoweredProgram
 from mq_ao.lowering.executorch.info import FORMAT, INFO
 from mq_ao.lowering.executorch.options import Scan
+from mq_ao.lowering.lowered_program import GeneratingProgram, LoweredProgram
 from mq_ao.lowering.module_program import ModuleProgram
-from mq_ao.models.inputs import one_token, refuse_mask, token_ids
+from mq_ao.models.token_inputs import one_token, refuse_mask, token_ids
 from mq_ao.ops.native import executorch_build
 
 

@@ -14,8 +14,8 @@ from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
 from mq_ao.graph.views import Conv, Hadamard, Linear, Norm
 from mq_ao.lowering.executorch.kernels import KERNELS
+from mq_ao.lowering.graph_rewriter import GraphRewriter, Step, each
 from mq_ao.lowering.patterns import DEQUANTIZE
-from mq_ao.lowering.rewrite import GraphRewriter, Step, each
 from mq_ao.ops import hadamard_matrix
 
 aten = torch.ops.aten

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mq_ao.lowering.inductor.kernels import KERNELS
 from mq_ao.lowering.inductor.lower import compiled, compiled_float, lower, lower_float, rewrite
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
-from mq_ao.lowering.inductor.rewrite import INTEGER_KERNELS
+from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS
 
 __all__ = [
     "INTEGER_KERNELS",

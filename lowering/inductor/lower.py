@@ -18,13 +18,13 @@ from torch.fx import GraphModule
 import mq_ao.ops
 from mq_ao.backends import INDUCTOR
 from mq_ao.compat.compiling import inductor_settings
-from mq_ao.lowering.graphs import flat, state_shapes, with_positions
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
-from mq_ao.lowering.inductor.rewrite import INTEGER_KERNELS, Rewriter
+from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
-from mq_ao.lowering.methods import export_decode, export_prefill
-from mq_ao.lowering.modules import export_module, refuse_memory
+from mq_ao.lowering.language_graphs import flat, state_shapes, with_positions
+from mq_ao.lowering.module_export import export_module, refuse_memory
+from mq_ao.lowering.prefill_decode import export_decode, export_prefill
 from mq_ao.models.states import StateShapes
 from mq_ao.ops.native.build import compiler
 
@@ -92,8 +92,8 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
         options: there are none.
 
     Raises:
-        MqAoError: there is nothing quantized in the graph, it cannot be saved (see `modules.export_module`), or there
-            is no C++ compiler.
+        MqAoError: there is nothing quantized in the graph, it cannot be saved (see `module_export.export_module`), or
+            there is no C++ compiler.
     """
     INDUCTOR.check_options(options)
     if "vocab_size" in info:

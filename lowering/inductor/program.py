@@ -12,7 +12,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, replacing
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.module_program import ModuleProgram
-from mq_ao.lowering.program import StatefulProgram, States
+from mq_ao.lowering.stateful_program import StatefulProgram, States
 
 
 class _Packaged:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from mq_ao.models import MambaLM
-    from mq_ao.models.program import LanguageProgram as LoweredProgram
+    from mq_ao.models.program_interface import LanguageProgram as LoweredProgram
 
 
 class Contender(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mq_ao.calibration.inputs import Calibration
-from mq_ao.calibration.run import calibrate
+from mq_ao.calibration.calibrate import calibrate
+from mq_ao.calibration.graph_inputs import Calibration
 
 __all__ = ["Calibration", "calibrate"]

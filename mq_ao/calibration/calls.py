@@ -16,7 +16,7 @@ from mq_ao.calibration.batches import FORMS, IDS, MASK, Given, described, sequen
 from mq_ao.calibration.padding import unpadded
 from mq_ao.compat.trees import call_structure, tree_leaves
 from mq_ao.errors import MqAoError
-from mq_ao.models.inputs import is_plain, token_ids
+from mq_ao.models.token_inputs import is_plain, token_ids
 from mq_ao.modes import plain
 from mq_ao.turns import yielding_turns
 

@@ -18,7 +18,7 @@ from torch.nn.functional import linear, silu
 from torch.overrides import TorchFunctionMode
 
 from mq_ao.capture import depthwise, grouped
-from mq_ao.capture.views import View, identity, merged
+from mq_ao.capture.tensor_views import View, identity, merged
 
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from mq_ao.capture import norms, scans
+from mq_ao.capture import norm_functions, scans
 from mq_ao.capture.replacing import Replacement, imported
 from mq_ao.errors import MqAoError
 
@@ -107,7 +107,7 @@ def mamba_inner_fn(
     dt, *matrices = projected.split([rank, *[d_state] * ((B is None) + (C is None))], dim=-1)
     delta = linear(dt, delta_proj_weight)
     if dt_rms_weight is not None:
-        delta = norms.rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
+        delta = norm_functions.rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
     B = scans.channel_last(B) if B is not None else _matrix(matrices[0], B_proj_bias, b_rms_weight, b_c_dt_rms_eps)
     C = scans.channel_last(C) if C is not None else _matrix(matrices[-1], C_proj_bias, c_rms_weight, b_c_dt_rms_eps)
     y, _ = scans.selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -117,7 +117,7 @@ def mamba_inner_fn(
 def _matrix(x: Tensor, bias: Tensor | None, rms_weight: Tensor | None, eps: float) -> Tensor:
     """B or C from its part of x_proj's output."""
     x = x if bias is None else x + bias.to(x.dtype)
-    return x if rms_weight is None else norms.rms_norm(x, rms_weight, eps)
+    return x if rms_weight is None else norm_functions.rms_norm(x, rms_weight, eps)
 
 
 def layer_norm_fn(
@@ -145,10 +145,10 @@ def layer_norm_fn(
         raise MqAoError("a fused norm with a second input, dropout or row scales cannot be captured.")
     total = x if residual is None else x + residual
     if is_rms_norm:
-        y = norms.rms_norm(total, weight, eps)
+        y = norm_functions.rms_norm(total, weight, eps)
         y = y if bias is None else y + bias.to(y.dtype)
     else:
-        y = norms.layer_norm(total, weight, bias, eps)
+        y = norm_functions.layer_norm(total, weight, bias, eps)
     y = y.to(x.dtype)
     if not prenorm:
         return y
@@ -170,11 +170,11 @@ def gated_norm_fn(
 
     def norm(x: Tensor) -> Tensor:
         if not is_rms_norm:
-            return norms.layer_norm(x, weight, bias, eps, group_size)
-        y = norms.rms_norm(x, weight, eps, group_size)
+            return norm_functions.layer_norm(x, weight, bias, eps, group_size)
+        y = norm_functions.rms_norm(x, weight, eps, group_size)
         return y if bias is None else y + bias.to(y.dtype)
 
-    return norms.gated(norm, x, z, norm_before_gate=norm_before_gate)
+    return norm_functions.gated(norm, x, z, norm_before_gate=norm_before_gate)
 
 
 def mamba_split_conv1d_scan_combined(

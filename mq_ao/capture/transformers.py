@@ -1,4 +1,4 @@
-"""The functions that transformers' Mamba models call, and their norms."""
+"""The functions that transformers' Mamba models call, and their norm_functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mq_ao.capture import norms, scans
+from mq_ao.capture import norm_functions, scans
 from mq_ao.capture.replacing import Replacement, imported
 from mq_ao.errors import MqAoError
 
@@ -34,7 +34,7 @@ def replacements(module: nn.Module) -> Iterator[Replacement]:
     for config in configs.values():
         if getattr(config, "use_cache", False):
             yield Replacement(config, "use_cache", False)
-    yield from norms.replacements(module, "transformers")
+    yield from norm_functions.replacements(module, "transformers")
 
 
 def without_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mq_ao.bench.contender import Contender
     from mq_ao.evaluate import Comparison
     from mq_ao.models import MambaLM
-    from mq_ao.models.program import LanguageProgram as LoweredProgram
+    from mq_ao.models.program_interface import LanguageProgram as LoweredProgram
 
 PREFILL_TOKENS = 1024
 DECODE_TOKENS = 128

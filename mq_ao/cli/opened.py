@@ -13,7 +13,7 @@ from mq_ao.errors import MqAoError
 if TYPE_CHECKING:
     from mq_ao.models import Logits, MambaLM
     from mq_ao.models.generate import Step
-    from mq_ao.models.program import LanguageProgram, Program
+    from mq_ao.models.program_interface import LanguageProgram, Program
     from mq_ao.text import Codec
 
 MODEL_HELP = '"demo", a folder (transformers, mamba_ssm or mq-ao layout), or a hub id.'
@@ -146,7 +146,7 @@ def open_any(source: str, tokenizer: str | None = None, *, states: bool = False)
         ready_kernels()
     with step(f"loading {source}"):
         from mq_ao.api import load
-        from mq_ao.models.program import is_language_program
+        from mq_ao.models.program_interface import is_language_program
 
         program = load(source)
     if is_language_program(program):

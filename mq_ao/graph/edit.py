@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mq_ao.compat.graphs import attribute
+from mq_ao.compat.graph_constants import attribute
 from mq_ao.compat.trees import tree_map_only
 from mq_ao.graph import walk
 

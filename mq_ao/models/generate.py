@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mq_ao import checks
 from mq_ao.errors import MqAoError
-from mq_ao.models.inputs import token_ids
+from mq_ao.models.token_inputs import token_ids
 
 Step = Callable[..., tuple[Tensor, Any, Any]]
 """`(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`."""
@@ -90,7 +90,7 @@ def stream(step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Samplin
 
     Args:
         step: the model or lowered program.
-        input_ids: prompt, (batch, length) integers, length at least 1; see `inputs.token_ids`.
+        input_ids: prompt, (batch, length) integers, length at least 1; see `token_inputs.token_ids`.
         max_new_tokens: how many tokens to yield.
         sampling: greedy if None.
 

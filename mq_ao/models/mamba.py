@@ -18,10 +18,10 @@ from mq_ao.compat.tracing import is_fake
 from mq_ao.models import pretrained
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.models.generate import Sampling, generate
-from mq_ao.models.inputs import refuse_mask, token_ids
 from mq_ao.models.mamba_nd_config import MambaNDConfig
 from mq_ao.models.saving import save_pretrained
 from mq_ao.models.states import StateShapes
+from mq_ao.models.token_inputs import refuse_mask, token_ids
 
 
 class CausalConv1d(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.models.inputs import is_plain
+from mq_ao.models.token_inputs import is_plain
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mq_ao.passes.apply import apply
 from mq_ao.passes.base import Pass, Profile, Rewrite, Status, Transform
 from mq_ao.passes.klt import Basis
 from mq_ao.passes.order import check_order
 from mq_ao.passes.registry import PASSES, parse_pass
-from mq_ao.passes.run import apply
 from mq_ao.statistics import ChannelStatistics, Request, Statistics, collect
 
 __all__ = [

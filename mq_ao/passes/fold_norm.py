@@ -11,7 +11,7 @@ from mq_ao.graph import edit, walk
 from mq_ao.graph.residual import MOVING, SELECTING, Stream
 from mq_ao.graph.views import Norm
 from mq_ao.passes.base import Pass, Rewrite
-from mq_ao.passes.norms import norms, readers_of
+from mq_ao.passes.norm_readers import norms, readers_of
 from mq_ao.passes.rotate_residual import change_basis
 
 aten = walk.aten

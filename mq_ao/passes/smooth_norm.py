@@ -11,7 +11,7 @@ from mq_ao.graph import edit
 from mq_ao.graph.views import Norm
 from mq_ao.passes.balance import balance, describe
 from mq_ao.passes.base import Pass, Rewrite
-from mq_ao.passes.norms import norms, readers_of
+from mq_ao.passes.norm_readers import norms, readers_of
 from mq_ao.passes.options import Share
 from mq_ao.statistics import Request
 

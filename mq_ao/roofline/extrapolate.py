@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
-from mq_ao.lowering.cuda.steps import one_token
+from mq_ao.lowering.cuda.decode_graph import one_token
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.recipes import Recipe
 from mq_ao.roofline.cost import LINEARS, Cost

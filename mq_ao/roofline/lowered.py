@@ -14,8 +14,8 @@ from mq_ao.api import capture
 from mq_ao.calibration import calibrate
 from mq_ao.graph import match, walk
 from mq_ao.lowering import cuda
-from mq_ao.lowering.graphs import with_positions
 from mq_ao.lowering.integer_graph import fold_constants
+from mq_ao.lowering.language_graphs import with_positions
 from mq_ao.models import MambaLM
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.models.mamba2 import language_model

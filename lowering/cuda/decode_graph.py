@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
-from mq_ao.lowering.graphs import flat
+from mq_ao.lowering.language_graphs import flat
 from mq_ao.ops.in_place import STATEFUL
 
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mq_ao.models.generate import Sampling, generate, stream
-from mq_ao.models.inputs import refuse_mask
+from mq_ao.models.token_inputs import refuse_mask
 
 
 class LoweredProgram(ABC):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
-from mq_ao.capture import by_hand, examples, mamba_ssm, modes, transformers
+from mq_ao.capture import by_hand, examples, mamba_ssm, mode_wrappers, transformers
 from mq_ao.capture.examples import Call
 from mq_ao.capture.frames import tensors
 from mq_ao.capture.layout import ChannelLast
@@ -120,7 +120,7 @@ def _traced_at_any_size(
 def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.Scans | None) -> ExportedProgram:
     replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
     try:
-        library = replaced([*replacements, *modes.replacements()])
+        library = replaced([*replacements, *mode_wrappers.replacements()])
         with torch.no_grad(), library, by_hand.swapped(module, *call, scans), ChannelLast():
             program = torch.export.export(module, *call, dynamic_shapes=dynamic_shapes)
     except MqAoError as error:
@@ -135,7 +135,7 @@ def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.S
             f"{_place(module, error)} fails on the example inputs ({examples.described(module, call)}): "
             f"{type(error).__name__}: {_reason(error)}"
         ) from error
-    modes.inline(program)
+    mode_wrappers.inline(program)
     # torch.export keeps what nobody reads, and the reordering that ChannelLast made needless is that.
     program.graph.eliminate_dead_code()
     canonicalise(program)

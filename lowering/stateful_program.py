@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mq_ao.lowering.base import GeneratingProgram
-from mq_ao.models.inputs import one_token, refuse_mask, token_ids
+from mq_ao.lowering.lowered_program import GeneratingProgram
 from mq_ao.models.states import StateShapes
+from mq_ao.models.token_inputs import one_token, refuse_mask, token_ids
 
 States = tuple[Tensor, Tensor, Tensor]
 
@@ -54,8 +54,8 @@ class StatefulProgram(GeneratingProgram):
         """Logits of all tokens: (batch, length, vocab_size), and both states after the last token.
 
         Raises:
-            MqAoError: ids or states are not what `inputs.token_ids` and `StateShapes.check` ask for, or there is an
-                attention mask.
+            MqAoError: ids or states are not what `token_inputs.token_ids` and `StateShapes.check` ask for, or there is
+                an attention mask.
         """
         ids, conv, ssm = self._given(input_ids, conv_state, ssm_state, attention_mask)
         pieces = self._pieces(ids)

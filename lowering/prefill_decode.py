@@ -6,7 +6,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from mq_ao.lowering.graphs import export
+from mq_ao.lowering.language_graphs import export
 from mq_ao.models.states import StateShapes
 
 

@@ -17,8 +17,8 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.buffers import written
 from mq_ao.graph.views import Embedding
-from mq_ao.lowering.graphs import export, flat
 from mq_ao.lowering.guards import Guard
+from mq_ao.lowering.language_graphs import export, flat
 from mq_ao.lowering.signature import Input, Signature
 
 aten = torch.ops.aten

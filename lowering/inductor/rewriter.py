@@ -9,9 +9,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
+from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, drop_unread, each
 from mq_ao.lowering.inductor.kernels import KERNELS
 from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source, rounding
-from mq_ao.lowering.rewrite import LinearRewriter, Step, drop_unread, each
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao

@@ -13,8 +13,8 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.views import Norm
 from mq_ao.lowering.cuda.kernels import KERNELS
+from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, drop_unread, each
 from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source, rounding
-from mq_ao.lowering.rewrite import LinearRewriter, Step, drop_unread, each
 from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import MOST_PIECES
 from mq_ao.ops.qlinear import quantize_per_token
