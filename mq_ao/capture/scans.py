@@ -128,15 +128,19 @@ def selective_scan_fn(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    initial_state: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`mamba_ssm.selective_scan_fn`: u, delta, z (batch, channels, length), B, C (batch, [groups,] d_state, length).
+
+    That has no initial state; ours is (batch, channels, d_state).
 
     Raises:
         MqAoError: as `selective_scan`.
     """
     B, C = channel_last(B), channel_last(C)
     z = None if z is None else z.transpose(1, 2)
-    y, last = selective_scan(u.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
+    u, delta = u.transpose(1, 2), delta.transpose(1, 2)
+    y, last = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     return (y.transpose(1, 2), last) if return_last_state else y.transpose(1, 2)
 
 

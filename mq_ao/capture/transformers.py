@@ -1,4 +1,4 @@
-"""The functions that transformers' Mamba models call, and their norm_functions."""
+"""The functions that transformers' Mamba models call, and their norms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mq_ao.capture import norm_functions, scans
+from mq_ao.capture import carrying, norm_functions, scans
 from mq_ao.capture.replacing import Replacement, imported
 from mq_ao.errors import MqAoError
 
@@ -34,7 +34,17 @@ def replacements(module: nn.Module) -> Iterator[Replacement]:
     for config in configs.values():
         if getattr(config, "use_cache", False):
             yield Replacement(config, "use_cache", False)
+    if isinstance(module, carrying.Stateful):
+        yield from _attention()
     yield from norm_functions.replacements(module, "transformers")
+
+
+def _attention() -> Iterator[Replacement]:
+    """Attention that reads the states, for which no mask is made."""
+    from transformers import masking_utils, modeling_utils
+
+    yield Replacement(modeling_utils.AttentionInterface, "get_interface", lambda *args: carrying.attention)
+    yield Replacement(masking_utils, "_preprocess_mask_arguments", lambda *args, **kwargs: (True, *[None] * 6))
 
 
 def without_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,21 +70,37 @@ def causal_conv1d_fn(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
 ) -> Any:
     """hidden_states (batch, channels, length)."""
-    return scans.causal_conv1d_fn(hidden_states, weight, bias, seq_idx=kwargs.get("seq_idx"), activation=activation)
+    options = {"seq_idx": kwargs.get("seq_idx"), "activation": activation}
+    if (carried := carrying.current()) is None:
+        return scans.causal_conv1d_fn(hidden_states, weight, bias, **options)
+    x = hidden_states.transpose(1, 2)
+    y, last = scans.causal_conv1d(x, weight, bias, **options, initial_state=carried.given("conv"))
+    carried.keep("conv", last)
+    return y.transpose(1, 2)
 
 
 def mamba_selective_scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Any:
     """hidden_states, dt (batch, channels, length), B, C (batch, [groups,] d_state, length)."""
-    return scans.selective_scan_fn(hidden_states, dt, A, B, C, **_known(kwargs, _SCAN_OPTIONS))
+    options = _known(kwargs, _SCAN_OPTIONS)
+    if (carried := carrying.current()) is None:
+        return scans.selective_scan_fn(hidden_states, dt, A, B, C, **options)
+    options["return_last_state"] = True
+    y, last = scans.selective_scan_fn(hidden_states, dt, A, B, C, **options, initial_state=carried.given("ssm"))
+    carried.keep("ssm", last)
+    return y, last
 
 
 def mamba2_chunk_scan(
     hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **kwargs: Any
 ) -> Any:
     """hidden_states (batch, length, heads, headdim), B, C (batch, length, groups, d_state)."""
-    return scans.mamba_chunk_scan_combined(
-        hidden_states, dt, A, B, C, chunk_size, **_known(kwargs, _CHUNK_SCAN_OPTIONS)
-    )
+    options = _known(kwargs, _CHUNK_SCAN_OPTIONS)
+    if (carried := carrying.current()) is None:
+        return scans.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
+    options |= {"initial_states": carried.given("ssm"), "return_final_states": True}
+    y, last = scans.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
+    carried.keep("ssm", last)
+    return y, last
 
 
 def _known(kwargs: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
