@@ -15,9 +15,10 @@ from torch.fx.graph import CodeGen
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
-from mq_ao.models.states import StateShapes, are_states
+from mq_ao.models.states import State, States
 
 aten = torch.ops.aten
+POSITIONS = "positions"
 qd = torch.ops.quantized_decomposed
 _QUANTIZE = frozenset(
     {
@@ -37,19 +38,68 @@ _HEADS = walk.LINEAR | {
 }
 
 
-def state_shapes(module: GraphModule) -> StateShapes:
-    """Reads them from the placeholders of `(input_ids, conv_state, ssm_state)`.
+def states_of(module: GraphModule) -> States:
+    """The states of a graph `(input_ids, *states) -> (logits, *states)`.
 
     Raises:
-        MqAoError: the graph has other inputs.
+        MqAoError: the graph is another.
     """
-    return StateShapes.of_values(*(node.meta["val"] for node in module.graph.find_nodes(op="placeholder")))
+    found = find_states(module)
+    if found is None:
+        raise MqAoError(
+            "the graph is not that of a language model with states: its inputs must be input_ids (batch, length) and "
+            "states of that batch, and its outputs logits and the states after them."
+        )
+    return found
 
 
-def find_state_shapes(module: GraphModule) -> StateShapes | None:
-    """The same, or None if the graph has other inputs."""
-    values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
-    return StateShapes.of_values(*values) if are_states(values) else None
+def layered_states(module: GraphModule, backend: str) -> States:
+    """The same, of a graph with one state for the convolutions of all layers and one for their scans.
+
+    Raises:
+        MqAoError: the graph has other states, and the backend has no programs for them.
+    """
+    found = states_of(module)
+    if len(found.items) != 2 or any(item.grows or item.batch_axis != 1 for item in found.items):
+        names = ", ".join(item.name for item in found.items)
+        raise MqAoError(
+            f"this model carries {names}: backend {backend!r} has programs for states of MambaLM alone. Quantize for "
+            "backend 'inductor'."
+        )
+    return found
+
+
+def find_states(module: GraphModule) -> States | None:
+    """The same, or None if the graph is another."""
+    inputs = [node for node in module.graph.find_nodes(op="placeholder") if node.target != POSITIONS]
+    (output,) = module.graph.find_nodes(op="output")
+    results = output.args[0]
+    values = [node.meta.get("val") for node in inputs]
+    if len(inputs) < 2 or not isinstance(results, tuple | list) or len(results) != len(inputs):
+        return None
+    ids = values[0]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+        return None
+    pairs = zip(inputs[1:], values[1:], strict=True)
+    found = [_state(str(node.target), value, ids) for node, value in pairs if isinstance(value, Tensor)]
+    return States(tuple(found)) if len(found) == len(values) - 1 else None
+
+
+def _state(name: str, value: Tensor, ids: Tensor) -> State:
+    """A state by its symbolic sizes: one axis is the batch of the ids, and the first grows if it varies otherwise."""
+    batch = str(ids.shape[0])
+    axis = next((axis for axis, size in enumerate(value.shape) if str(size) == batch), 1)
+    grows = axis != 0 and isinstance(value.shape[0], torch.SymInt)
+    sizes = tuple(int(size) for place, size in enumerate(value.shape) if place != axis and not (grows and place == 0))
+    return State(name, sizes, axis, value.dtype, grows)
+
+
+def head_of(logits: Node) -> Node:
+    """The linear that gives some logits, which may be scaled after it; or whatever else does."""
+    node = walk.upstream(logits, through=walk.TRANSPARENT | _QUANTIZE)
+    while node.target in walk.MUL | walk.DIV and len(list(walk.inputs(node))) == 1:
+        node = walk.upstream(next(walk.inputs(node)), through=walk.TRANSPARENT | _QUANTIZE)
+    return node
 
 
 def with_positions(module: GraphModule) -> GraphModule:
@@ -59,7 +109,7 @@ def with_positions(module: GraphModule) -> GraphModule:
     norm on works row by row, so selecting rows before that gives the same logits as selecting after the head.
 
     Args:
-        module: graph `(input_ids, conv_state, ssm_state) -> (logits, conv_state, ssm_state)`.
+        module: graph `(input_ids, *states) -> (logits, *states)`.
 
     Raises:
         MqAoError: the logits do not come from a linear.
@@ -68,12 +118,12 @@ def with_positions(module: GraphModule) -> GraphModule:
     graph = module.graph
     (output,) = graph.find_nodes(op="output")
     results: Any = output.args[0]
-    head = walk.upstream(results[0], through=walk.TRANSPARENT | _QUANTIZE)
+    head = head_of(results[0])
     if head.target not in _HEADS:
         raise MqAoError(f"the logits come from {head.name}, not from a linear head: this is not a language model.")
     hidden = walk.upstream(next(walk.inputs(head)), through=_ROW_BY_ROW | {walk.getitem})
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        positions = graph.placeholder("positions")
+        positions = graph.placeholder(POSITIONS)
     readers = _up_to(hidden, head)
     with graph.inserting_before(readers[0]):
         selected = graph.call_function(aten.index_select.default, (hidden, 1, positions))

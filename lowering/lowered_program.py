@@ -47,7 +47,7 @@ class GeneratingProgram(LoweredProgram):
     """A language model that generates token by token."""
 
     @abstractmethod
-    def step(self, ids: Tensor, conv_state: Any, ssm_state: Any) -> tuple[Tensor, Any, Any]:
+    def step(self, ids: Tensor, *states: Any) -> tuple[Any, ...]:
         """Logits of the last of some tokens, and the states after them; without states, the tokens are a prompt."""
 
     def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:

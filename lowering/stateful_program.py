@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mq_ao.lowering.lowered_program import GeneratingProgram
-from mq_ao.models.states import StateShapes
+from mq_ao.models.states import States, Value, tensors
 from mq_ao.models.token_inputs import one_token, refuse_mask, token_ids
 
-States = tuple[Tensor, Tensor, Tensor]
+Result = tuple[Any, ...]
+"""Logits, and the states after them."""
 
 
 class StatefulProgram(GeneratingProgram):
     """A language model whose states are inputs and outputs.
 
-    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. States
-    are to be given back as they came: an int8 ssm_state where the scheme has a `carried_state`, else float32. Token ids
+    Callable as `(input_ids, *states) -> (logits, *states)`. `states` says which there are; of a `MambaLM` they are
+    conv_state and ssm_state. They are to be given back as they came: keys and values of attention as `Rows`, an int8
+    ssm_state where the scheme has a `carried_state`. Without states, or with None for all, sequences are new. Token ids
     are (batch, length) integers: a tensor of any width, a numpy array, or lists. Every input is checked here, before
     compiled code reads it.
 
@@ -37,74 +39,71 @@ class StatefulProgram(GeneratingProgram):
     def __init__(self, info: Mapping[str, Any], device: torch.device | None = None, piece_tokens: int = 2048) -> None:
         super().__init__(info)
         self._device = device or torch.device("cpu")
-        self._shapes = StateShapes.read(info["states"])
+        self.states = States.read(info["states"])
         self._vocab_size = int(info["vocab_size"])
         self._piece_tokens = piece_tokens
 
     @abstractmethod
-    def run(self, name: str, *inputs: Tensor) -> States:
-        """Calls "prefill" on ids, both states and the positions of wanted logits, or "decode" on the first three.
+    def run(self, name: str, *inputs: Tensor) -> Sequence[Tensor]:
+        """Calls "prefill" on ids, states and the positions of wanted logits, or "decode" on all but the last.
 
-        All are contiguous, of the right types, and on the program's device.
+        All are contiguous, of the right types, and on the program's device. Of states that grow it gives the new rows.
         """
 
-    def __call__(
-        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
-    ) -> States:
-        """Logits of all tokens: (batch, length, vocab_size), and both states after the last token.
+    def __call__(self, input_ids: Any, *states: Any, attention_mask: None = None) -> Result:
+        """Logits of all tokens: (batch, length, vocab_size), and the states after the last token.
 
         Raises:
-            MqAoError: ids or states are not what `token_inputs.token_ids` and `StateShapes.check` ask for, or there is
-                an attention mask.
+            MqAoError: ids or states are not what `token_inputs.token_ids` and `States.check` ask for, or there is an
+                attention mask.
         """
-        ids, conv, ssm = self._given(input_ids, conv_state, ssm_state, attention_mask)
+        ids, given = self._given(input_ids, states, attention_mask)
         pieces = self._pieces(ids)
-        logits, conv, ssm = self._run_piece(pieces[0], conv, ssm, torch.arange(pieces[0].shape[1]))
+        logits, given = self._run_piece(pieces[0], given, torch.arange(pieces[0].shape[1]))
         if len(pieces) == 1:
-            return logits, conv, ssm
+            return logits, *given
         # One tensor from the start: no copy of all when the pieces are done.
         every = logits.new_empty(*ids.shape, logits.shape[-1])
         places = every.split([piece.shape[1] for piece in pieces], dim=1)
         places[0].copy_(logits)
         for piece, place in zip(pieces[1:], places[1:], strict=True):
-            logits, conv, ssm = self._run_piece(piece, conv, ssm, torch.arange(piece.shape[1]))
+            logits, given = self._run_piece(piece, given, torch.arange(piece.shape[1]))
             place.copy_(logits)
-        return every, conv, ssm
+        return every, *given
 
-    def prefill(
-        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
-    ) -> States:
-        """Logits of the last token only: (batch, 1, vocab_size), and both states after it.
+    def prefill(self, input_ids: Any, *states: Any, attention_mask: None = None) -> Result:
+        """Logits of the last token only: (batch, 1, vocab_size), and the states after it.
 
         Raises:
             MqAoError: as for `__call__`.
         """
-        ids, conv, ssm = self._given(input_ids, conv_state, ssm_state, attention_mask)
+        ids, given = self._given(input_ids, states, attention_mask)
         for piece in self._pieces(ids):
-            logits, conv, ssm = self._run_piece(piece, conv, ssm, torch.tensor([piece.shape[1] - 1]))
-        return logits, conv, ssm
+            logits, given = self._run_piece(piece, given, torch.tensor([piece.shape[1] - 1]))
+        return logits, *given
 
-    def decode(self, input_ids: Any, conv_state: Any, ssm_state: Any) -> States:
-        """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and both states.
+    def decode(self, input_ids: Any, *states: Any) -> Result:
+        """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and the states.
 
         Raises:
             MqAoError: as for `__call__`; or there is more than one token a sequence, or a state is missing.
         """
         ids = token_ids(input_ids, self._vocab_size)
         one_token(ids)
-        self._shapes.check(len(ids), conv_state, ssm_state)
-        return self._call("decode", ids, conv_state, ssm_state)
+        logits, given = self._call("decode", ids, self.states.check(len(ids), states))
+        return logits, *given
 
-    def step(self, ids: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> States:
+    def step(self, ids: Tensor, *states: Any) -> Result:
         """See `GeneratingProgram.step`: after the prompt, tokens and states came from here and are not checked."""
-        if conv_state is None or ssm_state is None:
+        if not states:
             return self.prefill(ids)
-        return self._call("decode", ids, conv_state, ssm_state)
+        logits, given = self._call("decode", ids, states)
+        return logits, *given
 
-    def _given(self, input_ids: Any, conv_state: Any, ssm_state: Any, attention_mask: Any) -> States:
+    def _given(self, input_ids: Any, states: Sequence[Any], attention_mask: Any) -> tuple[Tensor, tuple[Value, ...]]:
         refuse_mask(attention_mask)
         ids = token_ids(input_ids, self._vocab_size)
-        return ids, *self._shapes.given(len(ids), conv_state, ssm_state, self._device)
+        return ids, self.states.given(len(ids), states, self._device)
 
     def _pieces(self, ids: Tensor) -> list[Tensor]:
         """Pieces of about `piece_tokens`.
@@ -117,14 +116,18 @@ class StatefulProgram(GeneratingProgram):
         starts = range(0, max(1, length - size // 2), size)
         return [ids[:, start : length if start == starts[-1] else start + size] for start in starts]
 
-    def _run_piece(self, ids: Tensor, conv: Tensor, ssm: Tensor, positions: Tensor) -> States:
+    def _run_piece(self, ids: Tensor, states: Sequence[Value], positions: Tensor) -> tuple[Tensor, tuple[Value, ...]]:
         if ids.shape[1] == 1:
-            return self._call("decode", ids, conv, ssm)
-        return self._call("prefill", ids, conv, ssm, positions)
+            return self._call("decode", ids, states)
+        return self._call("prefill", ids, states, positions)
 
-    def _call(self, name: str, *inputs: Tensor) -> States:
+    def _call(
+        self, name: str, ids: Tensor, states: Sequence[Value], *positions: Tensor
+    ) -> tuple[Tensor, tuple[Value, ...]]:
         # Compiled code reads memory as if it were contiguous and of the right type, whatever the tensor says.
-        return self.run(name, *(_plain(tensor).to(self._device).contiguous() for tensor in inputs))
+        inputs = (ids, *tensors(states), *positions)
+        logits, *new = self.run(name, *(_plain(tensor).to(self._device).contiguous() for tensor in inputs))
+        return logits, self.states.after(states, new)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import match, walk
 from mq_ao.graph.buffers import written
 from mq_ao.graph.partial import Batch
-from mq_ao.lowering.language_graphs import find_state_shapes
+from mq_ao.lowering.language_graphs import find_states, head_of
 from mq_ao.memory import release
 from mq_ao.models import MambaLM
 from mq_ao.models.program_interface import LanguageProgram
@@ -119,7 +119,7 @@ def _calibrated(
     info = _info(model, graph)
     quantizer.check(graph)
     captured = build.Captured.of(type(model).__name__, graph)
-    example, batches = _batches(calibration.inputs(graph, find_state_shapes(graph)), keep=recipe.needs_statistics)
+    example, batches = _batches(calibration.inputs(graph, find_states(graph)), keep=recipe.needs_statistics)
     rewrite = passes.apply(graph, recipe.passes, batches, progress=progress)
     source, description = captured.rewritten(rewrite, example), match(graph).describe()
     rewrite.statistics = {}  # of no more use, and large
@@ -162,7 +162,7 @@ def _info(model: nn.Module, graph: GraphModule) -> dict[str, Any]:
     """What a program says of the model: of a language model with states, which tokens there are."""
     (output,) = graph.graph.find_nodes(op="output")
     results: Any = output.args[0]
-    if find_state_shapes(graph) is None or walk.upstream(results[0]).target not in walk.LINEAR:
+    if find_states(graph) is None or head_of(results[0]).target not in walk.LINEAR:
         return {}
     vocabulary = {"vocab_size": int(walk.value(results[0]).shape[-1])}
     known = model.known_tokens if isinstance(model, MambaLM) else None
@@ -211,7 +211,7 @@ def _opened(model: nn.Module | ExportedProgram | str | Path) -> nn.Module:
 def _copied(module: GraphModule) -> GraphModule:
     """A graph to edit, on the same tensors."""
     copied = GraphModule(module, copy.deepcopy(module.graph))
-    if find_state_shapes(copied) is not None:
+    if find_states(copied) is not None:
         # Programs with states check what they are given themselves, and turn states into buffers.
         for node in copied.graph.find_nodes(op="call_module", target="_guards_fn"):
             copied.graph.erase_node(node)

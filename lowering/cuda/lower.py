@@ -15,10 +15,9 @@ from mq_ao.lowering.cuda.module import CudaModule
 from mq_ao.lowering.cuda.program import CudaProgram
 from mq_ao.lowering.cuda.rewriter import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
-from mq_ao.lowering.language_graphs import state_shapes, with_positions
+from mq_ao.lowering.language_graphs import layered_states, states_of, with_positions
 from mq_ao.lowering.module_export import export_module, refuse_memory
 from mq_ao.lowering.prefill_decode import export_prefill
-from mq_ao.models.states import StateShapes
 
 
 def rewrite(converted: GraphModule, device: torch.device | str = "cpu") -> IntegerGraph:
@@ -57,7 +56,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
     """
     CUDA.check_options(options)
     if "vocab_size" in info:
-        state_shapes(converted)
+        layered_states(converted, CUDA.name)
         graph = rewrite(with_positions(converted))
         return _program(graph.module, {**info, **graph.described})
     refuse_memory(converted)
@@ -69,7 +68,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
 def lower_float(module: GraphModule, info: Mapping[str, Any], options: None = None) -> CudaProgram:
     """Makes a program of the float graph of a language model in the same way, for comparison."""
     CUDA.check_options(options)
-    state_shapes(module)
+    layered_states(module, CUDA.name)
     module = with_positions(copy.deepcopy(module))
     fold_constants(module)
     return _program(module, {**info, "integer_kernels": {}, "simulated": []})
@@ -77,6 +76,5 @@ def lower_float(module: GraphModule, info: Mapping[str, Any], options: None = No
 
 def _program(module: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
     """The program of a graph with positions."""
-    *inputs, _ = module.graph.find_nodes(op="placeholder")
-    shapes = StateShapes.of_values(*(node.meta["val"] for node in inputs))
-    return CudaProgram(export_prefill(module, shapes), {**info, "states": shapes.described}, "cpu")
+    states = states_of(module)
+    return CudaProgram(export_prefill(module, states), {**info, "states": states.described}, "cpu")

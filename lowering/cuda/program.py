@@ -24,7 +24,8 @@ from mq_ao.lowering.cuda.saved import (
     wanted_device,
     without_graphs,
 )
-from mq_ao.lowering.stateful_program import StatefulProgram, States
+from mq_ao.lowering.stateful_program import StatefulProgram
+from mq_ao.models.states import Value, tensors
 
 _GPU_TOKENS = 65536
 """Tokens that a GPU runs at once: it needs more rows than a CPU, and has the memory for them. Not measured."""
@@ -69,7 +70,7 @@ class CudaProgram(SavedGraph, StatefulProgram):
         if self.mode in WITH_GRAPHS:
             # Kernels are tuned, and constants that they keep are made, outside of a CUDA graph's memory.
             with torch.no_grad():
-                self._decode(self._last[None], *self._shapes.zeros(1, wanted), self._last)
+                self._decode(self._last[None], *tensors(self.states.zeros(1, wanted)), self._last)
         if self.mode is not Mode.EAGER:
             self._prefill = compiled(self._prefill, without_graphs(self.mode), dynamic=True)
             self._decode = compiled(self._decode, str(self.mode), dynamic=False)
@@ -93,13 +94,15 @@ class CudaProgram(SavedGraph, StatefulProgram):
         """The same program on another device, with weights of its own there."""
         return CudaProgram(self._exported, self._info, device, mode)
 
-    def _call(self, name: str, *inputs: Tensor) -> States:
+    def _call(
+        self, name: str, ids: Tensor, states: Sequence[Value], *positions: Tensor
+    ) -> tuple[Tensor, tuple[Value, ...]]:
         # Before parts of states become tensors of their own.
         for held in self._held.values():
-            held.check(inputs[1:3])
-        return super()._call(name, *inputs)
+            held.check(tensors(states))
+        return super()._call(name, ids, states, *positions)
 
-    def run(self, name: str, *inputs: Tensor) -> States:
+    def run(self, name: str, *inputs: Tensor) -> Sequence[Tensor]:
         """See `StatefulProgram.run`."""
         with torch.no_grad():
             if name == "prefill":
@@ -109,22 +112,21 @@ class CudaProgram(SavedGraph, StatefulProgram):
             logits = self._decode(ids, *held.take(given), self._last)
             if self.mode in WITH_GRAPHS:
                 logits = logits.clone()  # the next replay writes to the same memory
-            conv, ssm = held.give()
-        return logits, conv, ssm
+            return logits, *held.give()
 
     def _memory(self, batch: int) -> _Held:
         """The memory of so many sequences, which is made once."""
         if batch not in self._held:
             # What is made in inference mode could not be overwritten outside of it.
             with torch.inference_mode(False):
-                self._held[batch] = _Held(self._shapes.zeros(batch, self._device))
+                self._held[batch] = _Held(tensors(self.states.zeros(batch, self._device)))
         return self._held[batch]
 
 
 class _Held:
     """States that steps overwrite, at addresses that stay: a CUDA graph need not copy them."""
 
-    def __init__(self, states: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, states: Sequence[Tensor]) -> None:
         self._states = states
         self._latest: tuple[Tensor, ...] = ()
         for state in states:
@@ -140,7 +142,7 @@ class _Held:
                     "others: clone what decode returns to come back to it or to take parts of it."
                 )
 
-    def take(self, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def take(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
         """The memory, with these states in it."""
         if not all(map(self._knows, given)):
             # Those of other sequences, which may go on later, in memory of their own from now on.

@@ -36,7 +36,7 @@ from mq_ao.lowering.executorch.portable import OPERATORS
 from mq_ao.lowering.executorch.program import ExecutorchModule, ExecutorchProgram, load
 from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.state_buffers import buffers
-from mq_ao.lowering.language_graphs import state_shapes
+from mq_ao.lowering.language_graphs import layered_states
 from mq_ao.lowering.module_export import export_module, refuse_memory
 from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, rounding, simulated_nodes
 
@@ -98,14 +98,14 @@ def rewrite(module: GraphModule, options: Options) -> GraphModule:
 
 def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
     graph = rewrite(module, options)
-    shapes = state_shapes(graph)
+    states = layered_states(graph, KERNELS.backend)
     vocab_size = int(info["vocab_size"])
     max_count = options.max_count(vocab_size)
-    programs = export_methods(graph, buffers(shapes, options.batch), options, max_count)
+    programs = export_methods(graph, buffers(states, options.batch), options, max_count)
     described = {
         **info,
         "max_count": max_count,
-        "states": {"n_layer": shapes.n_layer, "conv": shapes.conv, "ssm": shapes.ssm},
+        "states": states.described,
     }
     made = _partition(programs, "prefill", graph, described, options)
     program = _write(*made, {MAX_LENGTH: options.max_length, VOCAB_SIZE: vocab_size})

@@ -143,9 +143,9 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
         self._run("reset")
         self._state = KeptState()
 
-    def step(self, ids: Tensor, conv_state: Any, ssm_state: Any) -> States:
+    def step(self, ids: Tensor, *states: Any) -> States:
         """See `GeneratingProgram.step`."""
-        return self.prefill(ids, conv_state, ssm_state)
+        return self.prefill(ids, *states)
 
     def _prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
         if ids.shape[1] == 1:

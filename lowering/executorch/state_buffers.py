@@ -10,15 +10,15 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
-from mq_ao.models.states import StateShapes
+from mq_ao.models.states import States
 
 aten = torch.ops.aten
 CONV, SSM = "conv_state", "ssm_state"
 
 
-def buffers(shapes: StateShapes, batch: int) -> dict[str, torch.Tensor]:
+def buffers(states: States, batch: int) -> dict[str, torch.Tensor]:
     """The states of `batch` sequences, zeros, by the name of their buffer: one a layer and kind."""
-    conv, ssm = shapes.zeros(batch)
+    conv, ssm = states.examples(batch, 0)
     return {
         f"{name}_{layer}": state.clone()
         for name, stack in ((CONV, conv), (SSM, ssm))

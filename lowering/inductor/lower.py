@@ -22,10 +22,10 @@ from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
 from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
-from mq_ao.lowering.language_graphs import flat, state_shapes, with_positions
+from mq_ao.lowering.language_graphs import flat, states_of, with_positions
 from mq_ao.lowering.module_export import export_module, refuse_memory
 from mq_ao.lowering.prefill_decode import export_decode, export_prefill
-from mq_ao.models.states import StateShapes
+from mq_ao.models.states import States
 from mq_ao.ops.native.build import compiler
 
 
@@ -87,7 +87,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
     That of any other module takes and gives what the module does; sizes vary as in the captured graph.
 
     Args:
-        converted: result of `convert_pt2e`; of a language model, `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
+        converted: result of `convert_pt2e`; of a language model, `(input_ids, *states) -> (logits, *states)`.
         info: what the program is to say of itself. With a `vocab_size`, it is a language model's.
         options: there are none.
 
@@ -98,7 +98,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
     INDUCTOR.check_options(options)
     if "vocab_size" in info:
         graph = rewrite(converted)
-        return _compile(graph.module, state_shapes(graph.module), {**info, **graph.described})
+        return _compile(graph.module, states_of(graph.module), {**info, **graph.described})
     refuse_memory(converted)
     graph = rewrite(converted)
     exported, signature = export_module(graph.module)
@@ -108,18 +108,18 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
 def lower_float(module: GraphModule, info: Mapping[str, Any], options: None = None) -> InductorProgram:
     """Compiles the float graph of a language model in the same way, for comparison; it has no integer kernels."""
     INDUCTOR.check_options(options)
-    shapes = state_shapes(module)
+    states = states_of(module)
     module = copy.deepcopy(module)
     fold_constants(module)
-    return _compile(module, shapes, {**info, "integer_kernels": {}, "simulated": []})
+    return _compile(module, states, {**info, "integer_kernels": {}, "simulated": []})
 
 
-def _compile(module: GraphModule, shapes: StateShapes, info: Mapping[str, Any]) -> InductorProgram:
+def _compile(module: GraphModule, states: States, info: Mapping[str, Any]) -> InductorProgram:
     programs = {
-        "prefill": export_prefill(with_positions(module), shapes),
-        "decode": export_decode(flat(module), shapes),
+        "prefill": export_prefill(with_positions(module), states),
+        "decode": export_decode(flat(module), states),
     }
-    program = _write(programs, {**info, "states": shapes.described})
+    program = _write(programs, {**info, "states": states.described})
     assert isinstance(program, InductorProgram)
     return program
 

@@ -12,7 +12,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.files import check_output, replacing
 from mq_ao.lowering.inductor import package
 from mq_ao.lowering.module_program import ModuleProgram
-from mq_ao.lowering.stateful_program import StatefulProgram, States
+from mq_ao.lowering.stateful_program import StatefulProgram
 
 
 class _Packaged:
@@ -58,10 +58,9 @@ class InductorProgram(_Packaged, StatefulProgram):
             raise MqAoError(f"{path} is not the program of a language model: load it with mq_ao.load.")
         return program
 
-    def run(self, name: str, *inputs: Tensor) -> States:
+    def run(self, name: str, *inputs: Tensor) -> Sequence[Tensor]:
         """See `StatefulProgram.run`."""
-        logits, conv, ssm = self._package.programs[name](*inputs)
-        return logits, conv, ssm
+        return self._package.programs[name](*inputs)
 
 
 class InductorModule(_Packaged, ModuleProgram):

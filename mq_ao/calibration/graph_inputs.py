@@ -14,7 +14,7 @@ from mq_ao.calibration.calls import Call, calls
 from mq_ao.compat.trees import TreeSpec, call_structure, tree_flatten
 from mq_ao.errors import MqAoError
 from mq_ao.graph.partial import Batch
-from mq_ao.models.states import StateShapes
+from mq_ao.models.states import States, Value, tensors
 
 _ABSENT = object()
 
@@ -46,7 +46,7 @@ class Calibration:
         self.first: Call = first
         self.tokens = 0
 
-    def inputs(self, graph: GraphModule, states: StateShapes | None = None) -> Iterator[Batch]:
+    def inputs(self, graph: GraphModule, states: States | None = None) -> Iterator[Batch]:
         """Yields each call as inputs of the graph, in its order.
 
         Args:
@@ -57,7 +57,7 @@ class Calibration:
             MqAoError: a call has other inputs than the graph, or other constants than it was captured with.
         """
         order = _Order(graph)
-        zeros: dict[int, tuple[Tensor, Tensor]] = {}
+        zeros: dict[int, tuple[Value, ...]] = {}
         for call in chain([self.first], self._calls):
             args, kwargs = call.args, call.kwargs
             if states is not None and len(args) + len(kwargs) == 1:
@@ -65,7 +65,7 @@ class Calibration:
                 # One pair for all batches of a size: nothing writes to it.
                 if ids.shape[0] not in zeros:
                     zeros[ids.shape[0]] = states.zeros(ids.shape[0])
-                args, kwargs = (ids, *zeros[ids.shape[0]]), {}
+                args, kwargs = (ids, *tensors(zeros[ids.shape[0]])), {}
             try:
                 flat = order.leaves(args, kwargs)
             except MqAoError as error:

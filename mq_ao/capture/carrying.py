@@ -168,7 +168,8 @@ class Stateful(nn.Module):
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("input_ids", *names)]
 
         def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return (lambda logits, new: (logits, *new.values()))(*self.run(*inputs))
+            logits, new = self.run(*inputs)
+            return logits, *new.values()
 
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         self.forward = forward  # type: ignore[method-assign]

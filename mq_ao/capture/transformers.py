@@ -70,11 +70,11 @@ def causal_conv1d_fn(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
 ) -> Any:
     """hidden_states (batch, channels, length)."""
-    options = {"seq_idx": kwargs.get("seq_idx"), "activation": activation}
+    packed = kwargs.get("seq_idx")
     if (carried := carrying.current()) is None:
-        return scans.causal_conv1d_fn(hidden_states, weight, bias, **options)
+        return scans.causal_conv1d_fn(hidden_states, weight, bias, packed, activation=activation)
     x = hidden_states.transpose(1, 2)
-    y, last = scans.causal_conv1d(x, weight, bias, **options, initial_state=carried.given("conv"))
+    y, last = scans.causal_conv1d(x, weight, bias, activation, packed, carried.given("conv"))
     carried.keep("conv", last)
     return y.transpose(1, 2)
 

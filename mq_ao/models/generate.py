@@ -14,8 +14,8 @@ from mq_ao import checks
 from mq_ao.errors import MqAoError
 from mq_ao.models.token_inputs import token_ids
 
-Step = Callable[..., tuple[Tensor, Any, Any]]
-"""`(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`."""
+Step = Callable[..., tuple[Any, ...]]
+"""`(input_ids, *states) -> (logits, *states)`; without states, the tokens are a prompt."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,10 @@ def stream(step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Samplin
         raise MqAoError(f"max_new_tokens is {max_new_tokens}: give 0 or a positive number.")
     sampling = sampling or Sampling()
     generator: torch.Generator | None = None
-    conv_state: Any = None
-    ssm_state: Any = None
+    states: list[Any] = []
     tokens = input_ids
     for _ in range(max_new_tokens):
-        logits, conv_state, ssm_state = step(tokens, conv_state, ssm_state)
+        logits, *states = step(tokens, *states)
         # A program may give its logits on another device than that of the prompt.
         generator = generator or sampling.generator(logits.device)
         tokens = sampling.choose(logits[:, -1], generator)

@@ -20,7 +20,7 @@ from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.models.generate import Sampling, generate
 from mq_ao.models.mamba_nd_config import MambaNDConfig
 from mq_ao.models.saving import save_pretrained
-from mq_ao.models.states import StateShapes
+from mq_ao.models.states import State, States
 from mq_ao.models.token_inputs import refuse_mask, token_ids
 
 
@@ -174,13 +174,20 @@ class MambaLM(nn.Module):
 
         They are float32, and float64 for a float64 model.
         """
-        return self._states.zeros(batch, self.backbone.embedding.weight.device)
+        conv, ssm = self._states.zeros(batch, self.backbone.embedding.weight.device)
+        assert isinstance(conv, Tensor) and isinstance(ssm, Tensor)
+        return conv, ssm
 
     @property
-    def _states(self) -> StateShapes:
+    def _states(self) -> States:
         c = self.config
         dtype = torch.float64 if self.backbone.embedding.weight.dtype == torch.float64 else torch.float32
-        return StateShapes(c.n_layer, (c.d_conv - 1, c.conv_channels), c.ssm_shape, dtype, dtype)
+        return States(
+            (
+                State("conv_state", (c.n_layer, c.d_conv - 1, c.conv_channels), 1, dtype),
+                State("ssm_state", (c.n_layer, *c.ssm_shape), 1, dtype),
+            )
+        )
 
     def forward(
         self,
@@ -210,7 +217,7 @@ class MambaLM(nn.Module):
         if not (torch.compiler.is_compiling() or weight.is_meta or is_fake(input_ids)):
             input_ids = token_ids(input_ids, self.config.vocab_size).to(weight.device)
             if conv_state is not None or ssm_state is not None:
-                self._states.check(len(input_ids), conv_state, ssm_state)
+                self._states.check(len(input_ids), (conv_state, ssm_state))
         zero_conv, zero_ssm = self.initial_states(input_ids.shape[0])
         conv_state = zero_conv if conv_state is None else conv_state
         ssm_state = zero_ssm if ssm_state is None else ssm_state

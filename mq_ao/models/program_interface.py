@@ -40,17 +40,13 @@ class LanguageProgram(Program, Protocol):
     have one length: there is no padding, and an attention mask is refused.
     """
 
-    def __call__(
-        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
-    ) -> tuple[Tensor, Any, Any]:
+    def __call__(self, input_ids: Any, *states: Any, attention_mask: None = None) -> tuple[Any, ...]:
         """Logits of all tokens (batch, length, vocab_size), and the states after them."""
 
-    def prefill(
-        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
-    ) -> tuple[Tensor, Any, Any]:
+    def prefill(self, input_ids: Any, *states: Any, attention_mask: None = None) -> tuple[Any, ...]:
         """Logits of the last token (batch, 1, vocab_size), and the states after it."""
 
-    def decode(self, input_ids: Any, conv_state: Any, ssm_state: Any) -> tuple[Tensor, Any, Any]:
+    def decode(self, input_ids: Any, *states: Any) -> tuple[Any, ...]:
         """One token a sequence: (batch, 1) -> logits (batch, 1, vocab_size), and the states."""
 
     def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:

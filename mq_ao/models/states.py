@@ -1,8 +1,8 @@
-"""The states that a language model carries from token to token: their shapes, and what is given as such."""
+"""The states that a language model carries from call to call: what they are, and what is given as such."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,107 +10,158 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
+from mq_ao.models.rows import Rows, no_rows, tensor_of
 from mq_ao.models.token_inputs import is_plain
+
+Value = Tensor | Rows
+"""What a state is between calls: rows where it grows."""
 
 
 @dataclass(frozen=True)
-class StateShapes:
-    """Shapes of a language model's carried states, without the batch.
+class State:
+    """One state of a program.
 
     Attributes:
-        n_layer: number of blocks.
-        conv: (d_conv - 1, channels of the convolution).
-        ssm: (d_inner, d_state), or (heads, headdim, d_state) in Mamba-2.
-        conv_dtype: of the convolutions' states.
-        ssm_dtype: of the scans' states: int8 where they are carried as integers.
+        name: of the graph's input.
+        sizes: of its axes but the batch, and but the rows of one that grows.
+        batch_axis: which axis is the batch.
+        dtype: of its values.
+        grows: whether the first axis are the tokens so far, and a call gives those to append.
     """
 
-    n_layer: int
-    conv: tuple[int, ...]
-    ssm: tuple[int, ...]
-    conv_dtype: torch.dtype = torch.float32
-    ssm_dtype: torch.dtype = torch.float32
+    name: str
+    sizes: tuple[int, ...]
+    batch_axis: int
+    dtype: torch.dtype = torch.float32
+    grows: bool = False
 
-    @classmethod
-    def of_values(cls, *values: Tensor) -> StateShapes:
-        """From example values of the inputs `(input_ids, conv_state, ssm_state)` of a graph.
+    def shape(self, batch: int, rows: int = 0) -> tuple[int, ...]:
+        """Its shape for so many sequences, after so many tokens."""
+        axis = self.batch_axis - self.grows
+        one = (*self.sizes[:axis], batch, *self.sizes[axis:])
+        return (rows, *one) if self.grows else one
 
-        Raises:
-            MqAoError: they are others.
-        """
-        if not are_states(values):
+    def zeros(self, batch: int, device: torch.device | None = None) -> Value:
+        """That of new sequences."""
+        if self.grows:
+            return no_rows(self.shape(batch)[1:], self.dtype, device)
+        return torch.zeros(self.shape(batch), dtype=self.dtype, device=device)
+
+    def example(self, batch: int, rows: int) -> Tensor:
+        """Zeros of the shape that it has after so many tokens."""
+        return torch.zeros(self.shape(batch, rows), dtype=self.dtype)
+
+    def after(self, before: Value, given: Tensor) -> Value:
+        """The state after a call that gave this for it."""
+        if not self.grows:
+            return given
+        return (before if isinstance(before, Rows) else Rows(before)).append(given)
+
+    def check(self, state: Any, batch: int, order: str) -> None:
+        """Raises MqAoError if this is no state of so many sequences; `order` says in which states are given."""
+        tensor = state.values if isinstance(state, Rows) and self.grows else state
+        if not isinstance(tensor, Tensor) or not is_plain(tensor):
+            raise MqAoError(self._no_tensor(state))
+        shape = tuple(tensor.shape)
+        wanted = self.shape(batch, shape[0] if shape else 0)
+        if shape != wanted:
+            raise MqAoError(self._other_shape(shape, wanted, batch, order))
+        if tensor.dtype != self.dtype:
             raise MqAoError(
-                "the graph is not that of a language model with states: its inputs must be input_ids (batch, length), "
-                "conv_state (n_layer, batch, d_conv - 1, channels) and ssm_state (n_layer, batch, d_inner, d_state) or "
-                "(n_layer, batch, heads, headdim, d_state)."
+                f"{self.name} is {tensor.dtype}, but this program carries {self.dtype}: give what it returned."
             )
-        _, conv, ssm = values
-        conv_shape, ssm_shape = (tuple(map(int, state.shape[2:])) for state in (conv, ssm))
-        return cls(int(conv.shape[0]), conv_shape, ssm_shape, conv.dtype, ssm.dtype)
+
+    def _no_tensor(self, state: Any) -> str:
+        if state is None:
+            return (
+                f"{self.name} is missing: give all states as the last call returned them; a new sequence starts with "
+                "prefill, without states."
+            )
+        return f"{self.name} is no tensor of values but a {type(state).__name__}: give what the last call returned."
+
+    def _other_shape(self, shape: tuple[int, ...], wanted: tuple[int, ...], batch: int, order: str) -> str:
+        axis = self.batch_axis
+        if len(shape) == len(wanted) and all(
+            one == other for place, (one, other) in enumerate(zip(shape, wanted, strict=True)) if place != axis
+        ):
+            return (
+                f"{self.name} is of a batch of {shape[axis]}, and input_ids of a batch of {batch}: give the states of "
+                "the same sequences."
+            )
+        return (
+            f"{self.name} has shape {shape}, but {wanted} is needed for a batch of {batch}: give what the last call "
+            f"returned, {order}."
+        )
+
+
+@dataclass(frozen=True)
+class States:
+    """All states of a program, in the order in which it takes and gives them.
+
+    Attributes:
+        items: at least one.
+    """
+
+    items: tuple[State, ...]
 
     @classmethod
-    def read(cls, described: Mapping[str, Any]) -> StateShapes:
+    def read(cls, described: Iterable[Mapping[str, Any]]) -> States:
         """From what `described` gave."""
-        dtypes = (getattr(torch, described[name]) for name in ("conv_dtype", "ssm_dtype"))
-        return cls(described["n_layer"], tuple(described["conv"]), tuple(described["ssm"]), *dtypes)
+        return cls(
+            tuple(
+                State(**{**item, "sizes": tuple(item["sizes"]), "dtype": getattr(torch, item["dtype"])})
+                for item in described
+            )
+        )
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> list[dict[str, Any]]:
         """The same as JSON can hold it."""
-        dtypes = {"conv_dtype": str(self.conv_dtype)[6:], "ssm_dtype": str(self.ssm_dtype)[6:]}
-        return {"n_layer": self.n_layer, "conv": self.conv, "ssm": self.ssm, **dtypes}
+        return [{**vars(item), "sizes": list(item.sizes), "dtype": str(item.dtype)[6:]} for item in self.items]
 
-    def zeros(self, batch: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Initial conv and ssm states."""
-        conv = torch.zeros(self.n_layer, batch, *self.conv, dtype=self.conv_dtype, device=device)
-        return conv, torch.zeros(self.n_layer, batch, *self.ssm, dtype=self.ssm_dtype, device=device)
+    def zeros(self, batch: int, device: torch.device | None = None) -> tuple[Value, ...]:
+        """Those of new sequences."""
+        return tuple(item.zeros(batch, device) for item in self.items)
 
-    def given(
-        self, batch: int, conv_state: Any, ssm_state: Any, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both states of so many sequences: zeros if there is neither, else as `check` has them."""
-        if conv_state is None and ssm_state is None:
+    def examples(self, batch: int, rows: int) -> tuple[Tensor, ...]:
+        """Zeros of the shapes that they have after so many tokens."""
+        return tuple(item.example(batch, rows) for item in self.items)
+
+    def given(self, batch: int, states: Sequence[Any], device: torch.device | None = None) -> tuple[Value, ...]:
+        """States of so many sequences: zeros if there are none, else as `check` has them."""
+        if all(state is None for state in states):
             return self.zeros(batch, device)
-        self.check(batch, conv_state, ssm_state)
-        return conv_state, ssm_state
+        return self.check(batch, states)
 
-    def check(self, batch: int, conv_state: Any, ssm_state: Any) -> None:
-        """Checks states that are given with so many sequences.
+    def check(self, batch: int, states: Sequence[Any]) -> tuple[Value, ...]:
+        """States that are given with so many sequences; those that grow as rows.
 
         Raises:
             MqAoError: one is missing, of other sequences, of another shape or dtype, or they were swapped.
         """
-        for name, state, shape, dtype in (
-            ("conv_state", conv_state, self.conv, self.conv_dtype),
-            ("ssm_state", ssm_state, self.ssm, self.ssm_dtype),
-        ):
-            wanted = (self.n_layer, batch, *shape)
-            if not isinstance(state, Tensor) or state.shape != wanted or state.dtype != dtype or not is_plain(state):
-                raise MqAoError(_complaint(name, state, wanted, dtype))
-
-
-def are_states(values: Sequence[Any]) -> bool:
-    """Whether these may be the inputs `(input_ids, conv_state, ssm_state)` of a graph."""
-    return [value.dim() if isinstance(value, Tensor) else 0 for value in values] in ([2, 4, 4], [2, 4, 5])
-
-
-def _complaint(name: str, state: Any, wanted: tuple[int, ...], dtype: torch.dtype) -> str:
-    if state is None:
-        return (
-            f"{name} is missing: give both states as the last call returned them; a new sequence starts with prefill, "
-            "without states."
+        names = [item.name for item in self.items]
+        if len(states) > len(self.items):
+            raise MqAoError(f"{len(states)} states are given: this program carries {', '.join(names)}.")
+        padded = [*states, *[None] * (len(self.items) - len(states))]
+        order = " before ".join(names) if len(names) == 2 else "in its order"
+        rows: set[int] = set()
+        for item, state in zip(self.items, padded, strict=True):
+            item.check(state, batch, order)
+            if item.grows:
+                rows.add(len(state))
+        if len(rows) > 1:
+            raise MqAoError(f"states of {', '.join(map(str, sorted(rows)))} tokens are given: they are of one call.")
+        return tuple(
+            Rows(state) if item.grows and isinstance(state, Tensor) else state
+            for item, state in zip(self.items, padded, strict=True)
         )
-    if not isinstance(state, Tensor) or not is_plain(state):
-        return f"{name} is no tensor of values but a {type(state).__name__}: give what the last call returned."
-    shape = tuple(state.shape)
-    if shape != wanted:
-        if len(shape) == len(wanted) and (shape[0], *shape[2:]) == (wanted[0], *wanted[2:]):
-            return (
-                f"{name} is of a batch of {shape[1]}, and input_ids of a batch of {wanted[1]}: give the states of the "
-                "same sequences."
-            )
-        return (
-            f"{name} has shape {shape}, but {wanted} is needed for a batch of {wanted[1]}: give what the last call "
-            "returned, conv_state before ssm_state."
-        )
-    return f"{name} is {state.dtype}, but this program carries {dtype}: give what it returned."
+
+    def after(self, before: Sequence[Value], given: Sequence[Tensor]) -> tuple[Value, ...]:
+        """The states after a call that gave these for them."""
+        triples = zip(self.items, before, given, strict=True)
+        return tuple(item.after(old, new) for item, old, new in triples)
+
+
+def tensors(states: Sequence[Value]) -> list[Tensor]:
+    """States as tensors."""
+    return [tensor_of(state) for state in states]
