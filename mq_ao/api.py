@@ -20,9 +20,12 @@ from mq_ao import models, passes
 from mq_ao.backends import BACKENDS, backend_of, get_backend
 from mq_ao.calibration import Calibration, calibrate
 from mq_ao.calibration.calls import Call
+from mq_ao.calibration.graph_inputs import tokens
 from mq_ao.capture import export
 from mq_ao.capture.by_hand import Scans, using_scans
+from mq_ao.capture.carrying import carries_states
 from mq_ao.capture.precision import check_weights, float_dtype, in_float32
+from mq_ao.capture.stateful_export import export_with_states
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.errors import MqAoError
 from mq_ao.graph import match, walk
@@ -30,7 +33,7 @@ from mq_ao.graph.buffers import written
 from mq_ao.graph.partial import Batch
 from mq_ao.lowering.language_graphs import find_states, head_of
 from mq_ao.memory import release
-from mq_ao.models import MambaLM
+from mq_ao.models import Logits, MambaLM
 from mq_ao.models.program_interface import LanguageProgram
 from mq_ao.modes import plain
 from mq_ao.quantized import QuantizedModel
@@ -105,7 +108,8 @@ def _quantized(
     model: nn.Module, data: Iterable[Any], recipe: Recipe, quantizer: MambaQuantizer, progress: bool
 ) -> QuantizedModel:
     check_weights(model)
-    calibration = Calibration(model, data, _vocab_size(model), takes_mask=not isinstance(model, MambaLM))
+    stateful = isinstance(model, MambaLM) or (quantizer.kernels.any_states and carries_states(_inner(model)))
+    calibration = Calibration(model, data, _vocab_size(model), takes_mask=not stateful)
     with plain():  # again, after code of the user's
         return _calibrated(model, calibration, recipe, quantizer, progress)
 
@@ -115,7 +119,7 @@ def _calibrated(
 ) -> QuantizedModel:
     """The walk; what takes long comes after everything that can be refused."""
     dtype = float_dtype(model)
-    graph = _captured(model, calibration.first)
+    graph = _captured(model, calibration.first, with_states=quantizer.kernels.any_states)
     info = _info(model, graph)
     quantizer.check(graph)
     captured = build.Captured.of(type(model).__name__, graph)
@@ -137,18 +141,35 @@ def _calibrated(
     return QuantizedModel(converted, report, info, source)
 
 
-def _captured(model: nn.Module, first: Call) -> GraphModule:
-    """The float32 graph that is edited from here on."""
+def _captured(model: nn.Module, first: Call, *, with_states: bool) -> GraphModule:
+    """The float32 graph that is edited from here on; `with_states`: of transformers' language models, if it can be."""
     if isinstance(model, GraphModule) and (dtype := float_dtype(model)) != torch.float32:
         raise MqAoError(f"this graph was captured in {dtype}: give mq_ao.export a model in float32 (model.float()).")
     with in_float32(model):
-        graph = capture(model, first.args, first.kwargs)
+        graph = _with_states(model, first) if with_states else None
+        graph = graph or capture(model, first.args, first.kwargs)
     if (name := written(graph)) is not None:
         raise MqAoError(
             f"the model writes to its buffer {name} while it runs, and calibration would change it: give it as an "
             "input, and return what it becomes."
         )
     return graph
+
+
+def _with_states(model: nn.Module, first: Call) -> GraphModule | None:
+    """A language model of transformers with its states; None where it is none, or is given more than ids."""
+    if not carries_states(_inner(model)) or len(first.args) + len(first.kwargs) != 1 or tokens(*first.args) == 0:
+        return None
+    try:
+        return export_with_states(_inner(model)).module(check_guards=False)
+    except MqAoError as error:
+        logger.warning("captured without states, so that programs cannot decode token by token: %s", error)
+        return None
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model of transformers that a function of ids alone runs."""
+    return model.model if isinstance(model, Logits) else model
 
 
 def _batches(inputs: Iterator[Batch], *, keep: bool) -> tuple[Batch, Iterable[Batch]]:

@@ -6,7 +6,7 @@ import lzma
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,15 +101,15 @@ class _Tally:
     nats: float = 0.0
     correct: int = 0
     seconds: float = 0.0
-    states: tuple[Tensor, Tensor] | tuple[None, None] = field(default=(None, None))
+    states: tuple[Any, ...] = ()
 
     def run(self, step: Step, inputs: Tensor, targets: Tensor, fresh: bool) -> Tensor:
         """Runs a chunk from the carried state and adds its cost; returns log p (length, vocab_size)."""
         started = time.perf_counter()
-        logits, *states = step(inputs[None], *((None, None) if fresh else self.states))
+        logits, *states = step(inputs[None], *(() if fresh else self.states))
         logits = logits.to(targets.device)  # a GPU is not done before
         self.seconds += time.perf_counter() - started
-        self.states = (states[0], states[1])
+        self.states = tuple(states)
         log_p = functional.log_softmax(logits[0].float(), dim=-1)
         cost = functional.nll_loss(log_p, targets, reduction="sum").item()
         if not math.isfinite(cost):

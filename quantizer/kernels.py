@@ -55,6 +55,7 @@ class Kernels:
         groups: the sizes of groups that it takes; None: all.
         group_scale: dtype in which it keeps the scales of groups.
         scans: the scans that it has an operator for.
+        any_states: whether its programs carry whatever states a language model has; if not, those of a `MambaLM`.
     """
 
     backend: str
@@ -66,6 +67,7 @@ class Kernels:
     groups: frozenset[int] | None = None
     group_scale: torch.dtype = torch.float32
     scans: frozenset[object] = walk.ANY_SCAN
+    any_states: bool = False
 
 
 def check_executable(kernels: Kernels, role: Role, spec: RoleSpec) -> None:

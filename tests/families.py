@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import mq_ao
+from mq_ao.capture.stateful_export import export_with_states
 from mq_ao.graph import match
 from mq_ao.graph.residual import streams
 from mq_ao.lowering import inductor
+from mq_ao.lowering.language_graphs import states_of
 from tests import captured
 
 RECIPE = "mambaquant-w8a8"
+AS_MAMBA_LM = "yes, as `MambaLM`"
+"""What `MambaLM.from_pretrained` loads, with states of one stack."""
 OFF = "switched off by the configuration"
 """The gate's operands: a choice of the recipe, the same for all."""
 HEADER = ("model", "Mamba blocks", "R1", "int8 linears", "in float, and why", "decoding with states")
@@ -35,7 +39,7 @@ class Family:
         linears: linears that run in int8, of `all_linears`.
         all_linears: linears in the graph.
         left_out: reasons why parts stay in float, each once.
-        decodes: whether `MambaLM.from_pretrained` loads it, with states for decoding.
+        decodes: how its programs decode with states, or "no".
         capture_error: largest difference of the captured graph to the library's own forward, relative.
         integer_error: relative L2 distance of the integer program to the q/dq simulation.
     """
@@ -47,7 +51,7 @@ class Family:
     linears: int
     all_linears: int
     left_out: tuple[str, ...]
-    decodes: bool
+    decodes: str
     capture_error: float
     integer_error: float
 
@@ -61,7 +65,7 @@ class Family:
             "yes" if self.rotated is None else f"no: {self.rotated}",
             f"{self.linears} of {self.all_linears}",
             why,
-            "yes, as `MambaLM`" if self.decodes else "no",
+            self.decodes,
         )
 
 
@@ -77,14 +81,14 @@ class Logits(nn.Module):
         return self.model(ids).logits
 
 
-def measure(name: str, model: nn.Module, eager: Callable[[Tensor], Tensor], *, decodes: bool, vocab: int) -> Family:
+def measure(name: str, model: nn.Module, eager: Callable[[Tensor], Tensor], *, decodes: str, vocab: int) -> Family:
     """Captures, matches, quantizes and runs one model.
 
     Args:
         name: of the model.
         model: of another library, ids -> an output with `logits`.
         eager: the library's own forward, ids -> logits.
-        decodes: whether `MambaLM.from_pretrained` loads it.
+        decodes: how its programs decode with states, or "no".
         vocab: number of tokens.
     """
 
@@ -133,7 +137,7 @@ def transformers_families() -> Iterator[Family]:
         def eager(ids: Tensor, model: nn.Module = model) -> Tensor:
             return model(ids, use_cache=False).logits
 
-        decodes = type(model).__name__ in ("MambaForCausalLM", "Mamba2ForCausalLM")
+        decodes = decoding(model)
         yield measure(name, model, eager, decodes=decodes, vocab=source.VOCAB)
 
 
@@ -153,7 +157,18 @@ def mamba_ssm_families() -> Iterator[Family]:
             def eager(ids: Tensor, model: nn.Module = model) -> Tensor:
                 return run(model, ids)
 
-            yield measure(f"mamba_ssm, {layer}", model, eager, decodes=True, vocab=64)
+            yield measure(f"mamba_ssm, {layer}", model, eager, decodes=AS_MAMBA_LM, vocab=64)
+
+
+def decoding(model: nn.Module) -> str:
+    """How programs of a model of transformers decode."""
+    if type(model).__name__ in ("MambaForCausalLM", "Mamba2ForCausalLM"):
+        return AS_MAMBA_LM
+    try:
+        states = states_of(export_with_states(model).module(check_guards=False))
+    except mq_ao.MqAoError:
+        return "no"
+    return "yes, keys and values too" if any(item.grows for item in states.items) else "yes"
 
 
 def table(families: Iterable[Family]) -> str:

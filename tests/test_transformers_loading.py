@@ -18,6 +18,7 @@ from torch import nn
 import mq_ao as package
 from mq_ao import memory
 from mq_ao.errors import MqAoError
+from mq_ao.lowering.language_graphs import states_of
 from mq_ao.models import Logits, MambaConfig, MambaLM, load
 from mq_ao.models.layouts import TRANSFORMERS_FAMILIES
 from tests import test_capture_transformers as source
@@ -192,7 +193,7 @@ def test_eval_starts_every_window_from_nothing(mq_ao: CommandLine, folder: Path)
     assert "the window is 0" in error(mq_ao("eval", folder, "--text", folder / "ids.npy", "--window", "0"))
 
 
-def test_generate_says_that_it_cannot_yet(mq_ao: CommandLine, folder: Path) -> None:
+def test_generate_of_the_float_folder_says_that_it_cannot(mq_ao: CommandLine, folder: Path) -> None:
     assert '"falcon_mamba", which runs without states and cannot generate yet' in error(
         mq_ao("generate", folder, "-p", "x")
     )
@@ -205,7 +206,7 @@ def test_quantize(mq_ao: CommandLine, folder: Path, tmp_path: Path) -> None:
     assert "12 nodes quantized" in run.err and page.is_file()
     assert run.code == 0, run.err
     assert "11 qlinear" in run.out
-    got, expected = package.load(output)(IDS), logits(load(folder))
+    got, expected = package.load(output)(IDS)[0], logits(load(folder))
     assert float((got - expected).norm() / expected.norm()) < 0.2  # int8 on random weights
 
 
@@ -213,9 +214,24 @@ def test_quantize_from_python(folder: Path) -> None:
     model = load(folder)
     batches = list(source.tokens(8, 16).split(4))
     quantized = package.quantize(Logits(model), batches, "mambaquant-w8a8")
+    states = states_of(quantized.converted).examples(len(IDS), 0)
     with torch.no_grad():
-        got, expected = quantized.converted(IDS), logits(model)
+        got, expected = quantized.converted(IDS, *states)[0], logits(model)
     assert float((got - expected).norm() / expected.norm()) < 0.2  # int8 on random weights
+
+
+def test_a_folder_becomes_a_program_that_generates(mq_ao: CommandLine, tmp_path: Path) -> None:
+    """A hybrid on bytes: attention and Mamba."""
+    config = {**source.HYBRID, **source.SSD, "num_hidden_layers": 2, "attn_layer_indices": [1], "vocab_size": 256}
+    torch.manual_seed(0)
+    source.transformers.BambaForCausalLM(source.transformers.BambaConfig(**config)).save_pretrained(tmp_path / "bamba")
+    (tmp_path / "text.txt").write_text("Some text to calibrate on. " * 40)
+    output = tmp_path / "bamba.pt2"
+    run = mq_ao("quantize", tmp_path / "bamba", "--calibration", tmp_path / "text.txt", "--tokens", "512", "-o", output)
+    assert run.code == 0, run.err
+    run = mq_ao("generate", output, "--prompt", "Some", "-n", "8")
+    assert run.code == 0, run.err
+    assert run.out.startswith("Some") and len(run.out) > 4
 
 
 class Saved:

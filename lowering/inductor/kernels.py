@@ -16,4 +16,4 @@ ROLES = {
     Role.STATE: frozenset({Activation.STATIC}),
     Role.CARRIED_STATE: frozenset({Activation.STATIC}),
 }
-KERNELS = Kernels("inductor", ROLES)
+KERNELS = Kernels("inductor", ROLES, any_states=True)

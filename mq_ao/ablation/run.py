@@ -114,8 +114,8 @@ class TextMetric:
     def __call__(self, converted: GraphModule) -> Measured:
         """Measures a graph with explicit states."""
 
-        def step(ids: Tensor, *states: Tensor | None) -> Any:
-            return converted(ids, *(self.model.initial_states(len(ids)) if None in states else states))
+        def step(ids: Tensor, *states: Tensor) -> Any:
+            return converted(ids, *(states or self.model.initial_states(len(ids))))
 
         result = compare(self.model, step, self.text)
         values = [row.bits_per_byte or row.perplexity for row in (result.other, result.reference)]

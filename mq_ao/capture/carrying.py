@@ -92,6 +92,14 @@ class Carried:
         return False
 
 
+def carries_states(model: nn.Module) -> bool:
+    """Whether a model is a language model of transformers that takes a cache and gives logits."""
+    if not type(model).__module__.startswith("transformers.models.") or not hasattr(model, "generate"):
+        return False
+    has_cache = any(name in inspect.signature(model.forward).parameters for name in _CACHES)
+    return has_cache and model.get_output_embeddings() is not None  # type: ignore[operator]
+
+
 def current() -> Carried | None:
     """The states of the call that runs; None: it carries none."""
     return _CURRENT.get()
@@ -138,13 +146,18 @@ def attention(
     scores = (rows @ key.mT).masked_fill(ahead, -torch.inf)
     past = carried.given("key"), carried.given("value")
     if past[0] is None or past[1] is None:
-        result = scores.float().softmax(-1).to(query.dtype) @ value
+        result = _softmax(scores) @ value
     else:
         keys, values = past[0].permute(1, 2, 3, 0), past[1].permute(1, 2, 0, 3)
         count = keys.shape[-1]
-        weights = torch.cat([rows @ keys, scores], dim=-1).float().softmax(-1).to(query.dtype)
+        weights = _softmax(torch.cat([rows @ keys, scores], dim=-1))
         result = weights[..., :count] @ values + weights[..., count:] @ value
     return result.unflatten(2, (heads // groups, length)).flatten(1, 2).transpose(1, 2), None
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In float32 at least, as the library's own."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 class Stateful(nn.Module):
@@ -172,7 +185,7 @@ class Stateful(nn.Module):
             return logits, *new.values()
 
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        self.forward = forward  # type: ignore[method-assign]
+        self.forward = forward
         self.eval()
 
     def run(self, input_ids: Tensor, *states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

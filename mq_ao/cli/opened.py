@@ -48,7 +48,7 @@ class Opened:
             return run
 
         def step(ids: Any, *_: Any) -> Any:
-            return run(ids), None, None
+            return (run(ids),)
 
         return step
 
