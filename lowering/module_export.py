@@ -189,7 +189,7 @@ def _rows(node: Node) -> int | None:
     counts = [
         Embedding.of(user).weight.meta["val"].shape[0]
         for user in node.users
-        if user.target in Embedding.operators and Embedding.of(user).x is node
+        if user.target in walk.EMBEDDING and Embedding.of(user).x is node
     ]
     below = [_rows(user) for user in node.users if user.target in walk.TRANSPARENT]
     known = [int(count) for count in [*counts, *below] if count is not None]

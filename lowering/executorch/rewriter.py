@@ -47,7 +47,7 @@ class Rewriter(GraphRewriter):
         portable = (each(walk.CONV, self._taps), each(walk.HADAMARD, self._rotation))
         return (
             *(native if self._native else portable),
-            each({aten.embedding.default}, self.embedding),
+            each(walk.EMBEDDING, self.embedding),
             each(walk.LINEAR, self._linear),
             each({aten.rms_norm.default}, self._norm),
         )

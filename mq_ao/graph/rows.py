@@ -26,17 +26,6 @@ _RESHAPES = frozenset(
         aten.view.default,
     }
 )
-_ALONG = frozenset(
-    {
-        aten.flip.default,
-        aten.index_select.default,
-        aten.permute.default,
-        aten.select.int,
-        aten.transpose.int,
-        aten.unsqueeze.default,
-    }
-)
-"""Operators that move or pick along the axes that they are told."""
 
 
 @dataclass(frozen=True)
@@ -140,27 +129,33 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
         return _reshaped(source.shape, node.meta["val"].shape, axis)
     if node.target in Slice.operators:
         return _sliced(Slice.of(node), axis)
-    if node.target not in _ALONG:
-        return None
-    given, dims = walk.arguments(node), source.dim()
+    moved = _moved(node, axis, source.dim()) if node.target in walk.TRANSPARENT else None
+    return None if moved is None else (moved, 0, size)
+
+
+def _moved(node: Node, axis: int, dims: int) -> int | None:
+    """The axis of the input, which has `dims` of them, that is `axis` of the output, if one is as it is."""
+    given = walk.arguments(node)
     if node.target == aten.flip.default:
-        return None if axis in _positive(given["dims"], dims) else whole
+        return None if axis in _positive(given["dims"], dims) else axis
+    if node.target == aten.index_select.default:
+        return None if axis == given["dim"] % dims else axis
     if node.target == aten.permute.default:
-        return (_positive(given["dims"], dims)[axis], 0, size)
+        return _positive(given["dims"], dims)[axis]
     if node.target == aten.transpose.int:
         first, second = _positive((given["dim0"], given["dim1"]), dims)
-        return ({first: second, second: first}.get(axis, axis), 0, size)
-    if node.target == aten.index_select.default:
-        return None if axis == given["dim"] % dims else whole
+        return {first: second, second: first}.get(axis, axis)
     if node.target == aten.select.int:
-        return (axis + (axis >= given["dim"] % dims), 0, size)
-    added = given["dim"] % (dims + 1)  # by unsqueeze
-    return None if axis == added else (axis - (axis > added), 0, size)
+        return axis + (axis >= given["dim"] % dims)
+    if node.target == aten.unsqueeze.default:
+        added = given["dim"] % (dims + 1)
+        return None if axis == added else axis - (axis > added)
+    return None
 
 
 def _piece(node: Node, axis: int) -> tuple[int, int, int] | None:
-    split, index = node.args
-    assert isinstance(split, Node) and isinstance(index, int)
+    split, index = walk.argument(node, 0), node.args[1]
+    assert isinstance(index, int)
     size = Split.of(split).x.meta["val"].shape[axis] if split.target in Split.operators else None
     if not isinstance(size, int):
         return None
