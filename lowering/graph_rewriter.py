@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
-from mq_ao.graph.views import Conv, Embedding, Linear, Scan
+from mq_ao.graph.views import Conv, Layer, Linear, Scan
 from mq_ao.lowering.patterns import (
     DQ_STATE,
     Q_STATIC,
@@ -160,7 +160,7 @@ class GraphRewriter(ABC):
 
     def embedding(self, node: Node) -> None:
         """A gather of integer rows, times the scales of these rows."""
-        given = Embedding.of(node)
+        given = Layer.of(node)
         weight = Weight.of(self.module, given.weight)
         if weight is None:
             return

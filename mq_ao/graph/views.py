@@ -9,8 +9,6 @@ from torch.fx import Node
 
 from mq_ao.graph import edit, walk
 
-aten = walk.aten
-
 T = TypeVar("T")
 _NEEDED: Any = object()
 
@@ -68,7 +66,7 @@ class View:
 
 
 class Layer(View):
-    """Whatever has a weight and one input."""
+    """Whatever has a weight and one input: indices of rows, for an embedding."""
 
     operators = walk.LINEAR | walk.CONV | walk.EMBEDDING
 
@@ -90,12 +88,6 @@ class Conv(Layer):
 
     initial_state = Argument[Node | None](absent=None)
     activation = Argument[str | None](absent=None)
-
-
-class Embedding(Layer):
-    """Rows of a table."""
-
-    operators = walk.EMBEDDING
 
 
 class Norm(View):
@@ -127,34 +119,3 @@ class Scan(View):
     dt_max = Argument[float | None]()
     initial_state = Argument[Node | None]()
     seq_idx = Argument[Node | None]()
-
-
-class Hadamard(View):
-    """A fast Hadamard transform of the channels."""
-
-    operators = walk.HADAMARD
-
-    x = Argument[Node]()
-    scale = Argument[Node | None]()
-
-
-class Slice(View):
-    """A range of one axis."""
-
-    operators = frozenset({aten.slice.Tensor})
-
-    x = Argument[Node]("self")
-    dim = Argument[int]()
-    start = Argument[Any]()
-    end = Argument[Any]()
-    step = Argument[int]()
-
-
-class Split(View):
-    """One axis in pieces: how many, how large, or the size of each."""
-
-    operators = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
-
-    x = Argument[Node]("self")
-    how = Argument[Any]("chunks", "split_size", "split_sizes")
-    dim = Argument[int]()
