@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
-from mq_ao.graph.views import Conv, Embedding, Linear, Scan
+from mq_ao.graph.views import Conv, Layer, Linear, Scan
 from mq_ao.lowering.patterns import (
     DQ_STATE,
     Q_STATIC,
@@ -22,10 +22,10 @@ from mq_ao.lowering.patterns import (
     Quantized,
     Weight,
     carried,
+    grid_of,
     is_dequantized,
     per_token_source,
     requantize,
-    rounding,
 )
 from mq_ao.quantizer.kernels import UINT8, Kernels
 
@@ -121,7 +121,7 @@ class GraphRewriter(ABC):
         with self.graph.inserting_before(node):
             values, scale = self.store("taps", weight.values), self.store("scale", weight.scale)
             args = (*operand.arguments, values, scale, conv.bias, conv.initial_state, conv.activation)
-            self.replace(node, self.graph.call_function(mq.qcausal_conv1d.default, (*args, *rounding(following))))
+            self.replace(node, self.graph.call_function(mq.qcausal_conv1d.default, (*args, *grid_of(following))))
         if following is not None and y is not None:
             self.take_over(following, y)
 
@@ -135,7 +135,7 @@ class GraphRewriter(ABC):
         following = self.following(y) if operands[0].static or self.limits == UINT8.limits else None
         if following is None and state_scale is None and not any(operand.static for operand in operands):
             return
-        out = rounding(following)
+        out = grid_of(following)
         first, second, third, fourth = (operand.arguments for operand in operands)
         with self.graph.inserting_before(node):
             args = (*first, *second, scan.a, *third, *fourth, scan.skip, scan.bias, scan.softplus)
@@ -160,7 +160,7 @@ class GraphRewriter(ABC):
 
     def embedding(self, node: Node) -> None:
         """A gather of integer rows, times the scales of these rows."""
-        given = Embedding.of(node)
+        given = Layer.of(node)
         weight = Weight.of(self.module, given.weight)
         if weight is None:
             return

@@ -16,7 +16,7 @@ from mq_ao.compat.tracing import FakeTensorMode, size_guards
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.buffers import written
-from mq_ao.graph.views import Embedding
+from mq_ao.graph.views import Layer
 from mq_ao.lowering.guards import Guard
 from mq_ao.lowering.language_graphs import export, flat
 from mq_ao.lowering.signature import Input, Signature
@@ -187,9 +187,9 @@ def _sizes(
 def _rows(node: Node) -> int | None:
     """Rows of the embedding that an input's values are looked up in, if they are."""
     counts = [
-        Embedding.of(user).weight.meta["val"].shape[0]
+        Layer.of(user).weight.meta["val"].shape[0]
         for user in node.users
-        if user.target in Embedding.operators and Embedding.of(user).x is node
+        if user.target in walk.EMBEDDING and Layer.of(user).x is node
     ]
     below = [_rows(user) for user in node.users if user.target in walk.TRANSPARENT]
     known = [int(count) for count in [*counts, *below] if count is not None]

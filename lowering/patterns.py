@@ -20,6 +20,7 @@ DQ_CHANNEL = qd.dequantize_per_channel.default
 DQ_STATIC = qd.dequantize_per_tensor.default
 Q_STATIC = qd.quantize_per_tensor.default
 DQ_AFFINE = torch.ops.torchao.dequantize_affine
+CHOOSE = torch.ops.torchao.choose_qparams_affine
 DQ_STATE = torch.ops.mq_ao.dequantize_state.default
 DEQUANTIZE = frozenset({DQ_CHANNEL, DQ_STATIC, DQ_AFFINE, DQ_STATE})
 Limits = tuple[int, int, torch.dtype]
@@ -40,11 +41,6 @@ class Quantized(View):
     low = Argument[int]("quant_min")
     high = Argument[int]("quant_max")
     dtype = Argument[torch.dtype]("dtype", "input_dtype")
-
-    @property
-    def step(self) -> tuple[float, int]:
-        """Scale and zero point of static integers, as operators take them."""
-        return self.scale, self.zero_point
 
     @property
     def limits(self) -> Limits:
@@ -74,7 +70,7 @@ class Operand:
         if not isinstance(node, Node) or node.target != DQ_STATIC:
             return cls(node)
         given = Quantized.of(node)
-        return cls(given.x, *given.step, True) if given.limits == limits else cls(node)
+        return cls(given.x, given.scale, given.zero_point, True) if given.limits == limits else cls(node)
 
     @property
     def arguments(self) -> tuple[Any, float, int]:
@@ -135,9 +131,8 @@ def per_token_source(node: object) -> Node | None:
     if not isinstance(node, Node) or node.target != DQ_AFFINE:
         return None
     given = Quantized.of(node)
-    choose: Any = given.scale.args[0] if isinstance(given.scale, Node) and given.scale.op == "call_function" else None
-    chosen = isinstance(choose, Node) and choose.target == torch.ops.torchao.choose_qparams_affine
-    symmetric = chosen and walk.arguments(choose)["mapping_type"] == "SYMMETRIC"
+    choose = walk.argument(given.scale, 0) if walk.is_result(given.scale, 0) else given.scale
+    symmetric = choose.target == CHOOSE and walk.arguments(choose)["mapping_type"] == "SYMMETRIC"
     if not symmetric or not set(given.block_size[:-1]) <= {1} or given.limits != (-127, 127, torch.int8):
         return None
     return walk.argument(given.x, 0)
@@ -157,9 +152,12 @@ def requantize(value: Node, limits: Limits = UINT8.limits) -> Node | None:
     return user if user is not None and user.target == Q_STATIC and Quantized.of(user).limits == limits else None
 
 
-def rounding(quantize: Node | None) -> tuple[float | None, int]:
+def grid_of(quantize: Node | None) -> tuple[float | None, int]:
     """out_scale and out_zero_point of an operator that takes over a static quantize, or gives a float value."""
-    return (None, 0) if quantize is None else Quantized.of(quantize).step
+    if quantize is None:
+        return None, 0
+    given = Quantized.of(quantize)
+    return given.scale, given.zero_point
 
 
 def merge_dequantize(module: GraphModule) -> None:

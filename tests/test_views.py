@@ -18,19 +18,22 @@ from mq_ao.lowering.patterns import Quantized
 
 aten, mq = torch.ops.aten, torch.ops.mq_ao
 
-_CONV = {"x": "input", "weight": "weight", "bias": "bias"}
-_SPLIT = {"x": "self", "dim": "dim"}
+_LAYER = {"x": "input", "weight": "weight", "bias": "bias"}
+_OURS = {**_LAYER, "x": "x"}
+_ATENS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default)
 _NORM = {"x": "input", "shape": "normalized_shape", "weight": "weight", "eps": "eps"}
-_CARRIED = {"initial_state": "initial_state"}
-_SCAN = {
-    **_CARRIED,
+_STATES = {
     "u": "u",
     "delta": "delta",
     "a": "A",
     "b": "B",
     "bias": "delta_bias",
     "softplus": "delta_softplus",
+    "initial_state": "initial_state",
 }
+_DUALITY = {"u": "x", "delta": "dt", "bias": "dt_bias", "softplus": "dt_softplus"}
+_LIMITS = {name: name for name in ("dt_min", "dt_max", "seq_idx")}
+_READ = {"c": "C", "skip": "D"}
 _STATIC = {
     "x": "input",
     "scale": "scale",
@@ -40,60 +43,34 @@ _STATIC = {
     "dtype": "dtype",
 }
 TABLE: list[tuple[type[View], Any, dict[str, str]]] = [
-    (views.Linear, aten.linear.default, _CONV),
-    (
-        views.Conv,
-        mq.causal_conv1d.default,
-        {**_CONV, "x": "x", "initial_state": "initial_state", "activation": "activation"},
-    ),
-    *((views.Conv, target, _CONV) for target in (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default)),
-    (views.Embedding, aten.embedding.default, {"x": "indices", "weight": "weight"}),
-    (views.Layer, aten.linear.default, _CONV),
-    (views.Layer, mq.causal_conv1d.default, {**_CONV, "x": "x"}),
-    *((views.Layer, target, _CONV) for target in (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default)),
+    (views.Layer, aten.linear.default, _LAYER),
+    (views.Layer, mq.causal_conv1d.default, _OURS),
+    *((views.Layer, target, _LAYER) for target in _ATENS),
     (views.Layer, aten.embedding.default, {"x": "indices", "weight": "weight"}),
+    (views.Linear, aten.linear.default, _LAYER),
+    (views.Conv, mq.causal_conv1d.default, {**_OURS, "initial_state": "initial_state", "activation": "activation"}),
+    *((views.Conv, target, _LAYER) for target in _ATENS),
     (views.Norm, aten.rms_norm.default, _NORM),
     (views.Norm, aten.layer_norm.default, {**_NORM, "bias": "bias"}),
-    (views.Scan, mq.selective_scan.default, {**_SCAN, "c": "C", "skip": "D"}),
-    (views.Scan, mq.scan_states.default, _SCAN),
-    (
-        views.Scan,
-        mq.ssd_scan.default,
-        {
-            **_CARRIED,
-            "u": "x",
-            "delta": "dt",
-            "a": "A",
-            "b": "B",
-            "c": "C",
-            "skip": "D",
-            "bias": "dt_bias",
-            "softplus": "dt_softplus",
-            "dt_min": "dt_min",
-            "dt_max": "dt_max",
-            "seq_idx": "seq_idx",
-        },
-    ),
-    (views.Hadamard, mq.hadamard.default, {"x": "x", "scale": "scale"}),
-    (
-        views.Slice,
-        aten.slice.Tensor,
-        {"x": "self", "dim": "dim", "start": "start", "end": "end", "step": "step"},
-    ),
-    (views.Split, aten.chunk.default, {**_SPLIT, "how": "chunks"}),
-    (views.Split, aten.split.Tensor, {**_SPLIT, "how": "split_size"}),
-    (views.Split, aten.split_with_sizes.default, {**_SPLIT, "how": "split_sizes"}),
+    (views.Scan, mq.selective_scan.default, {**_STATES, **_READ}),
+    (views.Scan, mq.scan_states.default, _STATES),
+    (views.Scan, mq.ssd_scan.default, {**_STATES, **_READ, **_DUALITY, **_LIMITS}),
     (Quantized, patterns.Q_STATIC, _STATIC),
     (Quantized, patterns.DQ_STATIC, _STATIC),
     (Quantized, patterns.DQ_CHANNEL, {**_STATIC, "scale": "scales", "zero_point": "zero_points", "axis": "axis"}),
     (Quantized, patterns.DQ_AFFINE, {**_STATIC, "block_size": "block_size", "dtype": "input_dtype"}),
 ]
+"""Every view and operator: what the schema calls its fields."""
 _ABSENT = {"bias", "initial_state", "activation"}
 """What is None for operators that have no such argument; other fields raise."""
 
 
+def subclasses(view: type[View]) -> set[type[View]]:
+    return {item for direct in view.__subclasses__() for item in (direct, *subclasses(direct))}
+
+
 def fields(view: type[View]) -> set[str]:
-    return {name for name, value in vars(view).items() if isinstance(value, Argument)}
+    return {name for kind in view.__mro__ for name, value in vars(kind).items() if isinstance(value, Argument)}
 
 
 def schema(target: Any) -> list[Any]:
@@ -119,9 +96,15 @@ def calls(draw: st.DrawFn, target: Any) -> tuple[Node, dict[str, Any]]:
 
 
 def test_the_table_holds_every_view_and_operator() -> None:
-    for view in View.__subclasses__():
+    for view in subclasses(View):
         assert {target for known, target, _ in TABLE if known is view} == view.operators
         assert {name for known, _, names in TABLE if known is view for name in names} == fields(view)
+
+
+@pytest.mark.parametrize(("view", "target", "names"), [row for row in TABLE if row[0] in (views.Conv, views.Scan)])
+def test_every_argument_of_our_operators_has_a_field(view: type[View], target: Any, names: dict[str, str]) -> None:
+    if target.namespace == "mq_ao":
+        assert set(names.values()) == {item.name for item in schema(target)}, f"{view.__name__} lacks a field"
 
 
 @pytest.mark.parametrize(("view", "target", "names"), TABLE)

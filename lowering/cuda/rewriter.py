@@ -14,7 +14,7 @@ from mq_ao.graph import walk
 from mq_ao.graph.views import Norm
 from mq_ao.lowering.cuda.kernels import KERNELS
 from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, drop_unread, each
-from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source, rounding
+from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, merge_dequantize, per_token_source
 from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import MOST_PIECES
 from mq_ao.ops.qlinear import quantize_per_token
@@ -56,7 +56,7 @@ class Rewriter(LinearRewriter):
             each({mq.causal_conv1d.default}, self.conv),
             each(walk.SCAN | walk.SSD, self.scan),
             each(walk.LINEAR, self.linear),
-            each({aten.embedding.default}, self.embedding),
+            each(walk.EMBEDDING, self.embedding),
             drop_unread,
             each({Q_STATIC, quantize_per_token}, self._gate),
             each({Q_STATIC, quantize_per_token}, self._norm),
@@ -76,7 +76,7 @@ class Rewriter(LinearRewriter):
         *first, group_size = operands
         sizes = [stop - start for _, start, stop in bounds]
         # A scale of 0 is that of a float piece.
-        grids = [(0.0, 0) if quantize is None else rounding(quantize) for quantize in following]
+        grids = [(0.0, 0) if quantize is None else grid_of(quantize) for quantize in following]
         scales, zero_points = (list(values) for values in zip(*grids, strict=True))
         with self.graph.inserting_before(at):
             args = (*first, bias, sizes, scales, zero_points, group_size)
@@ -99,7 +99,7 @@ class Rewriter(LinearRewriter):
                 return self.graph.call_function(mq.weight_linear.default, args)
             *first, group_size = operands
             following = self.following(at)
-            args = (*first, bias, *rounding(following), group_size)
+            args = (*first, bias, *grid_of(following), group_size)
             new = self.graph.call_function(mq.int8_linear.default, args)
         if following is not None:
             self.take_over(following, new)
@@ -173,7 +173,7 @@ class Rewriter(LinearRewriter):
                 new = self.graph.call_function(operator, args)
                 self.replace(quantize, new)
             else:
-                new = self.graph.call_function(operator, (*args, *rounding(quantize)))
+                new = self.graph.call_function(operator, (*args, *grid_of(quantize)))
                 integers, _ = self.outputs(new)
                 self.replace(quantize, integers)
         return new

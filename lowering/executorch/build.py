@@ -38,7 +38,7 @@ from mq_ao.lowering.executorch.rewriter import Rewriter
 from mq_ao.lowering.executorch.state_buffers import buffers
 from mq_ao.lowering.language_graphs import layered_states
 from mq_ao.lowering.module_export import export_module, refuse_memory
-from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, rounding, simulated_nodes
+from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, grid_of, simulated_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _packs_alike(graph: GraphModule) -> bool:
         if linear.weight.target not in DEQUANTIZE:
             continue
         values, scales = (_digest(edit.constant(graph, arg)) for arg in linear.weight.all_input_nodes[:2])
-        around = [rounding(item) for item in (linear.x, walk.only_user(node)) if item and item.target in _STATIC]
+        around = [grid_of(item) for item in (linear.x, walk.only_user(node)) if item and item.target in _STATIC]
         if seen.setdefault(values, (scales, around)) != (scales, around):
             return False
     return True

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import edit, walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
-from mq_ao.graph.views import Conv, Hadamard, Linear, Norm
+from mq_ao.graph.views import Conv, Linear, Norm
 from mq_ao.lowering.executorch.kernels import KERNELS
 from mq_ao.lowering.graph_rewriter import GraphRewriter, Step, each
 from mq_ao.lowering.patterns import DEQUANTIZE
@@ -47,7 +47,7 @@ class Rewriter(GraphRewriter):
         portable = (each(walk.CONV, self._taps), each(walk.HADAMARD, self._rotation))
         return (
             *(native if self._native else portable),
-            each({aten.embedding.default}, self.embedding),
+            each(walk.EMBEDDING, self.embedding),
             each(walk.LINEAR, self._linear),
             each({aten.rms_norm.default}, self._norm),
         )
@@ -125,7 +125,9 @@ class Rewriter(GraphRewriter):
         ):
             return
         following = walk.only_user(product)
-        rotated = following is not None and following.target in walk.HADAMARD and Hadamard.of(following).scale is None
+        rotated = (
+            following is not None and following.target in walk.HADAMARD and walk.arguments(following)["scale"] is None
+        )
         last = following if rotated and following is not None else product
         with self.graph.inserting_before(last):
             args: tuple[Any, ...] = (gate.y, gate.z, gate.scale, rotated)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import walk
 from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, drop_unread, each
 from mq_ao.lowering.inductor.kernels import KERNELS
-from mq_ao.lowering.patterns import Q_STATIC, Weight, merge_dequantize, per_token_source, rounding
+from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, merge_dequantize, per_token_source
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -50,7 +50,7 @@ class Rewriter(LinearRewriter):
             each({mq.causal_conv1d.default}, self.conv),
             each(walk.SCAN | walk.SSD, self.scan),
             each(walk.LINEAR, self.linear),
-            each({aten.embedding.default}, self.embedding),
+            each(walk.EMBEDDING, self.embedding),
             drop_unread,
             each({Q_STATIC, mq.quantize_per_token.default}, self._gate),
         )
@@ -77,7 +77,7 @@ class Rewriter(LinearRewriter):
             following = self.following(at)
             kernel = mq.qlinear.default if tokens is None else mq.qlinear_per_token.default
             inputs = operand.arguments if tokens is None else tokens
-            product = graph.call_function(kernel, (*inputs, packed, scale, bias, *rounding(following), *layout))
+            product = graph.call_function(kernel, (*inputs, packed, scale, bias, *grid_of(following), *layout))
         if following is not None:
             self.take_over(following, product)
         return product
@@ -89,7 +89,7 @@ class Rewriter(LinearRewriter):
             return
         with self.graph.inserting_before(quantize):
             if quantize.target == Q_STATIC:
-                new = self.graph.call_function(mq.qgate.default, (*args, *rounding(quantize)))
+                new = self.graph.call_function(mq.qgate.default, (*args, *grid_of(quantize)))
             else:
                 new = self.graph.call_function(mq.qgate_per_token.default, args)
         self.replace(quantize, new)

@@ -62,16 +62,15 @@ def set_argument(node: Node, name: str, value: Any) -> None:
     Raises:
         TypeError: the operator has no such argument.
     """
-    known = walk.parameters(node.target)
-    if name not in {item.name for item in known}:
+    given = walk.arguments(node)
+    if name not in given:
         raise TypeError(f"{node.target} has no argument {name}")
-    names = [item.name for item in known if not item.kwarg_only]
+    names = [item.name for item in walk.parameters(node.target) if not item.kwarg_only]
     if name in node.kwargs or name not in names:
         node.update_kwarg(name, value)
         return
-    values = {**walk.arguments(node), name: value}
     positional = names[: max(len(node.args), names.index(name) + 1)]
-    node.args = tuple(values[item] for item in positional)
+    node.args = tuple(value if item == name else given[item] for item in positional)
     node.kwargs = {key: item for key, item in node.kwargs.items() if key not in positional}
 
 

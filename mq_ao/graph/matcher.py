@@ -15,7 +15,7 @@ from mq_ao.graph.block import Block, Direction
 from mq_ao.graph.edit import is_constant
 from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
-from mq_ao.graph.views import Conv, Embedding, Linear, Scan
+from mq_ao.graph.views import Conv, Linear, Scan
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def match(module: GraphModule) -> Match:
         if outside.is_product(node):
             reason = "a product with constant weights that is no linear, as of experts: it stays in float"
             rejected.append(Rejection(node.name, reason))
-    embeddings = walk.calls(module, Embedding.operators)
+    embeddings = walk.calls(module, walk.EMBEDDING)
     convolutions = [node for node in walk.calls(module, {torch.ops.mq_ao.causal_conv1d.default}) if node not in taken]
     return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears), tuple(convolutions))
 

@@ -143,7 +143,7 @@ def _end(stream: Stream, node: Node, why: str) -> list[Node]:
 
 def _backward(stream: Stream, value: Node) -> list[Node]:
     """What `value` is made of, as far as it lies in the stream."""
-    if value.target in walk.LINEAR | {aten.embedding.default}:
+    if value.target in walk.LINEAR | walk.EMBEDDING:
         stream.writers.append(value)
         return []
     if value.target in NORM:
@@ -187,11 +187,11 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
     """What `user` makes of `value`, as far as it lies in the stream."""
     if user in stream._values or user.target in _SHAPE_ONLY:
         return []
-    if user.target in walk.LINEAR and user.args[0] is value:
+    if user.target in walk.LINEAR and Linear.of(user).x is value:
         if user not in stream.readers:
             stream.readers.append(user)
         return []
-    if user.target in NORM and user.args[0] is value:
+    if user.target in NORM and Norm.of(user).x is value:
         return [user]
     if user.op == "output":
         return _end(stream, value, "it is an output of the graph")

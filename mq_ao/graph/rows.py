@@ -13,10 +13,10 @@ from torch.fx import Node
 
 from mq_ao.errors import Unsuitable
 from mq_ao.graph import walk
-from mq_ao.graph.views import Slice, Split
 
 aten = walk.aten
 
+_SPLITS = frozenset({aten.chunk.default, aten.split_with_sizes.default, aten.split.Tensor})
 _RESHAPES = frozenset(
     {
         aten.flatten.using_ints,
@@ -26,17 +26,6 @@ _RESHAPES = frozenset(
         aten.view.default,
     }
 )
-_ALONG = frozenset(
-    {
-        aten.flip.default,
-        aten.index_select.default,
-        aten.permute.default,
-        aten.select.int,
-        aten.transpose.int,
-        aten.unsqueeze.default,
-    }
-)
-"""Operators that move or pick along the axes that they are told."""
 
 
 @dataclass(frozen=True)
@@ -138,30 +127,36 @@ def channel_source(node: Node, axis: int) -> tuple[int, int, int] | None:
         return whole if source.dim() == node.meta["val"].dim() else None
     if node.target in _RESHAPES:
         return _reshaped(source.shape, node.meta["val"].shape, axis)
-    if node.target in Slice.operators:
-        return _sliced(Slice.of(node), axis)
-    if node.target not in _ALONG:
-        return None
-    given, dims = walk.arguments(node), source.dim()
+    if node.target == aten.slice.Tensor:
+        return _sliced(node, axis)
+    moved = _moved(node, axis, source.dim()) if node.target in walk.TRANSPARENT else None
+    return None if moved is None else (moved, 0, size)
+
+
+def _moved(node: Node, axis: int, dims: int) -> int | None:
+    """The axis of the input, which has `dims` of them, that is `axis` of the output, if one is as it is."""
+    given = walk.arguments(node)
     if node.target == aten.flip.default:
-        return None if axis in _positive(given["dims"], dims) else whole
+        return None if axis in _positive(given["dims"], dims) else axis
+    if node.target == aten.index_select.default:
+        return None if axis == given["dim"] % dims else axis
     if node.target == aten.permute.default:
-        return (_positive(given["dims"], dims)[axis], 0, size)
+        return _positive(given["dims"], dims)[axis]
     if node.target == aten.transpose.int:
         first, second = _positive((given["dim0"], given["dim1"]), dims)
-        return ({first: second, second: first}.get(axis, axis), 0, size)
-    if node.target == aten.index_select.default:
-        return None if axis == given["dim"] % dims else whole
+        return {first: second, second: first}.get(axis, axis)
     if node.target == aten.select.int:
-        return (axis + (axis >= given["dim"] % dims), 0, size)
-    added = given["dim"] % (dims + 1)  # by unsqueeze
-    return None if axis == added else (axis - (axis > added), 0, size)
+        return axis + (axis >= given["dim"] % dims)
+    if node.target == aten.unsqueeze.default:
+        added = given["dim"] % (dims + 1)
+        return None if axis == added else axis - (axis > added)
+    return None
 
 
 def _piece(node: Node, axis: int) -> tuple[int, int, int] | None:
-    split, index = node.args
-    assert isinstance(split, Node) and isinstance(index, int)
-    size = Split.of(split).x.meta["val"].shape[axis] if split.target in Split.operators else None
+    split, index = walk.argument(node, 0), node.args[1]
+    assert isinstance(index, int)
+    size = walk.argument(split, 0).meta["val"].shape[axis] if split.target in _SPLITS else None
     if not isinstance(size, int):
         return None
     bounds = piece_bounds(split, axis)
@@ -169,16 +164,17 @@ def _piece(node: Node, axis: int) -> tuple[int, int, int] | None:
     return (axis, 0, size) if bounds is None else (axis, *bounds[index])
 
 
-def _sliced(part: Slice, axis: int) -> tuple[int, int, int] | None:
-    source = part.x.meta["val"]
+def _sliced(node: Node, axis: int) -> tuple[int, int, int] | None:
+    x, dim, start, stop, step = walk.arguments(node).values()
+    source = x.meta["val"]
     size = source.shape[axis]
     if not isinstance(size, int):
         return None
-    if part.dim % source.dim() != axis:
+    if dim % source.dim() != axis:
         return axis, 0, size
-    if part.step != 1 or not isinstance(part.start or 0, int) or not isinstance(part.end or size, int):
+    if step != 1 or not isinstance(start or 0, int) or not isinstance(stop or size, int):
         return None
-    begin, end, _ = slice(part.start, part.end).indices(size)
+    begin, end, _ = slice(start, stop).indices(size)
     return axis, begin, end
 
 
@@ -222,11 +218,11 @@ def _positive(axes: Any, dim: int) -> list[int]:
 
 def piece_bounds(split: Node, axis: int = -1) -> list[tuple[int, int]] | None:
     """(start, stop) of every output of a split or chunk along an axis, or None if `split` is none."""
-    if split.target not in Split.operators:
+    if split.target not in _SPLITS:
         return None
-    part = Split.of(split)
-    source, how = part.x.meta["val"], part.how
-    if part.dim % source.dim() != axis % source.dim():
+    x, how, dim = walk.arguments(split).values()
+    source = x.meta["val"]
+    if dim % source.dim() != axis % source.dim():
         return None
     width = source.shape[axis]
     if not isinstance(width, int):

@@ -9,8 +9,6 @@ from torch.fx import Node
 
 from mq_ao.graph import edit, walk
 
-aten = walk.aten
-
 T = TypeVar("T")
 _NEEDED: Any = object()
 
@@ -30,23 +28,17 @@ class Argument(Generic[T]):
         self.names = self.names or (name,)
 
     def __get__(self, view: View, owner: type[View]) -> T:
-        known: Any = walk.arguments(view.node)
-        value: T = known[self.name(view)] if self.absent is _NEEDED else known.get(self._find(view), self.absent)
+        value: T = walk.arguments(view.node).get(self._name(view), self.absent)
+        if value is _NEEDED:
+            raise TypeError(f"{view.node.target} has no argument {' or '.join(self.names)}")
         return value
 
     def __set__(self, view: View, value: T) -> None:
-        edit.set_argument(view.node, self.name(view), value)
+        edit.set_argument(view.node, self._name(view), value)
 
-    def name(self, view: View) -> str:
-        """What the schema of a view's operator calls it."""
-        found = self._find(view)
-        if found is None:
-            raise TypeError(f"{view.node.target} has no argument {' or '.join(self.names)}")
-        return found
-
-    def _find(self, view: View) -> str | None:
+    def _name(self, view: View) -> str:
         known = {item.name for item in walk.parameters(view.node.target)}
-        return next((name for name in self.names if name in known), None)
+        return next((name for name in self.names if name in known), self.names[0])
 
 
 @dataclass(frozen=True)
@@ -73,45 +65,29 @@ class View:
         return cls(node)
 
 
-class Linear(View):
+class Layer(View):
+    """Whatever has a weight and one input: indices of rows, for an embedding."""
+
+    operators = walk.LINEAR | walk.CONV | walk.EMBEDDING
+
+    x = Argument[Node]("input", "x", "indices")
+    weight = Argument[Node]()
+    bias = Argument[Node | None](absent=None)
+
+
+class Linear(Layer):
     """x W^T + b."""
 
     operators = walk.LINEAR
 
-    x = Argument[Node]("input")
-    weight = Argument[Node]()
-    bias = Argument[Node | None]()
 
-
-class Conv(View):
+class Conv(Layer):
     """A convolution; ours has the channels last, and knows what came before x."""
 
     operators = walk.CONV
 
-    x = Argument[Node]("x", "input")
-    weight = Argument[Node]()
-    bias = Argument[Node | None]()
     initial_state = Argument[Node | None](absent=None)
     activation = Argument[str | None](absent=None)
-
-
-class Embedding(View):
-    """Rows of a table."""
-
-    operators = frozenset({aten.embedding.default})
-
-    x = Argument[Node]("indices")
-    weight = Argument[Node]()
-
-
-class Layer(View):
-    """Whatever has a weight and one input."""
-
-    operators = Linear.operators | Conv.operators | Embedding.operators
-
-    x = Argument[Node]("x", "input", "indices")
-    weight = Argument[Node]()
-    bias = Argument[Node | None](absent=None)
 
 
 class Norm(View):
@@ -143,34 +119,3 @@ class Scan(View):
     dt_max = Argument[float | None]()
     initial_state = Argument[Node | None]()
     seq_idx = Argument[Node | None]()
-
-
-class Hadamard(View):
-    """A fast Hadamard transform of the channels."""
-
-    operators = walk.HADAMARD
-
-    x = Argument[Node]()
-    scale = Argument[Node | None]()
-
-
-class Slice(View):
-    """A range of one axis."""
-
-    operators = frozenset({aten.slice.Tensor})
-
-    x = Argument[Node]("self")
-    dim = Argument[int]()
-    start = Argument[Any]()
-    end = Argument[Any]()
-    step = Argument[int]()
-
-
-class Split(View):
-    """One axis in pieces: how many, how large, or the size of each."""
-
-    operators = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
-
-    x = Argument[Node]("self")
-    how = Argument[Any]("chunks", "split_size", "split_sizes")
-    dim = Argument[int]()

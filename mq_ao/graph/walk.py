@@ -19,6 +19,7 @@ getitem = operator.getitem
 
 LINEAR = frozenset({aten.linear.default})
 CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default})
+EMBEDDING = frozenset({aten.embedding.default})
 SCAN = frozenset({torch.ops.mq_ao.selective_scan.default})
 SSD = frozenset({torch.ops.mq_ao.ssd_scan.default})
 SCAN_STATES = frozenset({torch.ops.mq_ao.scan_states.default})

@@ -32,7 +32,7 @@ class ExposeState(Pass):
 
 
 def _expose(rewrite: Rewrite, direction: Direction) -> None:
-    module, scan, view = rewrite.module, direction.scan, Scan.of(direction.scan)
+    module, scan, given = rewrite.module, direction.scan, Scan.of(direction.scan)
 
     def call(target: object, *args: object) -> Node:
         return edit.call(module, target, args, like=scan)
@@ -41,7 +41,7 @@ def _expose(rewrite: Rewrite, direction: Direction) -> None:
         states = call(torch.ops.mq_ao.scan_states.default, *states_arguments(scan))
         h, last = call(walk.getitem, states, 0), call(walk.getitem, states, 1)
         product = call(aten.mul.Tensor, h, call(aten.unsqueeze.default, direction.c, 2))
-        through = call(aten.mul.Tensor, view.u, view.skip) if view.skip is not None else 0.0
+        through = call(aten.mul.Tensor, given.u, given.skip) if given.skip is not None else 0.0
         y = call(aten.add.Tensor, call(aten.sum.dim_IntList, product, [-1]), through)
     for output in list(scan.users):
         output.replace_all_uses_with(last if walk.is_result(output, 1) else y)

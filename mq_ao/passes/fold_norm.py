@@ -40,9 +40,9 @@ class FoldNorm(Pass):
                 self._centre(rewrite, stream)
 
     def _fold(self, rewrite: Rewrite, norm: Node, readers: list[Node]) -> None:
-        view = Norm.of(norm)
-        old = [node for node in (view.weight, view.bias) if node is not None]
-        gamma, beta = (edit.operand(rewrite.module, node) for node in (view.weight, view.bias))
+        given = Norm.of(norm)
+        old = (given.weight, given.bias)
+        gamma, beta = (edit.operand(rewrite.module, node) for node in old)
         if gamma is None and beta is None:
             return
         for reader in readers:
@@ -51,10 +51,10 @@ class FoldNorm(Pass):
                 rewrite.set_bias(reader, moved if bias is None else bias + moved)
             if gamma is not None:
                 rewrite.scale_columns(reader, gamma)
-        view.weight = None
+        given.weight = None
         if beta is not None:
-            view.bias = None
-        for node in old:
+            given.bias = None
+        for node in filter(None, old):
             edit.drop_unused(rewrite.module, node)
         self.note(rewrite, walk.module_path(norm) or norm.name, f"into {', '.join(reader.name for reader in readers)}")
 
@@ -66,9 +66,9 @@ class FoldNorm(Pass):
         centring = torch.eye(stream.width, dtype=torch.float64) - 1 / stream.width
         change_basis(rewrite, stream, centring)
         for norm in stream.norms:
-            view = Norm.of(norm)
+            given = Norm.of(norm)
             with rewrite.module.graph.inserting_before(norm):
-                args = (view.x, view.shape, None, view.eps)
+                args = (given.x, given.shape, None, given.eps)
                 new = edit.call(rewrite.module, aten.rms_norm.default, args, like=norm)
             norm.replace_all_uses_with(new)
             rewrite.module.graph.erase_node(norm)

@@ -46,7 +46,7 @@ def _scans(module: GraphModule, wanted: set[str]) -> list[Node]:
     return [scan for scan in walk.calls(module, walk.SCAN) if {states_name(scan), flat_states_name(scan)} & wanted]
 
 
-def states_arguments(scan: Node) -> tuple[object, ...]:
+def states_arguments(node: Node) -> tuple[object, ...]:
     """Arguments of `scan_states` that equal a `selective_scan` node's."""
-    of = Scan.of(scan)
-    return of.u, of.delta, of.a, of.b, of.bias, of.softplus, of.initial_state
+    scan = Scan.of(node)
+    return scan.u, scan.delta, scan.a, scan.b, scan.bias, scan.softplus, scan.initial_state

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.canonical.spelling import Spelling
-from mq_ao.graph.views import Conv, Slice
+from mq_ao.graph.views import Conv
 
 aten = walk.aten
 CONV = torch.ops.mq_ao.causal_conv1d.default
@@ -36,9 +36,9 @@ def trimmed(spelling: Spelling, node: Node) -> None:
     """A convolution of x with zeros before and behind it, cut to the steps of x, is that of x alone."""
     if node.target != aten.slice.Tensor:
         return
-    part = Slice.of(node)
-    conv = _convolution(part.x)
-    if conv is None or part.dim not in (_SEQUENCE, -2) or part.step != 1 or len(conv.node.users) != 1:
+    y, axis, start, stop, step = walk.arguments(node).values()
+    conv = _convolution(y)
+    if conv is None or axis not in (_SEQUENCE, -2) or step != 1 or len(conv.node.users) != 1:
         return
     padded = conv.x
     if conv.initial_state is not None or padded.target not in walk.PADDED or not walk.is_tokenwise(padded):
@@ -49,9 +49,9 @@ def trimmed(spelling: Spelling, node: Node) -> None:
     _, _, before, behind = pad
     whole = padded.meta["val"].shape[_SEQUENCE]
     length = x.meta["val"].shape[_SEQUENCE]
-    first, last = (_value(item, default) for item, default in ((part.start, 0), (part.end, whole)))
+    first, last = (_value(item, default) for item, default in ((start, 0), (stop, whole)))
     # A stop behind the end is the end: INT64_MAX where none was written.
-    open_end = behind == 0 and (part.end is None or (isinstance(last, int) and last == _INT64_MAX))
+    open_end = behind == 0 and (stop is None or (isinstance(last, int) and last == _INT64_MAX))
     if not (walk.same_size(first, before) and (open_end or walk.same_size(last, before + length))):
         return
     new = spelling.call(CONV, (x, conv.weight, conv.bias, None, conv.activation), conv.node)

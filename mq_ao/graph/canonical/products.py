@@ -93,12 +93,9 @@ def _is_number(spelling: Spelling, factor: object) -> bool:
 
 
 def _transposed(spelling: Spelling, matrix: Node, before: Node) -> Node:
-    swaps = matrix.target in _TRANSPOSES
-    if matrix.target == aten.permute.default:
-        swaps = [axis % 2 for axis in walk.arguments(matrix)["dims"]] == [1, 0]
-    elif matrix.target == aten.transpose.int:
-        given = walk.arguments(matrix)
-        swaps = given["dim0"] % 2 != given["dim1"] % 2
-    if swaps:
+    args: tuple[Any, ...] = matrix.args
+    permuted = matrix.target == aten.permute.default and [axis % 2 for axis in args[1]] == [1, 0]
+    swapped = matrix.target == aten.transpose.int and (args[1] - args[2]) % 2
+    if permuted or swapped or matrix.target in _TRANSPOSES:
         return walk.argument(matrix, 0)
     return spelling.call(aten.transpose.int, (matrix, 0, 1), before)
