@@ -16,7 +16,7 @@ FROZEN = Path(__file__).with_name("schemas.txt")
 def _text(schema: Any) -> str:
     """A schema but for the names of its results, which nothing reads."""
     arguments, arrow, results = str(schema).rpartition(" -> ")
-    return arguments + arrow + re.sub(r" \w+(?=[,)]|$)", "", results)
+    return arguments + arrow + re.sub(r"(Tensor(\(\w!\))?) \w+", r"\1", results)
 
 
 def schemas() -> list[str]:
