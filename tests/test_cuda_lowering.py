@@ -22,7 +22,7 @@ from mq_ao.lowering.cuda.compiled import norm_of_sum, product, products, summed
 from mq_ao.lowering.cuda.rewriter import INTEGER_LINEARS, Rewriter
 from mq_ao.lowering.patterns import Q_STATIC, Weight
 from mq_ao.models import Mamba2Config, MambaLM, Vim, VimConfig, language_model
-from mq_ao.ops.qlinear import quantize_per_token
+from mq_ao.ops.qlinear import int8_per_token
 from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import Activation, MambaQuantizer, RoleSpec, w8a8
 from mq_ao.recipes import RECIPES, Recipe
@@ -206,7 +206,7 @@ def test_lengths_and_batches_are_as_dynamic_as_before(tiny: MambaLM, calibration
 def test_what_is_read_by_several_linears_is_quantized_once(vim: Vim) -> None:
     quantized = mq_ao.quantize(vim, [(images(8, seed=3),)], "rtn-w8a8-dynamic", backend="cuda")
     graph = cuda.rewrite(quantized.converted).module.graph
-    sources = [node.args[0] for node in graph.find_nodes(op="call_function", target=quantize_per_token)]
+    sources = [node.args[0] for node in graph.find_nodes(op="call_function", target=int8_per_token)]
     assert len(sources) == len(set(sources)) > 0
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mq_ao import MqAoError
 from mq_ao.ops import hadamard_matrix as hm
-from mq_ao.ops import int8_gate, int8_rms_norm, library
-from mq_ao.ops.qlinear import quantize_per_token
+from mq_ao.ops import int8_gate, int8_rms_norm
+from mq_ao.ops.hadamard import hadamard
+from mq_ao.ops.qlinear import int8_per_token
 
 mq, aten, qd = torch.ops.mq_ao, torch.ops.aten, torch.ops.quantized_decomposed
 
@@ -36,7 +37,7 @@ def same_steps(got: tuple[Tensor, Tensor], x: Tensor, out_scale: float | None, o
         assert torch.equal(got[0], qd.quantize_per_tensor(x, out_scale, out_zero_point, -128, 127, torch.int8))
         assert got[1].shape == (0,)
     else:
-        q, scale = quantize_per_token(x)
+        q, scale = int8_per_token(x)
         assert torch.equal(got[0], q) and torch.equal(got[1], scale)
 
 
@@ -75,7 +76,7 @@ def test_the_gate_is_that_of_the_graph(case: dict[str, Any]) -> None:
     s = case["s"]
     x = aten.mul.Tensor(y, aten.mul.Tensor(z, aten.sigmoid.default(z if s is None else aten.mul.Tensor(s, z))))
     if case["hadamard"]:
-        x = library.reference("hadamard")(x)
+        x = hadamard.reference(x)
     got = mq.int8_gate(**case)
     assert got[0].dtype == torch.int8 and got[0].shape == y.shape and got[0].is_contiguous()
     same_steps(got, x.contiguous(), case["out_scale"], case["out_zero_point"])
@@ -142,7 +143,7 @@ def test_the_operators_have_right_shape_functions(out_scale: float | None) -> No
 
 def test_bad_operands_are_refused() -> None:
     y = torch.ones(2, 12, dtype=torch.int8)
-    gate = int8_gate.int8_gate
+    gate = int8_gate.int8_gate.reference
     with pytest.raises(MqAoError, match="int8_gate takes z in float32 or int8, not in torch.uint8"):
         gate(y, 0.1, 0, y.to(torch.uint8), 0.1, 0, None, False)
     with pytest.raises(MqAoError, match=r"int8_gate: y_zero_point must lie in -128\.\.127"):
@@ -153,7 +154,7 @@ def test_bad_operands_are_refused() -> None:
         gate(y[:, :9], 0.1, 0, y[:, :9], 0.1, 0, None, True)
     with pytest.raises(MqAoError, match=r"y and z of one shape \(..., n\)"):
         gate(y, 0.1, 0, y[:1], 0.1, 0, None, False)
-    norm, x = int8_rms_norm.int8_rms_norm, torch.ones(2, 12)
+    norm, x = int8_rms_norm.int8_rms_norm.reference, torch.ones(2, 12)
     with pytest.raises(MqAoError, match=r"int8_rms_norm takes float32 \(..., n\), not torch.float64"):
         norm(x.double(), None, None, 1e-5)
     with pytest.raises(MqAoError, match=r"residual must be float32 of the shape of x, \(2, 12\)"):

@@ -19,7 +19,7 @@ from mq_ao.lowering import inductor
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import MambaLM
 from mq_ao.models.generate import Step
-from mq_ao.ops.qselective_scan import quantize_state
+from mq_ao.ops.state import quantize_state
 from mq_ao.passes import Statistics, collect
 from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import Activation, MambaQuantizer, QuantizationConfig, RoleSpec

@@ -17,7 +17,7 @@ from mq_ao.graph import Role, match
 from mq_ao.graph.residual import streams
 from mq_ao.lowering import inductor
 from mq_ao.models import MAMBA_2D_BASE, MAMBA_2D_SMALL, MAMBA_3D_SMALL, MambaND, MambaNDConfig
-from mq_ao.ops import library
+from mq_ao.ops.selective_scan import selective_scan
 from mq_ao.passes import Status
 from mq_ao.recipes import RECIPES
 
@@ -91,7 +91,7 @@ def expected_mixer(mixer: nn.Module, x: Tensor) -> Tensor:
     n = mixer.A_log.shape[1]
     dt, b, c = mixer.x_proj(u).split([mixer.dt_proj.in_features, n, n], dim=-1)
     delta = nn.functional.softplus(mixer.dt_proj(dt))
-    y, _ = library.reference("selective_scan")(u, delta, -torch.exp(mixer.A_log), b, c, mixer.D)
+    y, _ = selective_scan.reference(u, delta, -torch.exp(mixer.A_log), b, c, mixer.D)
     return mixer.out_proj(y * nn.functional.silu(z))
 
 

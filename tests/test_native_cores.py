@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
+from mq_ao.ops.causal_conv1d import causal_conv1d
 from mq_ao.ops.native import build
+from mq_ao.ops.selective_scan import selective_scan, selective_scan_backward
+from mq_ao.ops.ssd_scan import ssd_scan
 
 SHIM = r"""
 #include "conv.h"
@@ -173,7 +175,7 @@ def test_cores_match_the_references(core: ctypes.CDLL, shape: tuple[int, ...]) -
 
     y, last = torch.empty_like(u), torch.empty_like(state)
     core.scan(sizes, operands, *(ctypes.c_void_p(t.data_ptr()) for t in (y, last)))
-    for actual, expected in zip((y, last), library.reference("selective_scan")(*exact_args), strict=True):
+    for actual, expected in zip((y, last), selective_scan.reference(*exact_args), strict=True):
         close(actual, expected)
 
     dy, dlast = normal(*u.shape), normal(*state.shape)
@@ -182,7 +184,7 @@ def test_cores_match_the_references(core: ctypes.CDLL, shape: tuple[int, ...]) -
     core.scan_gradient(sizes, operands, *(ctypes.c_void_p(t.data_ptr()) for t in (dy, dlast)), pointers(grads))
     du, ddelta, dA, dD, dbias, dstate, dB, dC = grads
     results = (du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dbias.sum(0), dstate)
-    expected_grads = library.reference("selective_scan_backward")(dy.double(), dlast.double(), *exact_args)
+    expected_grads = selective_scan_backward.reference(dy.double(), dlast.double(), *exact_args)
     for actual, expected in zip(results, expected_grads, strict=True):
         close(actual, expected)
 
@@ -191,7 +193,7 @@ def test_cores_match_the_references(core: ctypes.CDLL, shape: tuple[int, ...]) -
     conv_last = torch.empty_like(conv_state)
     core.conv(sizes, pointers([u, weight, D, conv_state]), *(ctypes.c_void_p(t.data_ptr()) for t in (y, conv_last)))
     conv_exact = [x.double() for x in (u, weight, D, conv_state)]
-    for actual, expected in zip((y, conv_last), library.reference("causal_conv1d")(*conv_exact, "silu"), strict=True):
+    for actual, expected in zip((y, conv_last), causal_conv1d.reference(*conv_exact, "silu"), strict=True):
         close(actual, expected)
 
 
@@ -212,6 +214,6 @@ def test_ssd_core_matches_the_reference(core: ctypes.CDLL, shape: tuple[int, ...
     y, last = torch.empty_like(x), torch.empty_like(state)
     core.ssd((ctypes.c_long * 6)(*shape), pointers(operands), *(ctypes.c_void_p(t.data_ptr()) for t in (y, last)))
     *exact, exact_state = (t.double() for t in operands)
-    expected = library.reference("ssd_scan")(*exact, True, 0.0, 2.0, exact_state)
+    expected = ssd_scan.reference(*exact, True, 0.0, 2.0, exact_state)
     for actual, wanted in zip((y, last), expected, strict=True):
         close(actual, wanted)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
+from mq_ao.ops.causal_conv1d import causal_conv1d
 from tests.conftest import assert_same_for_any_threads
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 conv = torch.ops.mq_ao.causal_conv1d
-reference = library.reference("causal_conv1d")
+reference = causal_conv1d.reference
 
 Operands = list[Tensor | str | None]
 

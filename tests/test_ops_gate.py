@@ -14,7 +14,6 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quant
 
 from mq_ao import MqAoError
 from mq_ao.ops import hadamard_matrix as hm
-from mq_ao.ops import library
 from mq_ao.ops.gate import gate
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -66,7 +65,7 @@ def drawn(case: dict[str, Any]) -> Call:
 @given(case=cases)
 def test_matches_float64(case: dict[str, Any]) -> None:
     args = drawn(case)
-    for x in (gate(*args), library.reference("gate")(*args)):
+    for x in (gate(*args), gate.reference(*args)):
         assert x.dtype == torch.float32 and x.shape == args[0].shape and x.is_contiguous()
         assert_near(x, args)
 
@@ -138,7 +137,7 @@ Y = torch.zeros(2, 8)
     ],
 )
 def test_bad_calls_say_what_is_wrong(message: str, args: tuple[Any, ...]) -> None:
-    for call in (op, library.reference("gate")):
+    for call in (op, gate.reference):
         with pytest.raises(MqAoError, match=message):
             call(*args)
     with FakeTensorMode() as mode, pytest.raises(MqAoError, match=message):

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from mq_ao import MqAoError
-from mq_ao.ops import reference
+from mq_ao.ops.causal_conv1d import causal_conv1d
+from mq_ao.ops.qcausal_conv1d import qcausal_conv1d
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 op = torch.ops.mq_ao.qcausal_conv1d
@@ -70,7 +71,7 @@ def test_agrees_with_the_dequantized_float_convolution(
     bias = w["bias"] if with_bias else None
     y, last = op(w["x"], scale, zero_point, w["weight"], w["weight_scale"], bias, state, activation)
     x = (w["x"].double() - zero_point) * scale
-    exact, exact_last = reference("causal_conv1d")(
+    exact, exact_last = causal_conv1d.reference(
         x,
         w["weight"] * w["weight_scale"][:, None].double(),
         None if bias is None else bias.double(),
@@ -103,7 +104,7 @@ def test_rounded_output(
     quantize = torch.ops.quantized_decomposed.quantize_per_tensor
     assert torch.equal(q, quantize(y, 0.06, zero_point, 0, 255, torch.uint8))
     # The reference may round scale, bias and SiLU to a neighbouring float, and then to a neighbouring integer.
-    assert (q.int() - reference("qcausal_conv1d")(*args, 0.06, zero_point)[0].int()).abs().max() <= 1
+    assert (q.int() - qcausal_conv1d.reference(*args, 0.06, zero_point)[0].int()).abs().max() <= 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,7 +124,7 @@ def test_int8_is_uint8_less_128(
     # Some states lie outside of the grid, and are clamped to it.
     state = torch.randn(batch, taps - 1, channels) * 4 if with_state else None
     rest = (w["weight"], w["weight_scale"], w["bias"], state, "silu", 0.06 if byte_output else None)
-    for call in (op, reference("qcausal_conv1d")):
+    for call in (op, qcausal_conv1d.reference):
         y, last = call(as_signed(w["x"]), 0.037, zero_point - 128, *rest, 90 - 128)
         unsigned, unsigned_last = call(w["x"], 0.037, zero_point, *rest, 90)
         assert torch.equal(y, as_signed(unsigned) if byte_output else unsigned)

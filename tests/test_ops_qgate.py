@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 
 from mq_ao import MqAoError
 from mq_ao.ops import hadamard_matrix as hm
-from mq_ao.ops import library, qgate
-from mq_ao.ops.qlinear import quantize_per_token
+from mq_ao.ops import qgate
+from mq_ao.ops.qlinear import int8_per_token
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 ops = torch.ops.mq_ao
@@ -84,7 +84,7 @@ def test_static_integers_are_the_rounded_gate(case: dict[str, Any], out_scale: f
     args = drawn(case)
     q = qgate.qgate(*args, out_scale, out_zero)
     assert q.dtype == torch.uint8 and q.shape == args[0].shape and q.is_contiguous()
-    for got in (q, library.reference("qgate")(*args, out_scale, out_zero)):
+    for got in (q, qgate.qgate.reference(*args, out_scale, out_zero)):
         assert_within_rounding(got, exact_gate(args) / out_scale + out_zero, 0, 255)
 
 
@@ -97,7 +97,7 @@ def test_token_integers_are_the_rounded_gate(case: dict[str, Any]) -> None:
     assert scale.dtype == torch.float32 and scale.shape == (*q.shape[:-1], 1) and scale.is_contiguous()
     x = exact_gate(args)
     wanted = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    for got, got_scale in ((q, scale), library.reference("qgate_per_token")(*args)):
+    for got, got_scale in ((q, scale), qgate.qgate_per_token.reference(*args)):
         # The scale is the largest value of the row, after some ten roundings; rotated sums of n = 576 cancel.
         torch.testing.assert_close(got_scale.double(), wanted, rtol=1e-5, atol=0)
         assert_within_rounding(got, x / got_scale.double() + 128, 1, 255)
@@ -109,8 +109,8 @@ def test_integers_of_the_reference_hardly_ever_differ(kind: torch.dtype, hadamar
     gen = torch.Generator().manual_seed(0)
     args = call(operand(kind, (64, 1536), gen), operand(kind, (64, 1536), gen), torch.rand(1536) + 0.5, hadamard)
     for q, wanted in (
-        (ops.qgate(*args, 0.05, 120), library.reference("qgate")(*args, 0.05, 120)),
-        (ops.qgate_per_token(*args)[0], library.reference("qgate_per_token")(*args)[0]),
+        (ops.qgate(*args, 0.05, 120), qgate.qgate.reference(*args, 0.05, 120)),
+        (ops.qgate_per_token(*args)[0], qgate.qgate_per_token.reference(*args)[0]),
     ):
         off = (q.int() - wanted.int()).abs()
         # Errors of about 1e-5 steps move as many values over one boundary; ten times that is allowed for.
@@ -132,7 +132,7 @@ def test_equal_floats_give_equal_integers(n: int, hadamard: bool) -> None:
         q = ops.qgate(y, 1.0, 0, z, 1.0, 0, None, hadamard, out_scale, zero)
         assert torch.equal(q, quantize_per_tensor(x, out_scale, zero, 0, 255, torch.uint8))
     q, scale = ops.qgate_per_token(y, 1.0, 0, z, 1.0, 0, None, hadamard)
-    wanted, wanted_scale = quantize_per_token(x)
+    wanted, wanted_scale = int8_per_token(x)
     assert torch.equal(scale, wanted_scale)
     assert torch.equal(q.int(), wanted.int() + 128)
 
@@ -260,6 +260,6 @@ def test_bad_calls_say_what_is_wrong(name: str, message: str, args: Call) -> Non
     with pytest.raises(MqAoError, match=message):
         getattr(ops, name)(*args)
     with pytest.raises(MqAoError, match=message):
-        library.reference(name)(*args)
+        getattr(ops, f"{name}_reference")(*args)
     with FakeTensorMode() as mode, pytest.raises(MqAoError, match=message):
         getattr(ops, name)(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))

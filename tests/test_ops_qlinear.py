@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library, packing
+from mq_ao.ops import packing
 from mq_ao.ops import qlinear as ql
 from mq_ao.ops.native import build
 
@@ -47,10 +46,11 @@ def per_token(
     packed: Tensor,
     scale: Tensor,
     bias: Tensor | None = None,
-    call: Callable[[str], Callable[..., Any]] = lambda name: getattr(ops, name),
+    suffix: str = "",
 ) -> Tensor:
-    """A linear layer that quantizes its own input, token by token."""
-    return call("qlinear_per_token")(*call("quantize_per_token")(x), packed, scale, bias)
+    """A linear layer that quantizes its own input, token by token; with "_reference" in references."""
+    quantize, linear = (getattr(ops, name + suffix) for name in ("quantize_per_token", "qlinear_per_token"))
+    return linear(*quantize(x), packed, scale, bias)
 
 
 def activations(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -63,9 +63,9 @@ def activations(shape: tuple[int, ...], seed: int) -> Tensor:
 def test_packing_is_the_documented_one_and_comes_back(n: int, k: int, seed: int) -> None:
     weight, packed, _, _ = layer(n, k, seed)
     assert packed.shape == (packing.packed_bytes(n, k),)
-    assert torch.equal(packed, library.reference("qlinear_prepack")(weight))
+    assert torch.equal(packed, packing.qlinear_prepack.reference(weight))
     assert torch.equal(ops.qlinear_unpack(packed, n, k), weight)
-    assert torch.equal(library.reference("qlinear_unpack")(packed, n, k), weight)
+    assert torch.equal(packing.qlinear_unpack.reference(packed, n, k), weight)
 
 
 def test_packing_takes_any_strides() -> None:
@@ -99,7 +99,7 @@ def test_float_epilogue(lead: tuple[int, ...], n: int, k: int, with_bias: bool, 
     x = activations((*lead, k), seed)
     args = (x, 0.0213, 101, packed, scale, bias if with_bias else None)
     y = ops.qlinear(*args)
-    assert torch.equal(y, library.reference("qlinear")(*args))
+    assert torch.equal(y, ql.qlinear.reference(*args))
     product = (x.double() - 101) @ weight.double().t() * (scale.double() * 0.0213)
     exact = product + (bias.double() if with_bias else 0)
     # Three roundings of relative size 2^-24 act on the product (activation scale, product of scales, product;
@@ -121,7 +121,7 @@ def test_requantized_output(
     quantize = torch.ops.quantized_decomposed.quantize_per_tensor
     assert torch.equal(q, quantize(y, out_scale, zero_point, 0, 255, torch.uint8))
     args = (x, 0.0213, 101, packed, scale, bias, out_scale, zero_point)
-    assert torch.equal(q, library.reference("qlinear")(*args))
+    assert torch.equal(q, ql.qlinear.reference(*args))
 
 
 def test_requantization_rounds_ties_to_even() -> None:
@@ -163,7 +163,7 @@ def test_token_quantizer_matches_its_reference(
 ) -> None:
     x = (torch.randn(*lead, k, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
     q, scale = ops.quantize_per_token(x)
-    want, want_scale = library.reference("quantize_per_token")(x)
+    want, want_scale = ql.quantize_per_token.reference(x)
     assert torch.equal(q, want) and torch.equal(scale, want_scale)
     assert q.dtype == torch.uint8 and q.shape == x.shape and scale.shape == (*lead, 1)
     # Half a step, and the roundings of the reciprocal and of its product with up to 127 steps.
@@ -172,7 +172,7 @@ def test_token_quantizer_matches_its_reference(
 
 def test_token_quantizer_rounds_ties_to_even_and_uses_the_whole_range() -> None:
     x = torch.arange(-127, 127.5, 0.5)[None]  # the scale is exactly 1
-    q, scale = ql.per_token_bytes(x)
+    q, scale = ql.quantize_per_token(x)
     assert scale.item() == 1.0
     assert torch.equal(q.float() - ql.TOKEN_ZERO_POINT, torch.round(x))
     assert (q.min(), q.max()) == (1, 255)
@@ -188,8 +188,8 @@ def test_dynamic_matches_its_reference(
     args = (x, packed, scale, bias if with_bias else None)
     y = per_token(*args)
     assert y.dtype == torch.float32 and y.shape == (*lead, n)
-    assert torch.equal(y, per_token(*args, call=library.reference))
-    q, row_scale = ql.per_token_bytes(x)
+    assert torch.equal(y, per_token(*args, suffix="_reference"))
+    q, row_scale = ql.quantize_per_token(x)
     assert torch.equal(y, ops.qlinear_per_token(q, row_scale, *args[1:]))
     product = ((q.double() - 128) @ weight.double().t()) * (scale.double() * row_scale.double())
     exact = product + (bias.double() if with_bias else 0)
@@ -215,12 +215,12 @@ def test_special_rows_do_not_touch_their_neighbours(dtype: torch.dtype) -> None:
     assert torch.equal(y[5], bias)
     rest = [0, 6, 7, 8]
     assert torch.equal(y[rest], want[rest])
-    reference = per_token(x, packed, scale, bias, call=library.reference)
+    reference = per_token(x, packed, scale, bias, suffix="_reference")
     assert torch.allclose(y, reference, rtol=0, atol=0, equal_nan=True)
     args = (*ops.quantize_per_token(x), packed, scale, bias, 0.1, 77)
     requantized = ops.qlinear_per_token(*args)
     assert (requantized[2:5] == 0).all()
-    assert torch.equal(requantized, library.reference("qlinear_per_token")(*args))
+    assert torch.equal(requantized, ql.qlinear_per_token.reference(*args))
 
 
 def test_number_of_threads_does_not_change_results() -> None:
@@ -307,7 +307,7 @@ def test_bad_calls_say_what_is_wrong(name: str, message: str, args: tuple[Any, .
     with pytest.raises(MqAoError, match=message):
         getattr(ops, name)(*args)
     with pytest.raises(MqAoError, match=message):
-        library.reference(name)(*args)
+        getattr(ops, f"{name}_reference")(*args)
     with FakeTensorMode() as mode, pytest.raises(MqAoError, match=message):
         getattr(ops, name)(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
 
@@ -368,8 +368,8 @@ def test_every_instruction_set_gives_the_same(flags: tuple[str, ...], tmp_path: 
             sizes = (ctypes.c_long * 6)(m, n, k, bits, group_size, threads)
             call(sizes, *(ctypes.c_void_p(t.data_ptr()) for t in tensors))
             shared_args = (packed, scale.t() if group_size else scale[0], bias)
-            per_token = library.reference("qlinear_per_token")
-            tokens = library.reference("quantize_per_token")(x)
+            per_token = ql.qlinear_per_token.reference
+            tokens = ql.quantize_per_token.reference(x)
             assert torch.equal(y, per_token(*tokens, *shared_args, bits=bits, group_size=group_size))
             assert torch.equal(requantized, (torch.round(y * 2.0) + 100).clamp(0, 255).to(torch.uint8))
             # Also exact sums and the same roundings everywhere; tests/test_ops_wlinear.py has the accuracy.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library, packing
+from mq_ao.ops import packing
 from mq_ao.ops import qlinear as ql
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -58,9 +58,9 @@ def activations(shape: tuple[int, ...], seed: int) -> Tensor:
 def test_packing_is_the_documented_one_and_comes_back(n: int, k: int, bits: int, group_size: int, seed: int) -> None:
     made = Layer(n, k, bits, group_size, seed)
     assert made.packed.shape == (packing.packed_bytes(n, k, bits, group_size),)
-    assert torch.equal(made.packed, library.reference("qlinear_prepack")(made.weight, bits, group_size))
+    assert torch.equal(made.packed, packing.qlinear_prepack.reference(made.weight, bits, group_size))
     assert torch.equal(ops.qlinear_unpack(made.packed, n, k, bits, group_size), made.weight)
-    assert torch.equal(library.reference("qlinear_unpack")(made.packed, n, k, bits, group_size), made.weight)
+    assert torch.equal(packing.qlinear_unpack.reference(made.packed, n, k, bits, group_size), made.weight)
 
 
 def test_four_bits_take_half_the_bytes() -> None:
@@ -99,7 +99,7 @@ def test_static_follows_its_reference(
     args = (x, 0.0213, 101, made.packed, made.scale, made.bias if with_bias else None, out_scale, 13, *made.options)
     y = ops.qlinear(*args)
     assert y.dtype == (torch.uint8 if requantized else torch.float32) and y.shape == (*lead, n)
-    assert torch.equal(y, library.reference("qlinear")(*args))
+    assert torch.equal(y, ql.qlinear.reference(*args))
 
 
 @drawn
@@ -112,7 +112,7 @@ def test_per_token_follows_its_reference(
     out_scale = 0.1 if requantized else None
     args = (q, scale, made.packed, made.scale, made.bias if with_bias else None, out_scale, 130, *made.options)
     y = ops.qlinear_per_token(*args)
-    assert torch.equal(y, library.reference("qlinear_per_token")(*args))
+    assert torch.equal(y, ql.qlinear_per_token.reference(*args))
 
 
 @drawn
@@ -195,7 +195,7 @@ class TwoProducts(torch.nn.Module):
         self.register_buffer("scale", made.scale.t().contiguous().t())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q, scale = ql.per_token_bytes(x)
+        q, scale = ql.quantize_per_token(x)
         shared = (q, scale, self.packed, self.scale)
         y = ql.qlinear_per_token(*shared, bits=4, group_size=8)
         return y, ql.qlinear_per_token(*shared, out_scale=0.1, out_zero_point=128, bits=4, group_size=8)
@@ -239,7 +239,7 @@ def test_bad_calls_say_what_is_wrong(name: str, message: str, args: tuple[Any, .
     with pytest.raises(MqAoError, match=message):
         getattr(ops, name)(*args)
     with pytest.raises(MqAoError, match=message):
-        library.reference(name)(*args)
+        getattr(ops, f"{name}_reference")(*args)
     with FakeTensorMode() as mode, pytest.raises(MqAoError, match=message):
         getattr(ops, name)(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
 

@@ -16,15 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
-from mq_ao.ops.qselective_scan import quantize_state
+from mq_ao.ops.qselective_scan import qselective_scan
+from mq_ao.ops.selective_scan import selective_scan
+from mq_ao.ops.state import quantize_state
 from tests.conftest import assert_same_bits_for_any_threads
 from tests.test_ops_scan import FLOAT32, Case, assert_near, cases
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 scan = torch.ops.mq_ao.qselective_scan
-reference = library.reference("qselective_scan")
-float_scan = library.reference("selective_scan")
+reference = qselective_scan.reference
+float_scan = selective_scan.reference
 quantize = torch.ops.quantized_decomposed.quantize_per_tensor
 
 NAMES = ("u", "delta", "B", "C")

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
+from mq_ao.ops.qssd_scan import qssd_scan
+from mq_ao.ops.ssd_scan import ssd_scan
 from tests.conftest import assert_same_bits_for_any_threads
 from tests.test_ops_qscan import as_signed, assert_rounded, four, laid_out, quantize, to_grid
 from tests.test_ops_scan import FLOAT32, assert_near
@@ -24,8 +25,8 @@ from tests.test_ops_ssd import ROWS, WHOLE, Case, cases, double
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 scan = torch.ops.mq_ao.qssd_scan
-reference = library.reference("qssd_scan")
-float_scan = library.reference("ssd_scan")
+reference = qssd_scan.reference
+float_scan = ssd_scan.reference
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
+from mq_ao.ops.selective_scan import selective_scan
 from tests.conftest import assert_same_for_any_threads
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 scan = torch.ops.mq_ao.selective_scan
-reference = library.reference("selective_scan")
+reference = selective_scan.reference
 
 
 @dataclass(frozen=True)

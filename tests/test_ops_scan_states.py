@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
+from mq_ao.ops.scan_states import scan_states
 from tests.test_ops_scan import FLOAT32, Case, assert_near, cases, double
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 states = torch.ops.mq_ao.scan_states
-reference = library.reference("scan_states")
+reference = scan_states.reference
 
 
 def split(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor | bool | None], Tensor, Tensor | None]:

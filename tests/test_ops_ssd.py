@@ -15,13 +15,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
+from mq_ao.ops.ssd_scan import ssd_scan
 from tests.conftest import assert_same_bits_for_any_threads
 from tests.test_ops_scan import BFLOAT16, FLOAT32, assert_near
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 scan = torch.ops.mq_ao.ssd_scan
-reference = library.reference("ssd_scan")
+reference = ssd_scan.reference
 
 ROWS = ("x", "dt", "B", "C")
 """Arguments with a time axis, but for seq_idx."""

@@ -13,13 +13,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mq_ao import MqAoError
-from mq_ao.ops import library
+from mq_ao.ops.causal_conv1d import causal_conv1d
+from mq_ao.ops.qcausal_conv1d import qcausal_conv1d
 from mq_ao.ops.triton import causal_conv1d as kernel
 from mq_ao.ops.triton.launch import using
 
 pytestmark = pytest.mark.gpu
 
-float_reference, quantized_reference = library.reference("causal_conv1d"), library.reference("qcausal_conv1d")
+float_reference, quantized_reference = causal_conv1d.reference, qcausal_conv1d.reference
 X_SCALE, OUT_SCALE = 0.037, 0.05
 
 

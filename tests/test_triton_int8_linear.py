@@ -57,12 +57,12 @@ def test_the_reference_is_the_product_of_dequantized_values(case: dict[str, obje
     x = q.double() - (0 if case["correction"] is None else 5)
     expected = x @ values.t() * (1 if case["token_scale"] is None else case["token_scale"].double())
     expected = expected if case["bias"] is None else expected + case["bias"]
-    got = int8_linear(**{**case, "out_scale": None})
+    got = int8_linear.reference(**{**case, "out_scale": None})
     # A few roundings of float32 for each of at most 6 groups.
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=2e-6 * float(expected.abs().max()))
     if case["out_scale"] is not None:
         rounded = quantize(got, 0.05, 3, -128, 127, torch.int8)
-        assert torch.equal(int8_linear(**case), rounded)
+        assert torch.equal(int8_linear.reference(**case), rounded)
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,7 +73,7 @@ def test_the_kernel_rounds_as_the_reference(case: dict[str, object], config: int
 
     with using(config):
         got = kernel.run(**case)
-    expected = int8_linear(**case)
+    expected = int8_linear.reference(**case)
     assert got.dtype == expected.dtype and got.shape == expected.shape
     # Sums are exact, and the epilogue rounds in the same order; on a GPU fewer times, where it fuses additions.
     if not torch.cuda.is_available():
@@ -98,7 +98,7 @@ def test_pieces_are_those_of_the_whole(case: dict[str, object], config: int, thr
     args = (*shared, sizes, scales, zero_points, case["group_size"])
     with using(config):
         both = kernel.run_pieces(*args), mq.int8_linears(*args)
-    whole = int8_linear(**{**case, "out_scale": None}).split(sizes, -1)
+    whole = int8_linear.reference(**{**case, "out_scale": None}).split(sizes, -1)
     for results in both:
         assert all(result.shape == (0,) for result in results[len(sizes) :])
         for got, expected, (scale, zero_point) in zip(results[: len(sizes)], whole, grids, strict=True):

@@ -12,7 +12,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mq_ao.ops import hadamard_matrix as hm
-from mq_ao.ops import library
+from mq_ao.ops.gate import gate
+from mq_ao.ops.hadamard import hadamard
 from mq_ao.ops.triton import int8_gate, int8_rms_norm
 from mq_ao.ops.triton.rotation import rotation
 from tests.test_int8_rows import gates, norms
@@ -85,14 +86,14 @@ def test_rotations_of_every_kind(n: int) -> None:
     assert rotation(n) is not None
     gen = torch.Generator().manual_seed(n)
     x, scale = torch.randn(3, 2 * n, generator=gen)[:, :n], torch.rand(n, generator=gen) + 0.5
-    wanted = library.reference("hadamard")(x.double() * scale.double())
+    wanted = hadamard.reference(x.double() * scale.double())
     assert_next_to(int8_gate.run_hadamard(x, scale), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rotations_round_to_their_dtype(dtype: torch.dtype) -> None:
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
-    wanted = library.reference("hadamard")(x.double())
+    wanted = hadamard.reference(x.double())
     got = int8_gate.run_hadamard(x)
     assert got.dtype == dtype
     torch.testing.assert_close(got, wanted.to(dtype))
@@ -103,9 +104,9 @@ def test_what_no_program_holds_goes_to_the_reference(n: int, dtype: torch.dtype)
     x = torch.randn(2, n, dtype=dtype, generator=torch.Generator().manual_seed(0))
     if n == 32768:  # whose matrix takes 8 GB: without it
         assert rotation(n) is None
-        torch.testing.assert_close(int8_gate.run_gate(x, x), library.reference("gate")(x, x))
+        torch.testing.assert_close(int8_gate.run_gate(x, x), gate.reference(x, x))
     else:
-        torch.testing.assert_close(int8_gate.run_hadamard(x), library.reference("hadamard")(x))
+        torch.testing.assert_close(int8_gate.run_hadamard(x), hadamard.reference(x))
 
 
 def exact_norm(case: dict[str, Any]) -> Tensor:
@@ -133,9 +134,9 @@ def test_integers_hardly_ever_differ_from_the_reference(hadamard: bool) -> None:
     pairs = []
     for out_scale in (None, 0.05):
         args = (y, 0.013, -9, z, 0.047, 72, s, hadamard, out_scale, 7)
-        pairs.append((int8_gate.run(*args), library.reference("int8_gate")(*args)))
+        pairs.append((int8_gate.run(*args), torch.ops.mq_ao.int8_gate_reference(*args)))
         args = (x, x.flip(0), s, 1e-5, out_scale, 7)
-        pairs.append((int8_rms_norm.run(*args), library.reference("int8_rms_norm")(*args)))
+        pairs.append((int8_rms_norm.run(*args), torch.ops.mq_ao.int8_rms_norm_reference(*args)))
     for (q, scale, *_), (wanted, wanted_scale, *_) in pairs:
         torch.testing.assert_close(scale, wanted_scale, rtol=TOLERANCE, atol=0)
         off = (q.int() - wanted.int()).abs()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mq_ao import MqAoError
 from mq_ao.ops import gpu_tuning
-from mq_ao.ops.grids import dequantize
+from mq_ao.ops.grids import Grid, dequantize
 from mq_ao.ops.qselective_scan import qselective_scan
 from mq_ao.ops.selective_scan import selective_scan
 from tests.interpreter import bfloat16_as_on_chips
@@ -115,8 +115,8 @@ def assert_near(got: Tensor, exact: Tensor, tolerance: float) -> None:
 def test_float32_is_near_float64(case: Case, config: int) -> None:
     arguments = case.arguments()
     y, state = run(kernels.run, case, config, arguments)
-    exact, exact_state = selective_scan(**double(arguments))
-    near, near_state = tolerances(selective_scan, arguments)
+    exact, exact_state = selective_scan.reference(**double(arguments))
+    near, near_state = tolerances(selective_scan.reference, arguments)
     assert y.dtype == state.dtype == torch.float32
     # Decays of up to 13 steps multiply, each with an error of a few roundings and of its exponent.
     assert_near(y, exact, near)
@@ -129,8 +129,8 @@ def test_bfloat16_is_rounded_at_the_end_alone(case: Case) -> None:
     arguments = case.arguments(torch.bfloat16)
     with bfloat16_as_on_chips():
         y, state = run(kernels.run, case, 0, arguments)
-    exact, exact_state = selective_scan(**double(arguments))
-    near, near_state = tolerances(selective_scan, arguments)
+    exact, exact_state = selective_scan.reference(**double(arguments))
+    near, near_state = tolerances(selective_scan.reference, arguments)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert_near(y, exact, 2**-8 * float(exact.abs().max()) + near)
     assert_near(state, exact_state, near_state)
@@ -174,8 +174,8 @@ def float_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The float32 values of operands."""
     values = {name: x for name, x in arguments.items() if not name.endswith(("_scale", "_zero_point"))}
     for name in ("u", "delta", "B", "C"):
-        grid = (arguments[name], arguments[f"{name}_scale"], arguments[f"{name}_zero_point"])
-        values[name] = dequantize(name, *grid)
+        grid = Grid(arguments[f"{name}_scale"], arguments[f"{name}_zero_point"])
+        values[name] = dequantize(arguments[name], grid)
     if values["initial_state"] is not None and "state_scale" in arguments:
         values["initial_state"] = values["initial_state"] * arguments["state_scale"]
     return values
@@ -193,9 +193,9 @@ def test_quantized_is_near_float64_and_rounded(qcase: QCase, config: int) -> Non
     arguments = qcase.arguments()
     y, state = run(kernels.run_quantized, qcase.case, config, arguments)
     values = float_arguments(arguments)
-    exact, exact_state = selective_scan(**double(values))
-    near, near_state = tolerances(selective_scan, values)
-    reference = qselective_scan(**arguments)
+    exact, exact_state = selective_scan.reference(**double(values))
+    near, near_state = tolerances(selective_scan.reference, values)
+    reference = qselective_scan.reference(**arguments)
     assert [x.dtype for x in (y, state)] == [x.dtype for x in reference]
     if qcase.byte_output:
         info = torch.iinfo(y.dtype)
@@ -216,7 +216,7 @@ def test_small_step_sizes_keep_their_precision(length: int) -> None:
     arguments = replace(PLAIN, length=length, options=(False, False, True, False)).arguments()
     arguments["delta"] = arguments["delta"] - 12
     y, _ = kernels.run(**arguments)
-    exact, _ = selective_scan(**double(arguments))
+    exact, _ = selective_scan.reference(**double(arguments))
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
 
 
@@ -226,14 +226,14 @@ def test_results_that_are_not_numbers_are_rounded_as_by_the_reference(length: in
     arguments = qcase.arguments()
     arguments["u"][:, :, 2] = float("nan")
     y, state = kernels.run_quantized(**arguments)
-    expected, expected_state = qselective_scan(**arguments)
+    expected, expected_state = qselective_scan.reference(**arguments)
     assert torch.equal(y[..., 2], expected[..., 2])
     assert torch.equal(state[:, 2], expected_state[:, 2])
 
 
 def test_float64_goes_to_the_reference() -> None:
     arguments = double(PLAIN.arguments())
-    for got, expected in zip(kernels.run(**arguments), selective_scan(**arguments), strict=True):
+    for got, expected in zip(kernels.run(**arguments), selective_scan.reference(**arguments), strict=True):
         assert got.dtype == torch.float64
         torch.testing.assert_close(got, expected)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mq_ao import MqAoError
-from mq_ao.ops.grids import dequantize
+from mq_ao.ops.grids import Grid, dequantize
 from mq_ao.ops.qssd_scan import qssd_scan
 from mq_ao.ops.ssd_scan import ssd_scan
 from tests.interpreter import bfloat16_as_on_chips
@@ -102,8 +102,8 @@ def test_float32_is_near_float64(case: Case, config: int) -> None:
     arguments = case.arguments()
     with using(config):
         y, state = kernels.run(**arguments)
-    exact, exact_state = ssd_scan(**double(arguments))
-    near, near_state = tolerances(ssd_scan, arguments)
+    exact, exact_state = ssd_scan.reference(**double(arguments))
+    near, near_state = tolerances(ssd_scan.reference, arguments)
     assert y.dtype == state.dtype == torch.float32
     # Exponents within a chunk are differences of sums that reach hundreds, of which float32 keeps 1e-5.
     assert_near(y, exact, near)
@@ -115,8 +115,8 @@ def test_float32_is_near_float64(case: Case, config: int) -> None:
 def test_bfloat16_is_rounded_at_the_end_alone(case: Case) -> None:
     arguments = case.arguments(torch.bfloat16)
     y, state = kernels.run(**arguments)
-    exact, exact_state = ssd_scan(**double(arguments))
-    near, near_state = tolerances(ssd_scan, arguments)
+    exact, exact_state = ssd_scan.reference(**double(arguments))
+    near, near_state = tolerances(ssd_scan.reference, arguments)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert_near(y, exact, 2**-8 * float(exact.abs().max()) + near)
     assert_near(state, exact_state, near_state)
@@ -156,11 +156,11 @@ def test_quantized_is_near_float64_and_rounded(qcase: QCase, config: int) -> Non
         y, state = kernels.run_quantized(**arguments)
     values = {name: x for name, x in arguments.items() if not name.endswith(("_scale", "_zero_point"))}
     for name in ("x", "dt", "B", "C"):
-        grid = (arguments[name], arguments[f"{name}_scale"], arguments[f"{name}_zero_point"])
-        values[name] = dequantize(name, *grid)
-    exact, exact_state = ssd_scan(**double(values))
-    near, near_state = tolerances(ssd_scan, values)  # two halves leave 2^-18 = 0.4e-5
-    assert [x.dtype for x in (y, state)] == [x.dtype for x in qssd_scan(**arguments)]
+        grid = Grid(arguments[f"{name}_scale"], arguments[f"{name}_zero_point"])
+        values[name] = dequantize(arguments[name], grid)
+    exact, exact_state = ssd_scan.reference(**double(values))
+    near, near_state = tolerances(ssd_scan.reference, values)  # two halves leave 2^-18 = 0.4e-5
+    assert [x.dtype for x in (y, state)] == [x.dtype for x in qssd_scan.reference(**arguments)]
     if qcase.byte_output:
         info = torch.iinfo(y.dtype)
         assert_rounded(y, exact / 0.05 + arguments["out_zero_point"], info.min, info.max, near / 0.05)
@@ -178,7 +178,7 @@ def test_step_sizes_that_are_not_numbers_stay_so(length: int) -> None:
     arguments["dt"][:, -1, 0] = float("nan")
     y, state = kernels.run(**arguments)
     assert bool(y[:, -1, 0].isnan().all()) and bool(state[:, 0].isnan().all())
-    exact, exact_state = ssd_scan(**double(arguments))
+    exact, exact_state = ssd_scan.reference(**double(arguments))
     near, near_state = (1e-5 * float(result.abs().max()) for result in (exact[:, :, 1], exact_state[:, 1]))
     assert_near(y[:, :, 1].contiguous(), exact[:, :, 1], near)
     assert_near(state[:, 1].contiguous(), exact_state[:, 1], near_state)
@@ -186,7 +186,7 @@ def test_step_sizes_that_are_not_numbers_stay_so(length: int) -> None:
 
 def test_float64_goes_to_the_reference() -> None:
     arguments = double(PLAIN.arguments())
-    for got, expected in zip(kernels.run(**arguments), ssd_scan(**arguments), strict=True):
+    for got, expected in zip(kernels.run(**arguments), ssd_scan.reference(**arguments), strict=True):
         assert got.dtype == torch.float64
         torch.testing.assert_close(got, expected)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mq_ao import MqAoError
-from mq_ao.ops import library
 from mq_ao.ops.int8_linear import int8_linear, int8_linears
+from mq_ao.ops.int8_steps import int8_conv_step_, int8_scan_step_
 from mq_ao.ops.qcausal_conv1d import qcausal_conv1d
 from mq_ao.ops.selective_scan import selective_scan
 from tests.steps import ConvCase, ScanCase
@@ -63,8 +63,8 @@ def pieces_of(arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The pieces of the linear, and where float32 may round them in another way."""
     names = (*LINEAR, "sizes", "out_scales", "out_zero_points", "group_size")
     count, scales = len(arguments["sizes"]), arguments["out_scales"]
-    pieces = int8_linears(*(arguments[name] for name in names))[:count]
-    whole = int8_linear(*(arguments[name] for name in LINEAR), None, 0, arguments["group_size"])
+    pieces = int8_linears.reference(*(arguments[name] for name in names))[:count]
+    whole = int8_linear.reference(*(arguments[name] for name in LINEAR), None, 0, arguments["group_size"])
     borders = [
         on_a_border(piece.double() / scale) if scale else torch.zeros_like(piece, dtype=torch.bool)
         for piece, scale in zip(whole.split(arguments["sizes"], -1), scales, strict=True)
@@ -82,7 +82,7 @@ def test_a_convolution_follows_its_linear(case: ConvCase, config: int) -> None:
     pieces, borders = pieces_of(arguments)
     grid = (arguments["out_scales"][case.piece], arguments["out_zero_points"][case.piece])
     conv = [before if name == "conv_state" else arguments[name] for name in CONV]
-    exact, last = qcausal_conv1d(pieces[case.piece], *grid, *conv)
+    exact, last = qcausal_conv1d.reference(pieces[case.piece], *grid, *conv)
     assert all(result.shape == (0,) for result in got[len(pieces) :])
     # The inputs of a convolution reach its output and its state.
     sure = ~borders[case.piece]
@@ -125,11 +125,14 @@ def scan_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     scale, zero_point = arguments["delta_scale"], arguments["delta_zero_point"]
     names = [f"{name}{suffix}" for name in ("u", "B", "C") for suffix in ("", "_scale", "_zero_point")]
     values = {name: arguments[name] for name in [*names, "A", "D", "delta_bias", "delta_softplus"]}
-    values |= {"delta": int8_linear(q, None, *linear, scale, zero_point), "initial_state": arguments["state"].clone()}
+    values |= {
+        "delta": int8_linear.reference(q, None, *linear, scale, zero_point),
+        "initial_state": arguments["state"].clone(),
+    }
     values |= {"delta_scale": scale, "delta_zero_point": zero_point}
     if arguments["state_scale"] is not None:
         values["state_scale"] = arguments["state_scale"]
-    return float_arguments(values), ~on_a_border(int8_linear(q, None, *linear).double() / scale)
+    return float_arguments(values), ~on_a_border(int8_linear.reference(q, None, *linear).double() / scale)
 
 
 @settings(max_examples=50, deadline=None)
@@ -140,9 +143,9 @@ def test_a_scan_follows_its_linear(case: ScanCase, config: int) -> None:
     values, sure = scan_arguments(arguments)
     with using(config):
         y = kernels.run_scan(**arguments)
-    exact, exact_state = selective_scan(**double(values))
-    near, near_state = tolerances(selective_scan, values)
-    wanted = library.reference("int8_scan_step_")(**case.arguments())
+    exact, exact_state = selective_scan.reference(**double(values))
+    near, near_state = tolerances(selective_scan.reference, values)
+    wanted = int8_scan_step_.reference(**case.arguments())
     assert y.dtype == wanted.dtype and y.shape == wanted.shape and y.is_contiguous()
     of_states = sure.transpose(1, 2).expand_as(state)
     if case.rounded:
@@ -166,7 +169,7 @@ def test_steps_are_those_of_the_sequence() -> None:
     outputs = [kernels.run_conv(**{**first, "q": q, "conv_state": state})[0] for q in tokens.split(1, 1)]
     pieces, _ = pieces_of({**first, "q": tokens})
     conv = [None if name == "conv_state" else first[name] for name in CONV]
-    expected, last = qcausal_conv1d(pieces[0], first["out_scales"][0], -11, *conv)
+    expected, last = qcausal_conv1d.reference(pieces[0], first["out_scales"][0], -11, *conv)
     torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-6, atol=5e-6)
     assert torch.equal(state, last)
 
@@ -181,7 +184,7 @@ def test_values_that_are_not_numbers_are_rounded_as_by_the_reference() -> None:
         ("int8_scan_step_", kernels.run_scan, scan, "state"),
     ):
         copy = {**arguments, state: arguments[state].clone()}
-        got, wanted = run(**arguments), library.reference(name)(**copy)
+        got, wanted = run(**arguments), getattr(torch.ops.mq_ao, f"{name}_reference")(**copy)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1, equal_nan=True)
         torch.testing.assert_close(arguments[state], copy[state], rtol=1e-6, atol=1e-6, equal_nan=True)
 
@@ -191,7 +194,7 @@ def test_what_the_kernel_does_not_take_is_done_by_two(case: ConvCase) -> None:
     arguments = case.arguments()
     states = [arguments["conv_state"].clone() for _ in range(2)]
     got = kernels.run_conv(**{**arguments, "conv_state": states[0]})
-    wanted = library.reference("int8_conv_step_")(**{**arguments, "conv_state": states[1]})
+    wanted = int8_conv_step_.reference(**{**arguments, "conv_state": states[1]})
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(*states)
 

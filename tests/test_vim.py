@@ -18,7 +18,7 @@ from mq_ao.graph.residual import streams
 from mq_ao.lowering import inductor
 from mq_ao.models import VIM_SMALL, VIM_TINY, Vim, VimConfig
 from mq_ao.models.mamba import scan
-from mq_ao.ops import library
+from mq_ao.ops.selective_scan import selective_scan
 from mq_ao.passes import Status
 from mq_ao.recipes import RECIPES
 
@@ -45,7 +45,7 @@ def images(count: int, seed: int = 1, config: VimConfig = TINY) -> Tensor:
 
 def expected_mixer(mixer: nn.Module, x: Tensor) -> Tensor:
     """The block as the paper writes it: each direction gated by itself, over a plain convolution."""
-    scan = library.reference("selective_scan")
+    scan = selective_scan.reference
     total = 0.0
     for suffix, a_log, backward in (("", "A_log", False), ("_b", "A_b_log", True)):
         u, z = mixer.in_proj(x.flip(1) if backward else x).chunk(2, dim=-1)

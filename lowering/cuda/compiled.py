@@ -13,7 +13,10 @@ from torch.fx import GraphModule, Node
 from mq_ao.compat.compiling import dynamo_settings, inductor_settings
 from mq_ao.graph import walk
 from mq_ao.ops.gpu_tuning import FEW_OUTPUTS, FEW_ROWS
-from mq_ao.ops.int8_linear import MOST_PIECES, finished, scaled
+from mq_ao.ops.grids import Grid
+from mq_ao.ops.int8_linear import MOST_PIECES, finished, int8_linear, int8_linears, scaled
+from mq_ao.ops.int8_rms_norm import int8_rms_norm
+from mq_ao.ops.operator import Operands, implements, like
 
 mq = torch.ops.mq_ao
 
@@ -21,69 +24,47 @@ mq = torch.ops.mq_ao
 _MULTIPLE = 8
 
 
-def product(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    group_size: int = 0,
-) -> Tensor:
+@implements(int8_linear)
+def product(a: Operands) -> Tensor:
     """`int8_linear`: in plain operators where `aten._int_mm` takes it, else the operator, which has kernels of its own.
 
     It is for the tracer of `torch.compile`, which guards the choice by the number of rows.
     """
-    if not _taken(q, weight, group_size, weight.shape[0]):
-        epilogue = (correction, bias, out_scale, out_zero_point, group_size)
-        return mq.int8_linear(q, token_scale, weight, scale, *epilogue)
-    rows = q.reshape(-1, q.shape[-1])
-    scales = None if token_scale is None else token_scale.reshape(-1, 1)
-    y = scaled(torch.ops.aten._int_mm(rows, weight.t()), scales, scale, correction)
-    return finished(y, bias, out_scale, out_zero_point).reshape(*q.shape[:-1], weight.shape[0])
+    n = a.weight.shape[0]
+    if not _taken(a, n):
+        epilogue = (a.correction, a.bias, a.out_scale, a.out_zero_point, a.group_size)
+        return int8_linear(a.q, a.token_scale, a.weight, a.scale, *epilogue)
+    rows = a.q.reshape(-1, a.q.shape[-1])
+    scales = None if a.token_scale is None else a.token_scale.reshape(-1, 1)
+    y = scaled(torch.ops.aten._int_mm(rows, a.weight.t()), scales, a.scale, a.correction)
+    return finished(y, a.bias, Grid.of(a, "out")).reshape(*a.q.shape[:-1], n)
 
 
-def products(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    sizes: list[int],
-    out_scales: list[float],
-    out_zero_points: list[int],
-    group_size: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+@implements(int8_linears)
+def products(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """`int8_linears` likewise: of many rows and outputs a product for each piece, which an epilogue can follow."""
-    if weight.shape[0] <= FEW_OUTPUTS or not _taken(q, weight, group_size, *sizes):
-        pieces = (sizes, out_scales, out_zero_points, group_size)
-        return mq.int8_linears(q, token_scale, weight, scale, correction, bias, *pieces)
+    if a.weight.shape[0] <= FEW_OUTPUTS or not _taken(a, *a.sizes):
+        pieces = (a.sizes, a.out_scales, a.out_zero_points, a.group_size)
+        return int8_linears(a.q, a.token_scale, a.weight, a.scale, a.correction, a.bias, *pieces)
     given, start = [], 0
-    for size, out_scale, zero_point in zip(sizes, out_scales, out_zero_points, strict=True):
+    for size, out_scale, zero_point in zip(a.sizes, a.out_scales, a.out_zero_points, strict=True):
         part = slice(start, start + size)
-        less, more = (None if value is None else value[part] for value in (correction, bias))
-        given.append(product(q, token_scale, weight[part], scale[part], less, more, out_scale or None, zero_point))
+        less, more = (None if value is None else value[part] for value in (a.correction, a.bias))
+        epilogue = (less, more, out_scale or None, zero_point)
+        given.append(product(a.q, a.token_scale, a.weight[part], a.scale[part], *epilogue))
         start += size
-    first, second, third = given + [q.new_empty(0, dtype=torch.float32) for _ in range(MOST_PIECES - len(given))]
+    first, second, third = given + [like(a.q, (0,), torch.float32) for _ in range(MOST_PIECES - len(given))]
     return first, second, third
 
 
-def norm_of_sum(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+@implements(int8_rms_norm)
+def norm_of_sum(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """`int8_rms_norm` with a residual: of many rows, the sum is left to the epilogue of the product before it."""
-    if x.numel() // x.shape[-1] <= FEW_ROWS:
-        return mq.int8_rms_norm(x, residual, weight, eps, out_scale, out_zero_point)
-    total = x + residual
-    q, scale, _ = mq.int8_rms_norm(total, None, weight, eps, out_scale, out_zero_point)
+    rest = (a.weight, a.eps, a.out_scale, a.out_zero_point)
+    if a.x.numel() // a.x.shape[-1] <= FEW_ROWS:
+        return int8_rms_norm(a.x, a.residual, *rest)
+    total = a.x + a.residual
+    q, scale, _ = int8_rms_norm(total, None, *rest)
     return q, scale, total
 
 
@@ -98,11 +79,12 @@ def summed(node: Node) -> Node | None:
     return None
 
 
-def _taken(q: Tensor, weight: Tensor, group_size: int, *sizes: int) -> bool:
+def _taken(a: Operands, *sizes: int) -> bool:
     """Whether `aten._int_mm` takes products of these sizes."""
-    if group_size or weight.dtype != torch.int8 or any(size % _MULTIPLE for size in (*sizes, q.shape[-1])):
+    k = a.q.shape[-1]
+    if a.group_size or a.weight.dtype != torch.int8 or any(size % _MULTIPLE for size in (*sizes, k)):
         return False
-    return q.numel() // q.shape[-1] > FEW_ROWS
+    return bool(a.q.numel() // k > FEW_ROWS)
 
 
 _INLINED: dict[Any, Any] = {mq.int8_linear.default: product, mq.int8_linears.default: products}

@@ -17,7 +17,7 @@ from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, drop_unread, eac
 from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, merge_dequantize, per_token_source
 from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import MOST_PIECES
-from mq_ao.ops.qlinear import quantize_per_token
+from mq_ao.ops.qlinear import int8_per_token
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -58,8 +58,8 @@ class Rewriter(LinearRewriter):
             each(walk.LINEAR, self.linear),
             each(walk.EMBEDDING, self.embedding),
             drop_unread,
-            each({Q_STATIC, quantize_per_token}, self._gate),
-            each({Q_STATIC, quantize_per_token}, self._norm),
+            each({Q_STATIC, int8_per_token}, self._gate),
+            each({Q_STATIC, int8_per_token}, self._norm),
         )
 
     def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
@@ -111,7 +111,7 @@ class Rewriter(LinearRewriter):
         if source is None and not operand.static:
             return None
         # Traced, the rounding of tokens is plain operators, which Inductor fuses with what is before them.
-        q, token_scale = (operand.node, None) if source is None else self.per_token(source, x, quantize_per_token)
+        q, token_scale = (operand.node, None) if source is None else self.per_token(source, x, int8_per_token)
         values, scale, group_size = self._layout(at, weight)
         correction = None
         with self.graph.inserting_before(at):

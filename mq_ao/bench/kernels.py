@@ -91,7 +91,7 @@ def measure(kernel: Kernel, pairs: int = 31, recurrences: int = 3) -> KernelTime
         raise MqAoError("there are no native kernels to measure: run `mq-ao build-kernels` and mend what it says.")
     gen = torch.Generator().manual_seed(0)
     operands = kernel.operands(gen)
-    scan, recurrence = getattr(torch.ops.mq_ao, kernel.name), ops.reference(kernel.name)
+    scan, recurrence = (getattr(torch.ops.mq_ao, name) for name in (kernel.name, f"{kernel.name}_reference"))
     a, b = (
         torch.randint(-128, 128, shape, dtype=torch.int8, generator=gen)
         for shape in ((LENGTH, D_MODEL), (D_MODEL, kernel.in_proj))

@@ -17,6 +17,7 @@ from mq_ao.ops import (
     int8_rows,
     int8_steps,
     nibbles,
+    operator,
     packing,
     qcausal_conv1d,
     qgate,
@@ -30,7 +31,7 @@ from mq_ao.ops import (
     weight_linear,
     wlinear,
 )
-from mq_ao.ops.library import load_cached, load_native, native_available, reference
+from mq_ao.ops.library import load_cached, load_native, native_available
 
 load_cached()
 
@@ -51,13 +52,13 @@ __all__ = [
     "load_native",
     "native_available",
     "nibbles",
+    "operator",
     "packing",
     "qcausal_conv1d",
     "qgate",
     "qlinear",
     "qselective_scan",
     "qssd_scan",
-    "reference",
     "scan_states",
     "selective_scan",
     "ssd_scan",

@@ -10,39 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
-from mq_ao.ops.library import require
-
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, str? activation=None"
+from mq_ao.ops.library import require, schemas
+from mq_ao.ops.operator import Operands, like, operator
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
-) -> None:
-    """Raises MqAoError on operands that do not fit together, or that are not floating point."""
-    check_shapes(x, weight, bias, initial_state, activation)
-    require(x.is_floating_point(), f"causal_conv1d: x must be floating point, it is {x.dtype}.")
-
-
-def check_shapes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
-) -> None:
+def check_shapes(a: Operands) -> None:
     """Raises MqAoError on operands, of any dtype, that do not fit together."""
+    x, weight = a.x, a.weight
     require(x.dim() == 3, f"causal_conv1d: x must be (batch, length, channels), it has {x.dim()} dimensions.")
     batch, length, channels = x.shape
     if isinstance(length, int):
         require(length > 0, "causal_conv1d: the sequence is empty (length 0); give at least one step.")
     require(
-        activation in (None, "silu"), f"causal_conv1d: unknown activation {activation!r}; it must be None or 'silu'."
+        a.activation in (None, "silu"),
+        f"causal_conv1d: unknown activation {a.activation!r}; it must be None or 'silu'.",
     )
     require(weight.dim() == 2, f"causal_conv1d: weight must be (channels, d_conv), it has {weight.dim()} dimensions.")
     d_conv = weight.shape[1]
     require(d_conv > 0, "causal_conv1d: weight has no taps (d_conv 0).")
     shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("weight", weight, (channels, d_conv))]
-    if bias is not None:
-        shapes.append(("bias", bias, (channels,)))
-    if initial_state is not None:
-        shapes.append(("initial_state", initial_state, (batch, d_conv - 1, channels)))
+    if a.bias is not None:
+        shapes.append(("bias", a.bias, (channels,)))
+    if a.initial_state is not None:
+        shapes.append(("initial_state", a.initial_state, (batch, d_conv - 1, channels)))
     for name, value, shape in shapes:
         message = f"causal_conv1d: {name} must have shape {tuple(shape)}, it has {tuple(value.shape)}."
         require(value.dim() == len(shape), message)
@@ -50,21 +40,23 @@ def check_shapes(
             require(size == wanted, message)
 
 
+def _check(a: Operands) -> None:
+    check_shapes(a)
+    require(a.x.is_floating_point(), f"causal_conv1d: x must be floating point, it is {a.x.dtype}.")
+
+
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    activation: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Checks the operands of `causal_conv1d`, and gives empty results."""
-    _check(x, weight, bias, initial_state, activation)
-    state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=_state_dtype(x))
-    return x.new_empty(x.shape), state
+def state_of(a: Operands, dtype: torch.dtype) -> Tensor:
+    """An empty last state."""
+    return like(a.x, (a.x.shape[0], a.weight.shape[1] - 1, a.x.shape[2]), dtype)
+
+
+def _results(a: Operands) -> tuple[Tensor, Tensor]:
+    _check(a)
+    return like(a.x), state_of(a, _state_dtype(a.x))
 
 
 def _padded(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:
@@ -75,6 +67,13 @@ def _padded(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:
     return torch.cat((initial_state.to(dtype), x.to(dtype)), dim=1)
 
 
+def _pre_activation(padded: Tensor, weight: Tensor, bias: Tensor | None, length: int) -> Tensor:
+    y = sum(padded[:, k : k + length] * weight[:, k].to(padded.dtype) for k in range(weight.shape[1]))
+    assert isinstance(y, Tensor)
+    return y if bias is None else y + bias.to(padded.dtype)
+
+
+@operator(results=_results)
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -82,7 +81,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: a sum over taps, in float32 (float64 for float64 inputs).
+    """The convolution and the state after it, computed in float32 (float64 for float64 inputs).
 
     Args:
         x: (batch, length, channels); float32, bfloat16, or any other floating dtype.
@@ -98,7 +97,6 @@ def causal_conv1d(
     Raises:
         MqAoError: shapes do not fit together, the length is 0, or the activation is unknown.
     """
-    _check(x, weight, bias, initial_state, activation)
     padded = _padded(x, weight, initial_state)
     y = _pre_activation(padded, weight, bias, x.shape[1])
     if activation == "silu":
@@ -107,26 +105,13 @@ def causal_conv1d(
     return y.to(x.dtype).contiguous(), last_state
 
 
-def _pre_activation(padded: Tensor, weight: Tensor, bias: Tensor | None, length: int) -> Tensor:
-    y = sum(padded[:, k : k + length] * weight[:, k].to(padded.dtype) for k in range(weight.shape[1]))
-    assert isinstance(y, Tensor)
-    return y if bias is None else y + bias.to(padded.dtype)
+def _gradients(a: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(a)
+    bias, initial_state = (like(a.x, (0,)) if v is None else like(v) for v in (a.bias, a.initial_state))
+    return like(a.x), like(a.weight), bias, initial_state
 
 
-def _backward_fake(
-    dy: Tensor,
-    dlast_state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    activation: str | None = None,
-) -> tuple[Tensor, ...]:
-    _check(x, weight, bias, initial_state, activation)
-    optional = (x.new_empty(0) if v is None else v.new_empty(v.shape) for v in (bias, initial_state))
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), *optional
-
-
+@operator(results=_gradients)
 def causal_conv1d_backward(
     dy: Tensor,
     dlast_state: Tensor,
@@ -135,8 +120,8 @@ def causal_conv1d_backward(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     activation: str | None = None,
-) -> tuple[Tensor, ...]:
-    """Reference gradient.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of `causal_conv1d`.
 
     Args:
         dy: (batch, length, channels), gradient of y.
@@ -150,7 +135,6 @@ def causal_conv1d_backward(
     Raises:
         MqAoError: as `causal_conv1d`.
     """
-    _check(x, weight, bias, initial_state, activation)
     length, taps = x.shape[1], weight.shape[1]
     padded = _padded(x, weight, initial_state)
     dpre = dy.to(padded.dtype)
@@ -180,17 +164,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, initial_state = ctx.saved_tensors
-    dx, dweight, dbias, dinit = torch.ops.mq_ao.causal_conv1d_backward(
-        dy, dlast_state, x, weight, bias, initial_state, ctx.activation
-    )
+    dx, dweight, dbias, dinit = causal_conv1d_backward(dy, dlast_state, x, weight, bias, initial_state, ctx.activation)
     return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinit, None
 
 
-library.define("causal_conv1d", f"({_INPUTS}) -> (Tensor y, Tensor last_state)", fake=fake, reference=causal_conv1d)
-library.define(
-    "causal_conv1d_backward",
-    f"(Tensor dy, Tensor dlast_state, {_INPUTS}) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
-    fake=_backward_fake,
-    reference=causal_conv1d_backward,
-)
-torch.library.register_autograd("mq_ao::causal_conv1d", _autograd, setup_context=_setup_context, lib=library.schemas)
+torch.library.register_autograd("mq_ao::causal_conv1d", _autograd, setup_context=_setup_context, lib=schemas)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
 from mq_ao.ops.hadamard import check_order, rotate
 from mq_ao.ops.library import require
+from mq_ao.ops.operator import Operands, like, operator
 
 
-def check_rows(y: Tensor, z: Tensor, s: Tensor | None, hadamard: bool) -> None:
+def check_rows(a: Operands) -> None:
     """Raises MqAoError unless y and z have one shape (..., n), and s and the rotation fit n."""
+    y, z, s = a.y, a.z, a.s
     message = f"a gate takes y and z of one shape (..., n), not {tuple(y.shape)} and {tuple(z.shape)}."
     require(y.dim() >= 1 and y.dim() == z.dim(), message)
     for size, other in zip(y.shape, z.shape, strict=True):
@@ -28,7 +29,7 @@ def check_rows(y: Tensor, z: Tensor, s: Tensor | None, hadamard: bool) -> None:
             s.dtype == torch.float32 and s.dim() == 1 and s.shape[0] == y.shape[-1],
             f"s must be a float32 vector of {y.shape[-1]} values, not {s.dtype} {tuple(s.shape)}.",
         )
-    if hadamard:
+    if a.hadamard:
         check_order(y)
 
 
@@ -38,31 +39,14 @@ def gated(y: Tensor, z: Tensor, s: Tensor | None, hadamard: bool) -> Tensor:
     return rotate(x) if hadamard else x.contiguous()
 
 
-def _check(y: Tensor, z: Tensor, s: Tensor | None, hadamard: bool) -> None:
-    check_rows(y, z, s, hadamard)
-    for name, x in (("y", y), ("z", z)):
+def _results(a: Operands) -> Tensor:
+    check_rows(a)
+    for name, x in (("y", a.y), ("z", a.z)):
         require(x.dtype == torch.float32, f"gate: {name} must be float32, it is {x.dtype}.")
+    return like(a.y)
 
 
-def _reference(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = False) -> Tensor:
-    _check(y, z, s, hadamard)
-    return gated(y, z, s, hadamard)
-
-
-def fake(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = False) -> Tensor:
-    """Checks the operands of `gate`, and gives an empty result."""
-    _check(y, z, s, hadamard)
-    return y.new_empty(y.shape)
-
-
-library.define(
-    "gate",
-    "(Tensor y, Tensor z, Tensor? s=None, bool hadamard=False) -> Tensor",
-    fake=fake,
-    reference=_reference,
-)
-
-
+@operator(results=_results)
 def gate(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = False) -> Tensor:
     """Gates and rotates rows.
 
@@ -78,4 +62,4 @@ def gate(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = False) 
     Raises:
         MqAoError: a dtype or a shape is not as above.
     """
-    return torch.ops.mq_ao.gate(y, z, s, hadamard)
+    return gated(y, z, s, hadamard)

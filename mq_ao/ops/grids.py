@@ -6,12 +6,32 @@ uint8 ones less 128, and give the same results.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from mq_ao.ops.library import require
+from mq_ao.ops.operator import Operands
 
 BYTES = (torch.uint8, torch.int8)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values of integers q, `(q - zero_point) * scale`; without a scale, floats stay as they are."""
+
+    scale: float | None = None
+    zero_point: int = 0
+
+    @classmethod
+    def of(cls, a: Operands, name: str) -> Grid:
+        """The operands `<name>_scale` and `<name>_zero_point`."""
+        return cls(getattr(a, f"{name}_scale"), getattr(a, f"{name}_zero_point"))
+
+
+FLOATS = Grid()
+"""Of values that lie on no grid."""
 
 
 def _limits(dtype: torch.dtype) -> tuple[int, int]:
@@ -19,59 +39,57 @@ def _limits(dtype: torch.dtype) -> tuple[int, int]:
     return (0, 255) if dtype == torch.uint8 else (-128, 127)
 
 
-def check_grid(label: str, dtype: torch.dtype, scale: float, zero_point: int) -> None:
-    """Raises MqAoError unless `scale` and `zero_point` make a grid of 8-bit `dtype`; `label` names the operand."""
+def check_grid(label: str, dtype: torch.dtype, grid: Grid) -> None:
+    """Raises MqAoError unless a grid has a scale and fits 8-bit `dtype`; `label` names the operand."""
     low, high = _limits(dtype)
-    require(scale > 0, f"{label}_scale must be positive, it is {scale}.")
+    require(grid.scale is not None and grid.scale > 0, f"{label}_scale must be positive, it is {grid.scale}.")
     require(
-        low <= zero_point <= high,
-        f"{label}_zero_point must lie in {low}..{high} for {dtype}, it is {zero_point}.",
+        low <= grid.zero_point <= high,
+        f"{label}_zero_point must lie in {low}..{high} for {dtype}, it is {grid.zero_point}.",
     )
 
 
-def check_operand(label: str, q: Tensor, scale: float, zero_point: int) -> None:
-    """Raises MqAoError on what `dequantize` does not take."""
-    require(q.dtype in (*BYTES, torch.float32), f"{label} must be uint8, int8 or float32, it is {q.dtype}.")
+def check_operand(operator: str, a: Operands, name: str) -> None:
+    """Raises MqAoError on an operand that `dequantize` does not take with its grid."""
+    q = getattr(a, name)
+    require(
+        q.dtype in (*BYTES, torch.float32),
+        f"{operator}: {name} must be uint8, int8 or float32, it is {q.dtype}.",
+    )
     if q.dtype != torch.float32:
-        check_grid(label, q.dtype, scale, zero_point)
+        check_grid(f"{operator}: {name}", q.dtype, Grid.of(a, name))
 
 
-def dequantize(label: str, q: Tensor, scale: float, zero_point: int) -> Tensor:
+def dequantize(q: Tensor, grid: Grid) -> Tensor:
     """Values of an operand in float32.
 
     Args:
-        label: names the operand in errors.
         q: uint8, int8 or float32, of any shape.
-        scale: step of q, positive; not looked at for float32.
-        zero_point: within q's dtype; not looked at for float32.
-
-    Raises:
-        MqAoError: dtype or grid is not as above.
+        grid: of q; not looked at for float32.
     """
-    check_operand(label, q, scale, zero_point)
-    if q.dtype == torch.float32:
+    if q.dtype == torch.float32 or grid.scale is None:
         return q
-    return (q.to(torch.float32) - zero_point) * scale
+    return (q.to(torch.float32) - grid.zero_point) * grid.scale
 
 
-def output_dtype(like: Tensor, out_scale: float | None) -> torch.dtype:
-    """Dtype of an output: float32 without `out_scale`; with it int8 if operand `like` is int8, else uint8."""
-    if out_scale is None:
+def output_dtype(like: Tensor, out: Grid) -> torch.dtype:
+    """Dtype of an output: float32 without a scale; with one int8 if operand `like` is int8, else uint8."""
+    if out.scale is None:
         return torch.float32
     return torch.int8 if like.dtype == torch.int8 else torch.uint8
 
 
-def check_output(name: str, like: Tensor, out_scale: float | None, out_zero_point: int) -> None:
-    """Raises MqAoError where operator `name` cannot round its output, of `output_dtype`, as asked."""
-    if out_scale is not None:
-        check_grid(f"{name}: out", output_dtype(like, out_scale), out_scale, out_zero_point)
+def check_output(operator: str, like: Tensor, out: Grid) -> None:
+    """Raises MqAoError where an operator cannot round its output, of `output_dtype`, as asked."""
+    if out.scale is not None:
+        check_grid(f"{operator}: out", output_dtype(like, out), out)
 
 
-def requantize(y: Tensor, dtype: torch.dtype, out_scale: float | None, out_zero_point: int) -> Tensor:
+def requantize(y: Tensor, dtype: torch.dtype, out: Grid) -> Tensor:
     """Rounds as `quantized_decomposed.quantize_per_tensor`, NaN to the smallest integer; `y` itself without a scale."""
-    if out_scale is None:
+    if out.scale is None:
         return y
     low, high = _limits(dtype)
     # Times the reciprocal, which is rounded to float32.
-    q = torch.round(y * (1.0 / out_scale)) + out_zero_point
+    q = torch.round(y * (1.0 / out.scale)) + out.zero_point
     return q.clamp(low, high).nan_to_num(float(low)).to(dtype)

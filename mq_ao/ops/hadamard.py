@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import hadamard_matrix, library
+from mq_ao.ops import hadamard_matrix
 from mq_ao.ops.library import require
+from mq_ao.ops.operator import Operands, like, operator
 
 
 def check_order(x: Tensor) -> int:
@@ -21,7 +22,14 @@ def check_order(x: Tensor) -> int:
     return n
 
 
-def _check(x: Tensor, scale: Tensor | None) -> None:
+def rotate(x: Tensor) -> Tensor:
+    """`x @ matrix(n)` as a dense product in float64, rounded to the dtype of `x` (..., n); contiguous."""
+    matrix = hadamard_matrix.matrix(x.shape[-1]).to(x.device)
+    return (x.to(torch.float64) @ matrix).to(x.dtype).contiguous()
+
+
+def _results(a: Operands) -> Tensor:
+    x, scale = a.x, a.scale
     require(x.is_floating_point(), f"hadamard: x must be floating point, it is {x.dtype}.")
     n = check_order(x)
     if scale is not None:
@@ -29,30 +37,10 @@ def _check(x: Tensor, scale: Tensor | None) -> None:
             scale.is_floating_point() and scale.dim() == 1 and scale.shape[0] == n,
             f"hadamard: scale must be a floating point vector of {n} values, not {scale.dtype} {tuple(scale.shape)}.",
         )
+    return like(x)
 
 
-def fake(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Checks the operands of `hadamard`, and gives an empty result."""
-    _check(x, scale)
-    return x.new_empty(x.shape)
-
-
-def rotate(x: Tensor) -> Tensor:
-    """`x @ matrix(n)` as a dense product in float64, rounded to the dtype of `x` (..., n); contiguous."""
-    matrix = hadamard_matrix.matrix(x.shape[-1]).to(x.device)
-    return (x.to(torch.float64) @ matrix).to(x.dtype).contiguous()
-
-
-def _reference(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    _check(x, scale)
-    if scale is None:
-        return rotate(x)
-    return rotate(x.to(torch.float64) * scale).to(x.dtype)
-
-
-library.define("hadamard", "(Tensor x, Tensor? scale=None) -> Tensor", fake=fake, reference=_reference)
-
-
+@operator(results=_results)
 def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """Rotates the last axis of `x` by the orthonormal Hadamard matrix of its size.
 
@@ -69,4 +57,6 @@ def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
     Raises:
         MqAoError: no Hadamard matrix of order n is known, or a dtype or a shape is not as above.
     """
-    return torch.ops.mq_ao.hadamard(x, scale)
+    if scale is None:
+        return rotate(x)
+    return rotate(x.to(torch.float64) * scale).to(x.dtype)

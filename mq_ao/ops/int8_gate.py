@@ -12,34 +12,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
 from mq_ao.ops.gate import check_rows as check_gate
 from mq_ao.ops.gate import gated
-from mq_ao.ops.grids import check_grid, dequantize
+from mq_ao.ops.grids import Grid, check_grid, dequantize
 from mq_ao.ops.int8_rows import check_rows, empty_rows, quantize_rows
 from mq_ao.ops.library import require
+from mq_ao.ops.operator import Operands, operator
 
 
-def _check(
-    y: Tensor,
-    y_scale: float,
-    y_zero_point: int,
-    z: Tensor,
-    z_scale: float,
-    z_zero_point: int,
-    s: Tensor | None,
-    hadamard: bool,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> None:
-    for name, x, scale, zero_point in (("y", y, y_scale, y_zero_point), ("z", z, z_scale, z_zero_point)):
+def _results(a: Operands) -> tuple[Tensor, Tensor]:
+    for name, x in (("y", a.y), ("z", a.z)):
         require(x.dtype in (torch.float32, torch.int8), f"int8_gate takes {name} in float32 or int8, not in {x.dtype}.")
         if x.dtype == torch.int8:
-            check_grid(f"int8_gate: {name}", x.dtype, scale, zero_point)
-    check_gate(y, z, s, hadamard)
-    check_rows("int8_gate", out_scale, out_zero_point)
+            check_grid(f"int8_gate: {name}", x.dtype, Grid.of(a, name))
+    check_gate(a)
+    out = Grid.of(a, "out")
+    check_rows("int8_gate", out)
+    return empty_rows(a.y, out)
 
 
+@operator(results=_results)
 def int8_gate(
     y: Tensor,
     y_scale: float,
@@ -52,7 +44,7 @@ def int8_gate(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: gates, rotates in float64 and quantizes.
+    """Gates, rotates (the reference in float64) and quantizes.
 
     The Triton kernel adds in another order, so that values next to a rounding boundary may come out one step apart.
 
@@ -66,7 +58,7 @@ def int8_gate(
         s: smoothing of the gate, float32 (n,); None stands for ones.
         hadamard: whether to rotate; then n is an order that `hadamard_matrix.factor` takes.
         out_scale: positive: all is rounded as by `quantized_decomposed.quantize_per_tensor`; None: every row is
-            rounded by itself, by `qlinear.quantize_per_token`.
+            rounded by itself, by `qlinear.int8_per_token`.
         out_zero_point: within -128..127; not looked at without `out_scale`.
 
     Returns:
@@ -76,32 +68,5 @@ def int8_gate(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    _check(y, y_scale, y_zero_point, z, z_scale, z_zero_point, s, hadamard, out_scale, out_zero_point)
-    left, right = dequantize("y", y, y_scale, y_zero_point), dequantize("z", z, z_scale, z_zero_point)
-    return quantize_rows(gated(left, right, s, hadamard), out_scale, out_zero_point)
-
-
-def fake(
-    y: Tensor,
-    y_scale: float,
-    y_zero_point: int,
-    z: Tensor,
-    z_scale: float,
-    z_zero_point: int,
-    s: Tensor | None,
-    hadamard: bool,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Checks the operands of `int8_gate`, and gives empty results."""
-    _check(y, y_scale, y_zero_point, z, z_scale, z_zero_point, s, hadamard, out_scale, out_zero_point)
-    return empty_rows(y, out_scale)
-
-
-library.define(
-    "int8_gate",
-    "(Tensor y, float y_scale, int y_zero_point, Tensor z, float z_scale, int z_zero_point, Tensor? s, bool hadamard, "
-    "float? out_scale=None, int out_zero_point=0) -> (Tensor q, Tensor scale)",
-    fake=fake,
-    reference=int8_gate,
-)
+    left, right = dequantize(y, Grid(y_scale, y_zero_point)), dequantize(z, Grid(z_scale, z_zero_point))
+    return quantize_rows(gated(left, right, s, hadamard), Grid(out_scale, out_zero_point))

@@ -9,17 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
-from mq_ao.ops.grids import check_grid, requantize
+from mq_ao.ops.grids import FLOATS, Grid, check_grid, requantize
 from mq_ao.ops.library import require
 from mq_ao.ops.nibbles import unpack
+from mq_ao.ops.operator import Operands, like, operator
 
+MOST_PIECES = 3
 # Sums of 2^16 products, and corrections of zero points on top of them, stay within 32 bits.
 MAX_INPUTS = 65536
 
 
-def check_weight(k: int, weight: Tensor, scale: Tensor, bias: Tensor | None, group_size: int) -> None:
-    """Raises MqAoError unless a row-major weight of int8, or of packed int4, fits its scales and `k` inputs."""
+def check_weight(x: Tensor, a: Operands) -> None:
+    """Raises MqAoError unless a row-major weight of int8, or of packed int4, fits its scales and x (..., K)."""
+    k, weight, scale, group_size = x.shape[-1], a.weight, a.scale, a.group_size
     four = weight.dtype == torch.uint8
     require(
         weight.dim() == 2 and (four or weight.dtype == torch.int8) and weight.is_contiguous(),
@@ -41,10 +43,10 @@ def check_weight(k: int, weight: Tensor, scale: Tensor, bias: Tensor | None, gro
         f"the weight's scale must be contiguous float32 {shape}, or bfloat16 with groups, it is {scale.dtype} "
         f"{tuple(scale.shape)}.",
     )
-    if bias is not None:
+    if a.bias is not None:
         require(
-            bias.dtype == torch.float32 and tuple(bias.shape) == (weight.shape[0],),
-            f"bias must be float32 ({weight.shape[0]},), it is {bias.dtype} {tuple(bias.shape)}.",
+            a.bias.dtype == torch.float32 and tuple(a.bias.shape) == (weight.shape[0],),
+            f"bias must be float32 ({weight.shape[0]},), it is {a.bias.dtype} {tuple(a.bias.shape)}.",
         )
 
 
@@ -53,19 +55,22 @@ def integers(weight: Tensor, group_size: int) -> Tensor:
     return unpack(weight, group_size) if weight.dtype == torch.uint8 else weight
 
 
-def _check(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    out_scale: float | None,
-    out_zero_point: int,
-    group_size: int,
-) -> None:
+def scaled(sums: Tensor, token_scale: Tensor | None, scale: Tensor, correction: Tensor | None) -> Tensor:
+    """int32 sums (..., N) in float32: less the correction, times the scales."""
+    if correction is not None:
+        sums = sums - correction
+    return sums.to(torch.float32) * (scale if token_scale is None else scale * token_scale)
+
+
+def finished(y: Tensor, bias: Tensor | None, out: Grid) -> Tensor:
+    """y (..., N) plus the bias, rounded if asked."""
+    return requantize(y if bias is None else y + bias, torch.int8, out)
+
+
+def _check(a: Operands, out: Grid) -> None:
+    q, scale, token_scale, correction = a.q, a.scale, a.token_scale, a.correction
     require(q.dtype == torch.int8 and q.dim() >= 1, f"int8_linear takes int8 (..., K), not {q.dtype} {tuple(q.shape)}.")
-    check_weight(q.shape[-1], weight, scale, bias, group_size)
+    check_weight(q, a)
     if token_scale is not None:
         message = (
             f"token_scale must be float32 with one value for each token, {(*q.shape[:-1], 1)}, it is "
@@ -80,10 +85,17 @@ def _check(
             f"correction must be contiguous int32 {tuple(scale.shape)}, it is {correction.dtype} "
             f"{tuple(correction.shape)}.",
         )
-    if out_scale is not None:
-        check_grid("int8_linear: out", torch.int8, out_scale, out_zero_point)
+    if out.scale is not None:
+        check_grid("int8_linear: out", torch.int8, out)
 
 
+def _results(a: Operands) -> Tensor:
+    _check(a, Grid.of(a, "out"))
+    dtype = torch.float32 if a.out_scale is None else torch.int8
+    return like(a.q, (*a.q.shape[:-1], a.weight.shape[0]), dtype)
+
+
+@operator(results=_results)
 def int8_linear(
     q: Tensor,
     token_scale: Tensor | None,
@@ -95,7 +107,7 @@ def int8_linear(
     out_zero_point: int = 0,
     group_size: int = 0,
 ) -> Tensor:
-    """Reference: `y = sum over groups of (q @ weight.T - correction) * (scale * token_scale), + bias`, then rounding.
+    """`y = sum over groups of (q @ weight.T - correction) * (scale * token_scale), + bias`, then rounding.
 
     Args:
         q: int8 (..., K), K up to 65536.
@@ -115,7 +127,6 @@ def int8_linear(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    _check(q, token_scale, weight, scale, correction, bias, out_scale, out_zero_point, group_size)
     # Whole numbers below 2^53: a float64 product is exact whatever its order.
     values = integers(weight, group_size).to(torch.float64)
     size = group_size or q.shape[-1]
@@ -129,62 +140,28 @@ def int8_linear(
         term = scaled(sums, token_scale, scales[:, group], less)
         y = term if y is None else y + term
     assert y is not None
-    return finished(y, bias, out_scale, out_zero_point)
+    return finished(y, bias, Grid(out_scale, out_zero_point))
 
 
-def scaled(sums: Tensor, token_scale: Tensor | None, scale: Tensor, correction: Tensor | None) -> Tensor:
-    """int32 sums (..., N) in float32: less the correction, times the scales."""
-    if correction is not None:
-        sums = sums - correction
-    return sums.to(torch.float32) * (scale if token_scale is None else scale * token_scale)
-
-
-def finished(y: Tensor, bias: Tensor | None, out_scale: float | None, out_zero_point: int) -> Tensor:
-    """y (..., N) plus the bias, rounded if asked."""
-    return requantize(y if bias is None else y + bias, torch.int8, out_scale, out_zero_point)
-
-
-def fake(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    group_size: int = 0,
-) -> Tensor:
-    """Checks the operands of `int8_linear`, and gives an empty result."""
-    _check(q, token_scale, weight, scale, correction, bias, out_scale, out_zero_point, group_size)
-    dtype = torch.float32 if out_scale is None else torch.int8
-    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
-
-
-library.define(
-    "int8_linear",
-    "(Tensor q, Tensor? token_scale, Tensor weight, Tensor scale, Tensor? correction=None, Tensor? bias=None, "
-    "float? out_scale=None, int out_zero_point=0, int group_size=0) -> Tensor",
-    fake=fake,
-    reference=int8_linear,
-)
-
-
-MOST_PIECES = 3
-
-
-def _check_pieces(n: int, sizes: list[int], out_scales: list[float], out_zero_points: list[int]) -> None:
+def _pieces(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    n, sizes, out_scales, out_zero_points = a.weight.shape[0], a.sizes, a.out_scales, a.out_zero_points
     require(
         1 <= len(sizes) <= MOST_PIECES and len(sizes) == len(out_scales) == len(out_zero_points),
         f"int8_linears gives 1 to {MOST_PIECES} pieces, each with a size, a scale and a zero point, not {len(sizes)}, "
         f"{len(out_scales)} and {len(out_zero_points)} of these.",
     )
     require(min(sizes) > 0 and sum(sizes) == n, f"pieces of {sizes} outputs do not make up the {n} of the weight.")
-    for scale, zero_point in zip(out_scales, out_zero_points, strict=True):
-        if scale:
-            check_grid("int8_linears: out", torch.int8, scale, zero_point)
+    for out in map(Grid, out_scales, out_zero_points):
+        if out.scale:
+            check_grid("int8_linears: out", torch.int8, out)
+    _check(a, FLOATS)
+    dtypes = [torch.int8 if out_scale else torch.float32 for out_scale in out_scales]
+    given = [like(a.q, (*a.q.shape[:-1], size), dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    first, second, third = given + [like(a.q, (0,), torch.float32) for _ in range(MOST_PIECES - len(given))]
+    return first, second, third
 
 
+@operator(results=_pieces)
 def int8_linears(
     q: Tensor,
     token_scale: Tensor | None,
@@ -197,7 +174,7 @@ def int8_linears(
     out_zero_points: list[int],
     group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference: `int8_linear`, then its outputs in pieces, each of which is rounded or not.
+    """`int8_linear` with its outputs in pieces, each of which is rounded or not.
 
     Args:
         q, token_scale, weight, scale, correction, bias, group_size: as in `int8_linear`.
@@ -211,43 +188,10 @@ def int8_linears(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    _check_pieces(weight.shape[0], sizes, out_scales, out_zero_points)
-    y = int8_linear(q, token_scale, weight, scale, correction, bias, None, 0, group_size)
+    y = int8_linear.reference(q, token_scale, weight, scale, correction, bias, None, 0, group_size)
     given = [
-        requantize(piece, torch.int8, out_scale or None, zero_point).contiguous()
+        requantize(piece, torch.int8, Grid(out_scale or None, zero_point)).contiguous()
         for piece, out_scale, zero_point in zip(y.split(sizes, -1), out_scales, out_zero_points, strict=True)
     ]
     first, second, third = given + [y.new_empty(0) for _ in range(MOST_PIECES - len(given))]
     return first, second, third
-
-
-def fake_pieces(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    sizes: list[int],
-    out_scales: list[float],
-    out_zero_points: list[int],
-    group_size: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks the operands of `int8_linears`, and gives empty results."""
-    _check_pieces(weight.shape[0], sizes, out_scales, out_zero_points)
-    _check(q, token_scale, weight, scale, correction, bias, None, 0, group_size)
-    given = [
-        q.new_empty((*q.shape[:-1], size), dtype=torch.int8 if out_scale else torch.float32)
-        for size, out_scale in zip(sizes, out_scales, strict=True)
-    ]
-    first, second, third = given + [q.new_empty(0, dtype=torch.float32) for _ in range(MOST_PIECES - len(given))]
-    return first, second, third
-
-
-library.define(
-    "int8_linears",
-    "(Tensor q, Tensor? token_scale, Tensor weight, Tensor scale, Tensor? correction, Tensor? bias, int[] sizes, "
-    "float[] out_scales, int[] out_zero_points, int group_size=0) -> (Tensor first, Tensor second, Tensor third)",
-    fake=fake_pieces,
-    reference=int8_linears,
-)

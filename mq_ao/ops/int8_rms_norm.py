@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
+from mq_ao.ops.grids import Grid
 from mq_ao.ops.int8_rows import check_rows, empty_rows, quantize_rows
 from mq_ao.ops.library import require
+from mq_ao.ops.operator import Operands, like, operator
 
 
-def _check(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, out_scale: float | None, out_zero_point: int
-) -> None:
+def _results(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, weight, out = a.x, a.residual, a.weight, Grid.of(a, "out")
     require(
         x.dtype == torch.float32 and x.dim() >= 1,
         f"int8_rms_norm takes float32 (..., n), not {x.dtype} {tuple(x.shape)}.",
@@ -32,9 +32,11 @@ def _check(
             weight.dtype == torch.float32 and weight.dim() == 1 and weight.shape[0] == n,
             f"weight must be a float32 vector of {n} values, not {weight.dtype} {tuple(weight.shape)}.",
         )
-    check_rows("int8_rms_norm", out_scale, out_zero_point)
+    check_rows("int8_rms_norm", out)
+    return *empty_rows(x, out), like(x, (0,) if residual is None else x.shape)
 
 
+@operator(results=_results)
 def int8_rms_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -43,7 +45,7 @@ def int8_rms_norm(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference: adds, normalises by `torch.nn.functional.rms_norm` and quantizes.
+    """Adds, normalises by `torch.nn.functional.rms_norm` and quantizes.
 
     The Triton kernel sums squares in another order, so that values next to a rounding boundary may come out one step
     apart.
@@ -54,7 +56,7 @@ def int8_rms_norm(
         weight: float32 (n,), or None for ones.
         eps: added to the mean of squares.
         out_scale: positive: all is rounded as by `quantized_decomposed.quantize_per_tensor`; None: every row is
-            rounded by itself, by `qlinear.quantize_per_token`.
+            rounded by itself, by `qlinear.int8_per_token`.
         out_zero_point: within -128..127; not looked at without `out_scale`.
 
     Returns:
@@ -64,31 +66,7 @@ def int8_rms_norm(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    _check(x, residual, weight, out_scale, out_zero_point)
     total = x if residual is None else (x + residual).contiguous()
     normalised = torch.nn.functional.rms_norm(total, (x.shape[-1],), weight, eps)
-    q, scale = quantize_rows(normalised, out_scale, out_zero_point)
+    q, scale = quantize_rows(normalised, Grid(out_scale, out_zero_point))
     return q.contiguous(), scale, x.new_empty(0) if residual is None else total
-
-
-def fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks the operands of `int8_rms_norm`, and gives empty results."""
-    _check(x, residual, weight, out_scale, out_zero_point)
-    q, scale = empty_rows(x, out_scale)
-    return q, scale, x.new_empty(0 if residual is None else x.shape)
-
-
-library.define(
-    "int8_rms_norm",
-    "(Tensor x, Tensor? residual, Tensor? weight, float eps, float? out_scale=None, int out_zero_point=0) "
-    "-> (Tensor q, Tensor scale, Tensor sum)",
-    fake=fake,
-    reference=int8_rms_norm,
-)

@@ -6,14 +6,15 @@ and the selective scan. What lies between the two moves nowhere.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mq_ao.ops import causal_conv1d, int8_linear, library, qcausal_conv1d, qselective_scan
-from mq_ao.ops.grids import output_dtype
+from mq_ao.ops.causal_conv1d import check_shapes
+from mq_ao.ops.int8_linear import int8_linear, int8_linears
 from mq_ao.ops.library import require
+from mq_ao.ops.operator import Operands, operator
+from mq_ao.ops.qcausal_conv1d import qcausal_conv1d
+from mq_ao.ops.qselective_scan import qselective_scan
 
 mq = torch.ops.mq_ao
 
@@ -24,45 +25,31 @@ def _check_step(name: str, q: Tensor, state_name: str, state: Tensor, dtype: tor
     require(state.dtype == dtype, f"{name}: {state_name} must be {dtype}, it is {state.dtype}.")
 
 
-def fake_conv_step(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    sizes: list[int],
-    out_scales: list[float],
-    out_zero_points: list[int],
-    group_size: int,
-    piece: int,
-    conv_weight: Tensor,
-    conv_weight_scale: Tensor,
-    conv_bias: Tensor | None,
-    conv_state: Tensor,
-    activation: str | None,
-    conv_out_scale: float | None,
-    conv_out_zero_point: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks the operands of `int8_conv_step_`, and gives empty results."""
-    _check_step("int8_conv_step_", q, "conv_state", conv_state, torch.float32)
-    pieces = int8_linear.fake_pieces(
-        q, token_scale, weight, scale, correction, bias, sizes, out_scales, out_zero_points, group_size
-    )
+def _conv_step(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    _check_step("int8_conv_step_", a.q, "conv_state", a.conv_state, torch.float32)
+    given, piece = list(int8_linears.results(a)), a.piece
     require(
-        0 <= piece < len(sizes) and out_scales[piece] > 0,
-        f"int8_conv_step_: the convolution reads piece {piece}, which must be one of {len(sizes)} and rounded.",
+        0 <= piece < len(a.sizes) and a.out_scales[piece] > 0,
+        f"int8_conv_step_: the convolution reads piece {piece}, which must be one of {len(a.sizes)} and rounded.",
     )
-    x, grid = pieces[piece], (out_scales[piece], out_zero_points[piece])
-    causal_conv1d.check_shapes(x, conv_weight, conv_bias, conv_state, activation)
-    qcausal_conv1d._check(x, *grid, conv_weight, conv_weight_scale, activation, conv_out_scale, conv_out_zero_point)
-    given = list(pieces)
-    if conv_out_scale is None:
-        given[piece] = x.new_empty(x.shape, dtype=torch.float32)
+    conv = a.but(
+        x=given[piece],
+        x_scale=a.out_scales[piece],
+        x_zero_point=a.out_zero_points[piece],
+        weight=a.conv_weight,
+        weight_scale=a.conv_weight_scale,
+        bias=a.conv_bias,
+        initial_state=a.conv_state,
+        out_scale=a.conv_out_scale,
+        out_zero_point=a.conv_out_zero_point,
+    )
+    check_shapes(conv)
+    given[piece], _ = qcausal_conv1d.results(conv)
     first, second, third = given
     return first, second, third
 
 
+@operator(results=_conv_step, changes=("conv_state",))
 def int8_conv_step_(
     q: Tensor,
     token_scale: Tensor | None,
@@ -104,90 +91,25 @@ def int8_conv_step_(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above; the state is as it was.
     """
-    operands = (
-        q,
-        token_scale,
-        weight,
-        scale,
-        correction,
-        bias,
-        sizes,
-        out_scales,
-        out_zero_points,
-        group_size,
+    linear = (q, token_scale, weight, scale, correction, bias)
+    given = list(int8_linears(*linear, sizes, out_scales, out_zero_points, group_size))
+    given[piece] = mq.qcausal_conv1d_(
+        *(given[piece], out_scales[piece], out_zero_points[piece], conv_weight, conv_weight_scale, conv_bias),
+        *(conv_state, activation, conv_out_scale, conv_out_zero_point),
     )
-    taps: list[Any] = [
-        conv_weight,
-        conv_weight_scale,
-        conv_bias,
-        conv_state,
-        activation,
-        conv_out_scale,
-        conv_out_zero_point,
-    ]
-    fake_conv_step(*operands, piece, *taps)
-    given = list(mq.int8_linears(*operands))
-    given[piece] = mq.qcausal_conv1d_(given[piece], out_scales[piece], out_zero_points[piece], *taps)
     first, second, third = given
     return first, second, third
 
 
-library.define(
-    "int8_conv_step_",
-    "(Tensor q, Tensor? token_scale, Tensor weight, Tensor scale, Tensor? correction, Tensor? bias, int[] sizes, "
-    "float[] out_scales, int[] out_zero_points, int group_size, int piece, Tensor conv_weight, "
-    "Tensor conv_weight_scale, Tensor? conv_bias, Tensor(a!) conv_state, str? activation, float? conv_out_scale, "
-    "int conv_out_zero_point) -> (Tensor first, Tensor second, Tensor third)",
-    fake=fake_conv_step,
-    reference=int8_conv_step_,
-)
+def _scan_step(a: Operands) -> Tensor:
+    _check_step("int8_scan_step_", a.q, "state", a.state, torch.float32 if a.state_scale is None else torch.int8)
+    out = {"out_scale": a.delta_scale, "out_zero_point": a.delta_zero_point}
+    delta = int8_linear.results(a.but(token_scale=None, group_size=0, **out))
+    y, _ = qselective_scan.results(a.but(delta=delta, initial_state=a.state))
+    return y
 
 
-def fake_scan_step(
-    q: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    delta_scale: float,
-    delta_zero_point: int,
-    u: Tensor,
-    u_scale: float,
-    u_zero_point: int,
-    A: Tensor,
-    B: Tensor,
-    B_scale: float,
-    B_zero_point: int,
-    C: Tensor,
-    C_scale: float,
-    C_zero_point: int,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    state: Tensor,
-    state_scale: Tensor | None,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> Tensor:
-    """Checks the operands of `int8_scan_step_`, and gives an empty result."""
-    _check_step("int8_scan_step_", q, "state", state, torch.float32 if state_scale is None else torch.int8)
-    delta = int8_linear.fake(q, None, weight, scale, correction, bias, delta_scale, delta_zero_point)
-    qselective_scan._check(
-        (u, u_scale, u_zero_point),
-        (delta, delta_scale, delta_zero_point),
-        A,
-        (B, B_scale, B_zero_point),
-        (C, C_scale, C_zero_point),
-        D,
-        delta_bias,
-        state,
-        state_scale,
-        out_scale,
-        out_zero_point,
-    )
-    return delta.new_empty(delta.shape, dtype=output_dtype(u, out_scale))
-
-
+@operator(results=_scan_step, changes=("state",))
 def int8_scan_step_(
     q: Tensor,
     weight: Tensor,
@@ -233,21 +155,8 @@ def int8_scan_step_(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above; the state is as it was.
     """
-    linear, grid = (weight, scale, correction, bias), (delta_scale, delta_zero_point)
-    first, second = (u, u_scale, u_zero_point), (A, B, B_scale, B_zero_point, C, C_scale, C_zero_point)
-    rest = (D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point)
-    everything: list[Any] = [q, *linear, *grid, *first, *second, *rest]
-    fake_scan_step(*everything)
-    delta = mq.int8_linear(q, None, *linear, *grid)
-    return mq.qselective_scan_(*first, delta, *grid, *second, *rest)
-
-
-library.define(
-    "int8_scan_step_",
-    "(Tensor q, Tensor weight, Tensor scale, Tensor? correction, Tensor? bias, float delta_scale, "
-    "int delta_zero_point, Tensor u, float u_scale, int u_zero_point, Tensor A, Tensor B, float B_scale, "
-    "int B_zero_point, Tensor C, float C_scale, int C_zero_point, Tensor? D, Tensor? delta_bias, "
-    "bool delta_softplus, Tensor(a!) state, Tensor? state_scale, float? out_scale, int out_zero_point) -> Tensor y",
-    fake=fake_scan_step,
-    reference=int8_scan_step_,
-)
+    delta = int8_linear(q, None, weight, scale, correction, bias, delta_scale, delta_zero_point)
+    return mq.qselective_scan_(
+        *(u, u_scale, u_zero_point, delta, delta_scale, delta_zero_point, A, B, B_scale, B_zero_point),
+        *(C, C_scale, C_zero_point, D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point),
+    )

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 schemas = torch.library.Library("mq_ao", "DEF")
 _kernels = torch.library.Library("mq_ao", "IMPL", "CompositeExplicitAutograd")
-_references: dict[str, Callable[..., Any]] = {}
 _loaders: dict[str, Callable[[], bool]] = {}
 
 
@@ -58,7 +57,6 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
     schemas.define(f"{name}_reference{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"mq_ao::{name}", fake, lib=schemas)
     torch.library.register_fake(f"mq_ao::{name}_reference", fake, lib=schemas)
-    _references[name] = reference
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         load_new = _loaders.get(args[0].device.type)
@@ -116,11 +114,6 @@ def require(condition: bool | SymBool, message: str) -> None:
         torch._check(condition, lambda: message)
     elif not condition:
         raise MqAoError(message)
-
-
-def reference(name: str) -> Callable[..., Any]:
-    """Returns the reference implementation of operator `name`."""
-    return _references[name]
 
 
 def native_available() -> bool:

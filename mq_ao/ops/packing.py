@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
 from mq_ao.ops.library import require
+from mq_ao.ops.operator import Operands, like, operator
 
 _PANEL = 64
 _LANE = 16
@@ -45,14 +45,6 @@ def _check_layout(n: int, k: int, bits: int, group_size: int) -> None:
     )
 
 
-def _check_weight(weight: Tensor, bits: int, group_size: int) -> None:
-    require(
-        weight.dim() == 2 and weight.dtype == torch.int8,
-        f"qlinear_prepack takes an int8 weight of shape (outputs, inputs), not {weight.dtype} {tuple(weight.shape)}.",
-    )
-    _check_layout(weight.shape[0], weight.shape[1], bits, group_size)
-
-
 def _check_packed(packed: Tensor, n: int, k: int, bits: int, group_size: int) -> None:
     _check_layout(n, k, bits, group_size)
     size = packed_bytes(n, k, bits, group_size)
@@ -70,30 +62,56 @@ def _check_vector(vector: Tensor, n: int, name: str) -> None:
     )
 
 
-def check_linear(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, group_size: int
-) -> int:
-    """Raises MqAoError unless the operands all linear operators share fit each other; returns the outputs."""
+def check_linear(x: Tensor, a: Operands) -> int:
+    """Raises MqAoError unless `x` fits the operands that all linear operators share; returns the outputs."""
     require(x.dim() >= 1, "a quantized linear layer takes x of shape (..., inputs), not a scalar.")
-    require(weight_scale.dim() >= 1, "weight_scale must have a value for each output, it is a scalar.")
-    n, k = weight_scale.shape[0], x.shape[-1]
-    _check_packed(packed, n, k, bits, group_size)
-    if group_size:
-        groups = group_count(k, group_size)
+    scale = a.weight_scale
+    require(scale.dim() >= 1, "weight_scale must have a value for each output, it is a scalar.")
+    n: int = scale.shape[0]
+    k = x.shape[-1]
+    _check_packed(a.packed, n, k, a.bits, a.group_size)
+    if a.group_size:
+        groups = group_count(k, a.group_size)
         require(
-            weight_scale.dtype == torch.float32 and tuple(weight_scale.shape) == (n, groups),
-            f"weight_scale must be float32 ({n}, {groups}) with group_size {group_size}, not {weight_scale.dtype} "
-            f"{tuple(weight_scale.shape)}.",
+            scale.dtype == torch.float32 and tuple(scale.shape) == (n, groups),
+            f"weight_scale must be float32 ({n}, {groups}) with group_size {a.group_size}, not {scale.dtype} "
+            f"{tuple(scale.shape)}.",
         )
     else:
-        _check_vector(weight_scale, n, "weight_scale")
-    if bias is not None:
-        _check_vector(bias, n, "bias")
+        _check_vector(scale, n, "weight_scale")
+    if a.bias is not None:
+        _check_vector(a.bias, n, "bias")
     return n
 
 
-def _prepack_reference(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
-    _check_weight(weight, bits, group_size)
+def _packed(a: Operands) -> Tensor:
+    weight = a.weight
+    require(
+        weight.dim() == 2 and weight.dtype == torch.int8,
+        f"qlinear_prepack takes an int8 weight of shape (outputs, inputs), not {weight.dtype} {tuple(weight.shape)}.",
+    )
+    n, k = weight.shape
+    _check_layout(n, k, a.bits, a.group_size)
+    return like(weight, (packed_bytes(n, k, a.bits, a.group_size),))
+
+
+@operator(results=_packed)
+def qlinear_prepack(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
+    """Packs int8 weights (outputs, inputs) for `qlinear`, `qlinear_per_token` and `wlinear`.
+
+    Args:
+        weight: int8 (N, K), within -8..7 for 4 bits.
+        bits: 8 or 4, the bits that a packed weight takes.
+        group_size: inputs that share a scale, a multiple of 4; 0: all. The operators must be given the same.
+
+    Returns:
+        int8 (`packed_bytes(N, K, bits, group_size)`,): panels of 64 outputs, then the int32 sum of every group's
+        weights, laid out as qgemm_layout.h says.
+
+    Raises:
+        MqAoError: `weight` is not int8, not 2-D, empty, has more than 65536 inputs or values out of range, or
+            `bits` or `group_size` is none of the above.
+    """
     low, high = _RANGES[bits]
     require(
         bool((weight >= low).all() and (weight <= high).all()),
@@ -111,14 +129,14 @@ def _prepack_reference(weight: Tensor, bits: int = 8, group_size: int = 0) -> Te
     return torch.cat([*(panel.reshape(-1) for panel in panels), *(each.view(torch.int8) for each in sums)])
 
 
-def _prepack_fake(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
-    _check_weight(weight, bits, group_size)
-    return weight.new_empty(packed_bytes(weight.shape[0], weight.shape[1], bits, group_size))
+def _unpacked(a: Operands) -> Tensor:
+    _check_packed(a.packed, a.n, a.k, a.bits, a.group_size)
+    return like(a.packed, (a.n, a.k))
 
 
-def unpack_reference(packed: Tensor, n: int, k: int, bits: int = 8, group_size: int = 0) -> Tensor:
-    """Returns the int8 weight (n, k) that was packed."""
-    _check_packed(packed, n, k, bits, group_size)
+@operator(results=_unpacked)
+def qlinear_unpack(packed: Tensor, n: int, k: int, bits: int = 8, group_size: int = 0) -> Tensor:
+    """The int8 weight (n, k) that `qlinear_prepack` packed with the same `bits` and `group_size`."""
     padded_n, padded_k = _padded(n, k, bits)
     panels = packed[: padded_n * padded_k * bits // 8].split(_PANEL * padded_k * bits // 8)
     quads = [panel.reshape(padded_k // 4, -1, 4) for panel in panels]
@@ -127,41 +145,3 @@ def unpack_reference(packed: Tensor, n: int, k: int, bits: int = 8, group_size: 
         # Left shifts drop the other half of the byte, right shifts extend the sign.
         quads = [torch.cat((p << 4 >> 4, p >> 4), 2).reshape(padded_k // 4, -1, 4) for p in pairs]
     return torch.cat([quad.transpose(0, 1).reshape(-1, padded_k) for quad in quads])[:n, :k].contiguous()
-
-
-def _unpack_fake(packed: Tensor, n: int, k: int, bits: int = 8, group_size: int = 0) -> Tensor:
-    _check_packed(packed, n, k, bits, group_size)
-    return packed.new_empty(n, k)
-
-
-library.define(
-    "qlinear_prepack",
-    "(Tensor weight, int bits=8, int group_size=0) -> Tensor",
-    fake=_prepack_fake,
-    reference=_prepack_reference,
-)
-library.define(
-    "qlinear_unpack",
-    "(Tensor packed, int n, int k, int bits=8, int group_size=0) -> Tensor",
-    fake=_unpack_fake,
-    reference=unpack_reference,
-)
-
-
-def prepack(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
-    """Packs int8 weights (outputs, inputs) for `qlinear`, `qlinear_per_token` and `wlinear`.
-
-    Args:
-        weight: int8 (N, K), within -8..7 for 4 bits.
-        bits: 8 or 4, the bits that a packed weight takes.
-        group_size: inputs that share a scale, a multiple of 4; 0: all. The operators must be given the same.
-
-    Returns:
-        int8 (`packed_bytes(N, K, bits, group_size)`,): panels of 64 outputs, then the int32 sum of every group's
-        weights, laid out as qgemm_layout.h says.
-
-    Raises:
-        MqAoError: `weight` is not int8, not 2-D, empty, has more than 65536 inputs or values out of range, or
-            `bits` or `group_size` is none of the above.
-    """
-    return torch.ops.mq_ao.qlinear_prepack(weight, bits, group_size)

@@ -5,38 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
-from mq_ao.ops.causal_conv1d import causal_conv1d
-from mq_ao.ops.grids import BYTES, check_grid, check_output, output_dtype, requantize
+from mq_ao.ops.causal_conv1d import causal_conv1d, check_shapes, state_of
+from mq_ao.ops.grids import BYTES, Grid, check_grid, check_output, output_dtype, requantize
 from mq_ao.ops.library import require
+from mq_ao.ops.operator import Operands, like, operator
 
 
-def _check(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    weight: Tensor,
-    weight_scale: Tensor,
-    activation: str | None,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> None:
-    """Raises MqAoError on what `causal_conv1d` does not check for itself."""
+def _results(a: Operands) -> tuple[Tensor, Tensor]:
+    x, weight, scale, out = a.x, a.weight, a.weight_scale, Grid.of(a, "out")
     require(x.dtype in BYTES, f"qcausal_conv1d: x must be uint8 or int8, it is {x.dtype}.")
-    check_grid("qcausal_conv1d: x", x.dtype, x_scale, x_zero_point)
+    check_grid("qcausal_conv1d: x", x.dtype, Grid.of(a, "x"))
     require(weight.dtype == torch.int8, f"qcausal_conv1d: weight must be int8, it is {weight.dtype}.")
     require(
-        activation in (None, "silu"),
-        f"qcausal_conv1d: unknown activation {activation!r}; give None or 'silu'.",
+        a.activation in (None, "silu"),
+        f"qcausal_conv1d: unknown activation {a.activation!r}; give None or 'silu'.",
     )
     require(
-        weight_scale.dtype == torch.float32 and tuple(weight_scale.shape) == (weight.shape[0],),
-        f"qcausal_conv1d: weight_scale must be float32 ({weight.shape[0]},), it is {weight_scale.dtype} "
-        f"{tuple(weight_scale.shape)}.",
+        scale.dtype == torch.float32 and tuple(scale.shape) == (weight.shape[0],),
+        f"qcausal_conv1d: weight_scale must be float32 ({weight.shape[0]},), it is {scale.dtype} {tuple(scale.shape)}.",
     )
-    check_output("qcausal_conv1d", x, out_scale, out_zero_point)
+    check_output("qcausal_conv1d", x, out)
+    check_shapes(a)
+    return like(x, dtype=output_dtype(x, out)), state_of(a, torch.float32)
 
 
+@operator(results=_results)
 def qcausal_conv1d(
     x: Tensor,
     x_scale: float,
@@ -49,9 +42,9 @@ def qcausal_conv1d(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: the float convolution of integers, then scale, bias, activation and rounding.
+    """The convolution of integers, then scale, bias, activation and rounding.
 
-    Integer sums are exact in float32 (below 2^24), here as in the native kernel.
+    Integer sums are exact in float32 (below 2^24), in the reference as in the native kernel.
 
     Args:
         x: (batch, length, channels) uint8 or int8.
@@ -73,43 +66,14 @@ def qcausal_conv1d(
     Raises:
         MqAoError: types or shapes do not fit together, the length is 0, or the activation is unknown.
     """
-    _check(x, x_scale, x_zero_point, weight, weight_scale, activation, out_scale, out_zero_point)
     limits = torch.iinfo(x.dtype)
     low, high = limits.min - x_zero_point, limits.max - x_zero_point
     state = None if initial_state is None else (initial_state * (1 / x_scale)).round().clamp(low, high)
     values = x.float() - x_zero_point
-    sums, last = causal_conv1d(values, weight.float(), None, state, None)
+    sums, last = causal_conv1d.reference(values, weight.float(), None, state, None)
     y = sums * (weight_scale * x_scale)
     if bias is not None:
         y = y + bias
     if activation == "silu":
         y = torch.nn.functional.silu(y)
-    return requantize(y, x.dtype, out_scale, out_zero_point), last * x_scale
-
-
-def fake(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    activation: str | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Checks the operands of `qcausal_conv1d`, and gives empty results."""
-    _check(x, x_scale, x_zero_point, weight, weight_scale, activation, out_scale, out_zero_point)
-    state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=output_dtype(x, out_scale)), state
-
-
-library.define(
-    "qcausal_conv1d",
-    "(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias=None, "
-    "Tensor? initial_state=None, str? activation=None, float? out_scale=None, int out_zero_point=0) "
-    "-> (Tensor y, Tensor last_state)",
-    fake=fake,
-    reference=qcausal_conv1d,
-)
+    return requantize(y, x.dtype, Grid(out_scale, out_zero_point)), last * x_scale

@@ -4,8 +4,8 @@ All run from one packed copy of the 8-bit or 4-bit weights (see `packing`), for 
 (prefill). Sums are exact in 32 bits; scale, zero point, bias and the optional requantization are a float32 epilogue
 whose order of operations the references below define, and which the native kernels follow bit for bit.
 
-The operator `quantize_per_token` quantizes every token (row) by itself, symmetrically, by the rule of the function of
-that name; what it gives can feed several `qlinear_per_token`.
+`quantize_per_token` quantizes every token (row) by itself, symmetrically, by the rule of `int8_per_token`; what it
+gives can feed several `qlinear_per_token`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
+from mq_ao.ops.grids import Grid, requantize
 from mq_ao.ops.library import require
-from mq_ao.ops.packing import check_linear, unpack_reference
+from mq_ao.ops.operator import Operands, like, operator
+from mq_ao.ops.packing import check_linear, qlinear_unpack
 
 TOKEN_ZERO_POINT = 128
 _TINIEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes each row of `x` to 8 bits, symmetrically: the rule that `mq_ao::quantize_per_token` follows.
+def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes each row of `x` to 8 bits, symmetrically.
 
     `scale = max|row| / 127`, at least the smallest normal float32; `q = round_half_even(x * (1 / scale))`,
     all in float32. An all-zero row gives zeros; a row with a NaN or an infinity gives zeros and the scale NaN,
@@ -46,68 +47,22 @@ def _check_zero_point(zero_point: int) -> None:
     require(0 <= zero_point <= 255, f"a uint8 zero point lies in 0..255, not at {zero_point}.")
 
 
-def _check_output(out_scale: float | None, out_zero_point: int) -> None:
-    if out_scale is not None:
-        require(out_scale > 0, f"out_scale must be positive, not {out_scale}.")
-        _check_zero_point(out_zero_point)
+def _linear(x: Tensor, a: Operands) -> Tensor:
+    n = check_linear(x, a)
+    return like(x, (*x.shape[:-1], n), torch.float32 if a.out_scale is None else torch.uint8)
 
 
-def _check_qlinear(
-    x: Tensor,
-    x_zero_point: int,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_scale: float | None,
-    out_zero_point: int,
-    bits: int,
-    group_size: int,
-) -> int:
-    require(x.dtype == torch.uint8, f"qlinear takes uint8 activations, not {x.dtype}.")
-    n = check_linear(x, packed, weight_scale, bias, bits, group_size)
-    _check_zero_point(x_zero_point)
-    _check_output(out_scale, out_zero_point)
-    return n
-
-
-def _check_tokens(x: Tensor) -> None:
-    require(
-        x.dtype in (torch.float32, torch.bfloat16),
-        f"per-token quantization takes float32 or bfloat16 activations, not {x.dtype}.",
-    )
-    require(
-        x.dim() >= 1 and x.shape[-1] >= 1,
-        f"per-token quantization takes x of shape (..., inputs) with at least 1 input, not {tuple(x.shape)}.",
-    )
-
-
-def _check_per_token(
-    q: Tensor,
-    scale: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_scale: float | None,
-    out_zero_point: int,
-    bits: int,
-    group_size: int,
-) -> int:
-    require(q.dtype == torch.uint8, f"qlinear_per_token takes uint8 activations, not {q.dtype}.")
-    n = check_linear(q, packed, weight_scale, bias, bits, group_size)
-    require(
-        scale.dtype == torch.float32 and scale.shape == (*q.shape[:-1], 1),
-        f"scale must be float32 with one value for each token, {(*q.shape[:-1], 1)}, not {scale.dtype} "
-        f"{tuple(scale.shape)}: make it with quantize_per_token.",
-    )
-    _check_output(out_scale, out_zero_point)
-    return n
+def _check_output(a: Operands) -> None:
+    if a.out_scale is not None:
+        require(a.out_scale > 0, f"out_scale must be positive, not {a.out_scale}.")
+        _check_zero_point(a.out_zero_point)
 
 
 def _scaled_sums(
     x: Tensor, scale: float | Tensor, packed: Tensor, weight_scale: Tensor, bits: int, group_size: int
 ) -> Tensor:
     """Sum over the groups, in their order, of the exact integer sum times its scale; x holds whole numbers."""
-    weight = unpack_reference(packed, weight_scale.shape[0], x.shape[-1], bits, group_size)
+    weight = qlinear_unpack.reference(packed, weight_scale.shape[0], x.shape[-1], bits, group_size)
     size = group_size or x.shape[-1]
     total = None
     columns = weight_scale.unbind(1) if group_size else (weight_scale,)
@@ -120,115 +75,21 @@ def _scaled_sums(
     return total
 
 
-def _finished(y: Tensor, bias: Tensor | None, out_scale: float | None, out_zero_point: int) -> Tensor:
+def _finished(y: Tensor, bias: Tensor | None, out: Grid) -> Tensor:
     if bias is not None:
         y = y + bias
-    if out_scale is None:
-        return y
-    # As quantized_decomposed.quantize_per_tensor: times the reciprocal, which is rounded to float32. NaN gives 0.
-    q = (torch.round(y * (1.0 / out_scale)) + out_zero_point).clamp(0, 255)
-    return q.nan_to_num(0.0).to(torch.uint8)
+    return requantize(y, torch.uint8, out)
 
 
-def _qlinear_reference(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    bits: int = 8,
-    group_size: int = 0,
-) -> Tensor:
-    _check_qlinear(x, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size)
-    centred = x.to(torch.float64) - x_zero_point
-    y = _scaled_sums(centred, x_scale, packed, weight_scale, bits, group_size)
-    return _finished(y, bias, out_scale, out_zero_point)
+def _static(a: Operands) -> Tensor:
+    require(a.x.dtype == torch.uint8, f"qlinear takes uint8 activations, not {a.x.dtype}.")
+    y = _linear(a.x, a)
+    _check_zero_point(a.x_zero_point)
+    _check_output(a)
+    return y
 
 
-def _qlinear_fake(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    bits: int = 8,
-    group_size: int = 0,
-) -> Tensor:
-    n = _check_qlinear(x, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size)
-    return x.new_empty((*x.shape[:-1], n), dtype=torch.float32 if out_scale is None else torch.uint8)
-
-
-def _quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_tokens(x)
-    q, scale = quantize_per_token(x)
-    return (q.to(torch.int16) + TOKEN_ZERO_POINT).to(torch.uint8), scale
-
-
-def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_tokens(x)
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-
-def _per_token_reference(
-    q: Tensor,
-    scale: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    bits: int = 8,
-    group_size: int = 0,
-) -> Tensor:
-    _check_per_token(q, scale, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size)
-    centred = q.to(torch.float64) - TOKEN_ZERO_POINT
-    y = _scaled_sums(centred, scale, packed, weight_scale, bits, group_size)
-    return _finished(y, bias, out_scale, out_zero_point)
-
-
-def _per_token_fake(
-    q: Tensor,
-    scale: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    bits: int = 8,
-    group_size: int = 0,
-) -> Tensor:
-    n = _check_per_token(q, scale, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size)
-    return q.new_empty((*q.shape[:-1], n), dtype=torch.float32 if out_scale is None else torch.uint8)
-
-
-library.define(
-    "qlinear",
-    "(Tensor x, float x_scale, int x_zero_point, Tensor packed, Tensor weight_scale, Tensor? bias=None, "
-    "float? out_scale=None, int out_zero_point=0, int bits=8, int group_size=0) -> Tensor",
-    fake=_qlinear_fake,
-    reference=_qlinear_reference,
-)
-library.define(
-    "quantize_per_token",
-    "(Tensor x) -> (Tensor, Tensor)",
-    fake=_quantize_fake,
-    reference=_quantize_reference,
-)
-library.define(
-    "qlinear_per_token",
-    "(Tensor q, Tensor scale, Tensor packed, Tensor weight_scale, Tensor? bias=None, float? out_scale=None, "
-    "int out_zero_point=0, int bits=8, int group_size=0) -> Tensor",
-    fake=_per_token_fake,
-    reference=_per_token_reference,
-)
-
-
+@operator(results=_static)
 def qlinear(
     x: Tensor,
     x_scale: float,
@@ -250,7 +111,7 @@ def qlinear(
         x: uint8 (..., K); rows may be strided.
         x_scale: activation scale, rounded to float32.
         x_zero_point: within 0..255.
-        packed: weights from `packing.prepack` with the same `bits` and `group_size`.
+        packed: weights from `packing.qlinear_prepack` with the same `bits` and `group_size`.
         weight_scale: float32 (N,), or (N, ceil(K / group_size)) with groups. The latter are copied in every call
             unless they lie in memory group by group, as `weight_scale.t().contiguous().t()` makes them.
         bias: float32 (N,), or None.
@@ -266,13 +127,27 @@ def qlinear(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    return torch.ops.mq_ao.qlinear(
-        x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size
+    centred = x.to(torch.float64) - x_zero_point
+    y = _scaled_sums(centred, x_scale, packed, weight_scale, bits, group_size)
+    return _finished(y, bias, Grid(out_scale, out_zero_point))
+
+
+def _tokens(a: Operands) -> tuple[Tensor, Tensor]:
+    x = a.x
+    require(
+        x.dtype in (torch.float32, torch.bfloat16),
+        f"per-token quantization takes float32 or bfloat16 activations, not {x.dtype}.",
     )
+    require(
+        x.dim() >= 1 and x.shape[-1] >= 1,
+        f"per-token quantization takes x of shape (..., inputs) with at least 1 input, not {tuple(x.shape)}.",
+    )
+    return like(x, dtype=torch.uint8), like(x, (*x.shape[:-1], 1), torch.float32)
 
 
-def per_token_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes each row of `x` by `quantize_per_token`, for `qlinear_per_token`.
+@operator(results=_tokens)
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes each row of `x` by `int8_per_token`, for `qlinear_per_token`.
 
     Args:
         x: float32 or bfloat16 (..., K); rows may be strided.
@@ -283,9 +158,24 @@ def per_token_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         MqAoError: x has another dtype, or no inputs.
     """
-    return torch.ops.mq_ao.quantize_per_token(x)
+    q, scale = int8_per_token(x)
+    return (q.to(torch.int16) + TOKEN_ZERO_POINT).to(torch.uint8), scale
 
 
+def _per_token(a: Operands) -> Tensor:
+    q, scale = a.q, a.scale
+    require(q.dtype == torch.uint8, f"qlinear_per_token takes uint8 activations, not {q.dtype}.")
+    y = _linear(q, a)
+    require(
+        scale.dtype == torch.float32 and scale.shape == (*q.shape[:-1], 1),
+        f"scale must be float32 with one value for each token, {(*q.shape[:-1], 1)}, not {scale.dtype} "
+        f"{tuple(scale.shape)}: make it with quantize_per_token.",
+    )
+    _check_output(a)
+    return y
+
+
+@operator(results=_per_token)
 def qlinear_per_token(
     q: Tensor,
     scale: Tensor,
@@ -297,7 +187,7 @@ def qlinear_per_token(
     bits: int = 8,
     group_size: int = 0,
 ) -> Tensor:
-    """Linear layer on what `per_token_bytes` gives: `qlinear` with a scale for each row and zero point 128.
+    """Linear layer on what `quantize_per_token` gives: `qlinear` with a scale for each row and zero point 128.
 
     Args:
         q: uint8 (..., K); rows may be strided.
@@ -316,6 +206,6 @@ def qlinear_per_token(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    return torch.ops.mq_ao.qlinear_per_token(
-        q, scale, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size
-    )
+    centred = q.to(torch.float64) - TOKEN_ZERO_POINT
+    y = _scaled_sums(centred, scale, packed, weight_scale, bits, group_size)
+    return _finished(y, bias, Grid(out_scale, out_zero_point))

@@ -9,26 +9,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
-from mq_ao.ops.grids import check_operand, check_output, dequantize, output_dtype, requantize
+from mq_ao.ops.grids import Grid, check_operand, check_output, dequantize, output_dtype, requantize
 from mq_ao.ops.library import require
-from mq_ao.ops.selective_scan import _check_shapes, selective_scan
+from mq_ao.ops.operator import Operands, like, operator
+from mq_ao.ops.selective_scan import check_shapes, selective_scan
+from mq_ao.ops.state import quantize_state
 
-_LARGEST_STEP = 127
-_Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 
-
-def _check_state(A: Tensor, initial_state: Tensor | None, state_scale: Tensor | None) -> None:
+def _check_state(a: Operands) -> None:
+    initial_state, state_scale = a.initial_state, a.state_scale
     if state_scale is not None:
         require(
             state_scale.dtype == torch.float32 and state_scale.dim() == 2,
             f"qselective_scan: state_scale must be float32 (channels, d_state), it is {state_scale.dtype} "
             f"{tuple(state_scale.shape)}.",
         )
-        for size, wanted in zip(state_scale.shape, A.shape, strict=True):
+        for size, wanted in zip(state_scale.shape, a.A.shape, strict=True):
             require(
                 size == wanted,
-                f"qselective_scan: state_scale must have A's shape {tuple(A.shape)}, it has "
+                f"qselective_scan: state_scale must have A's shape {tuple(a.A.shape)}, it has "
                 f"{tuple(state_scale.shape)}.",
             )
     if initial_state is not None:
@@ -40,41 +39,18 @@ def _check_state(A: Tensor, initial_state: Tensor | None, state_scale: Tensor | 
         )
 
 
-def _check(
-    u: _Grid,
-    delta: _Grid,
-    A: Tensor,
-    B: _Grid,
-    C: _Grid,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    state_scale: Tensor | None,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> None:
-    """Raises MqAoError on operands that do not fit together."""
-    for name, grid in (("u", u), ("delta", delta), ("B", B), ("C", C)):
-        check_operand(f"qselective_scan: {name}", *grid)
-    check_output("qselective_scan", u[0], out_scale, out_zero_point)
-    _check_shapes(u[0], delta[0], A, B[0], C[0], D, delta_bias, initial_state)
-    _check_state(A, initial_state, state_scale)
+def _results(a: Operands) -> tuple[Tensor, Tensor]:
+    out = Grid.of(a, "out")
+    for name in ("u", "delta", "B", "C"):
+        check_operand("qselective_scan", a, name)
+    check_output("qselective_scan", a.u, out)
+    check_shapes(a)
+    _check_state(a)
+    state_dtype = torch.float32 if a.state_scale is None else torch.int8
+    return like(a.u, dtype=output_dtype(a.u, out)), like(a.u, (a.u.shape[0], *a.A.shape), state_dtype)
 
 
-def quantize_state(state: Tensor, state_scale: Tensor) -> Tensor:
-    """Rounds states as `qselective_scan` carries them.
-
-    Args:
-        state: (batch, channels, d_state) floating point.
-        state_scale: (channels, d_state) float32, positive: the step of each state.
-
-    Returns:
-        int8 of the same shape, `round_half_even(state / state_scale)` within -127..127; 0 for NaN.
-    """
-    steps = torch.round(state / state_scale).clamp(-_LARGEST_STEP, _LARGEST_STEP)
-    return steps.nan_to_num(0.0).to(torch.int8)
-
-
+@operator(results=_results)
 def qselective_scan(
     u: Tensor,
     u_scale: float,
@@ -97,7 +73,7 @@ def qselective_scan(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: `selective_scan` of the dequantized operands, then rounding.
+    """`selective_scan` of the dequantized operands, then rounding.
 
     Each of u, delta, B and C is uint8 or int8, of value `(q - zero_point) * scale` in float32, or float32, when its
     scale and zero point are not looked at. Zero points lie within the operand's dtype.
@@ -129,76 +105,13 @@ def qselective_scan(
     Raises:
         MqAoError: types, shapes or grids do not fit together, or the length is 0.
     """
-    _check(
-        (u, u_scale, u_zero_point),
-        (delta, delta_scale, delta_zero_point),
-        A,
-        (B, B_scale, B_zero_point),
-        (C, C_scale, C_zero_point),
-        D,
-        delta_bias,
-        initial_state,
-        state_scale,
-        out_scale,
-        out_zero_point,
-    )
-    x, dt = dequantize("u", u, u_scale, u_zero_point), dequantize("delta", delta, delta_scale, delta_zero_point)
-    b, c = dequantize("B", B, B_scale, B_zero_point), dequantize("C", C, C_scale, C_zero_point)
+    x, dt = dequantize(u, Grid(u_scale, u_zero_point)), dequantize(delta, Grid(delta_scale, delta_zero_point))
+    b, c = dequantize(B, Grid(B_scale, B_zero_point)), dequantize(C, Grid(C_scale, C_zero_point))
     state = initial_state
     if initial_state is not None and state_scale is not None:
         state = initial_state * state_scale
-    y, last_state = selective_scan(x, dt, A.to(torch.float32), b, c, D, delta_bias, delta_softplus, state)
+    y, last_state = selective_scan.reference(x, dt, A.to(torch.float32), b, c, D, delta_bias, delta_softplus, state)
     if state_scale is not None:
-        last_state = quantize_state(last_state, state_scale)
-    return requantize(y, output_dtype(u, out_scale), out_scale, out_zero_point), last_state
-
-
-def _fake(
-    u: Tensor,
-    u_scale: float,
-    u_zero_point: int,
-    delta: Tensor,
-    delta_scale: float,
-    delta_zero_point: int,
-    A: Tensor,
-    B: Tensor,
-    B_scale: float,
-    B_zero_point: int,
-    C: Tensor,
-    C_scale: float,
-    C_zero_point: int,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    state_scale: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> tuple[Tensor, Tensor]:
-    _check(
-        (u, u_scale, u_zero_point),
-        (delta, delta_scale, delta_zero_point),
-        A,
-        (B, B_scale, B_zero_point),
-        (C, C_scale, C_zero_point),
-        D,
-        delta_bias,
-        initial_state,
-        state_scale,
-        out_scale,
-        out_zero_point,
-    )
-    y = u.new_empty(u.shape, dtype=output_dtype(u, out_scale))
-    state_dtype = torch.float32 if state_scale is None else torch.int8
-    return y, u.new_empty((u.shape[0], *A.shape), dtype=state_dtype)
-
-
-library.define(
-    "qselective_scan",
-    "(Tensor u, float u_scale, int u_zero_point, Tensor delta, float delta_scale, int delta_zero_point, Tensor A, "
-    "Tensor B, float B_scale, int B_zero_point, Tensor C, float C_scale, int C_zero_point, Tensor? D=None, "
-    "Tensor? delta_bias=None, bool delta_softplus=False, Tensor? initial_state=None, Tensor? state_scale=None, "
-    "float? out_scale=None, int out_zero_point=0) -> (Tensor y, Tensor last_state)",
-    fake=_fake,
-    reference=qselective_scan,
-)
+        last_state = quantize_state.reference(last_state, state_scale)
+    out = Grid(out_scale, out_zero_point)
+    return requantize(y, output_dtype(u, out), out), last_state

@@ -9,20 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
-from mq_ao.ops.grids import check_operand, check_output, dequantize, output_dtype, requantize
-from mq_ao.ops.ssd_scan import _check_shapes, ssd_scan
-
-_Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
+from mq_ao.ops.grids import Grid, check_operand, check_output, dequantize, output_dtype, requantize
+from mq_ao.ops.operator import Operands, like, operator
+from mq_ao.ops.ssd_scan import check_shapes, last_state_of, ssd_scan
 
 
-def _check(x: _Grid, dt: _Grid, B: _Grid, C: _Grid, out_scale: float | None, out_zero_point: int) -> None:
-    """Raises MqAoError on types and grids that do not fit."""
-    for name, grid in (("x", x), ("dt", dt), ("B", B), ("C", C)):
-        check_operand(f"qssd_scan: {name}", *grid)
-    check_output("qssd_scan", x[0], out_scale, out_zero_point)
+def _results(a: Operands) -> tuple[Tensor, Tensor]:
+    out = Grid.of(a, "out")
+    for name in ("x", "dt", "B", "C"):
+        check_operand("qssd_scan", a, name)
+    check_output("qssd_scan", a.x, out)
+    check_shapes(a)
+    return like(a.x, dtype=output_dtype(a.x, out)), last_state_of(a, torch.float32)
 
 
+@operator(results=_results)
 def qssd_scan(
     x: Tensor,
     x_scale: float,
@@ -47,7 +48,7 @@ def qssd_scan(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: `ssd_scan` of the dequantized operands, then rounding.
+    """`ssd_scan` of the dequantized operands, then rounding.
 
     Each of x, dt, B and C is uint8 or int8, of value `(q - zero_point) * scale` in float32, or float32, when its scale
     and zero point are not looked at. Zero points lie within the operand's dtype.
@@ -74,64 +75,9 @@ def qssd_scan(
     Raises:
         MqAoError: types, shapes or grids do not fit together, or the length is 0.
     """
-    _check(
-        (x, x_scale, x_zero_point),
-        (dt, dt_scale, dt_zero_point),
-        (B, B_scale, B_zero_point),
-        (C, C_scale, C_zero_point),
-        out_scale,
-        out_zero_point,
-    )
-    values, step = dequantize("x", x, x_scale, x_zero_point), dequantize("dt", dt, dt_scale, dt_zero_point)
-    b, c = dequantize("B", B, B_scale, B_zero_point), dequantize("C", C, C_scale, C_zero_point)
-    y, last_state = ssd_scan(values, step, A, b, c, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx)
-    return requantize(y, output_dtype(x, out_scale), out_scale, out_zero_point), last_state
-
-
-def _fake(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    dt: Tensor,
-    dt_scale: float,
-    dt_zero_point: int,
-    A: Tensor,
-    B: Tensor,
-    B_scale: float,
-    B_zero_point: int,
-    C: Tensor,
-    C_scale: float,
-    C_zero_point: int,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_min: float = 0.0,
-    dt_max: float | None = None,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> tuple[Tensor, Tensor]:
-    _check(
-        (x, x_scale, x_zero_point),
-        (dt, dt_scale, dt_zero_point),
-        (B, B_scale, B_zero_point),
-        (C, C_scale, C_zero_point),
-        out_scale,
-        out_zero_point,
-    )
-    _check_shapes(x, dt, A, B, C, D, dt_bias, dt_min, dt_max, initial_state, seq_idx)
-    batch, _, heads, headdim = x.shape
-    y = x.new_empty(x.shape, dtype=output_dtype(x, out_scale))
-    return y, x.new_empty((batch, heads, headdim, B.shape[3]), dtype=torch.float32)
-
-
-library.define(
-    "qssd_scan",
-    "(Tensor x, float x_scale, int x_zero_point, Tensor dt, float dt_scale, int dt_zero_point, Tensor A, "
-    "Tensor B, float B_scale, int B_zero_point, Tensor C, float C_scale, int C_zero_point, Tensor? D=None, "
-    "Tensor? dt_bias=None, bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, Tensor? initial_state=None, "
-    "Tensor? seq_idx=None, float? out_scale=None, int out_zero_point=0) -> (Tensor y, Tensor last_state)",
-    fake=_fake,
-    reference=qssd_scan,
-)
+    values, step = dequantize(x, Grid(x_scale, x_zero_point)), dequantize(dt, Grid(dt_scale, dt_zero_point))
+    b, c = dequantize(B, Grid(B_scale, B_zero_point)), dequantize(C, Grid(C_scale, C_zero_point))
+    rest = (D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx)
+    y, last_state = ssd_scan.reference(values, step, A, b, c, *rest)
+    out = Grid(out_scale, out_zero_point)
+    return requantize(y, output_dtype(x, out), out), last_state

@@ -9,10 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
-from mq_ao.ops.selective_scan import _check, _per_channel, _state_dtype, _step_sizes
+from mq_ao.ops.operator import Operands, like, operator
+from mq_ao.ops.selective_scan import _per_channel, _state_dtype, _step_sizes, check
 
 
+def _results(a: Operands) -> tuple[Tensor, Tensor]:
+    check(a.but(C=a.B, D=None))
+    dtype = _state_dtype(a.u)
+    return like(a.u, (*a.u.shape[:2], *a.A.shape), dtype), like(a.u, (a.u.shape[0], *a.A.shape), dtype)
+
+
+@operator(results=_results)
 def scan_states(
     u: Tensor,
     delta: Tensor,
@@ -22,7 +29,7 @@ def scan_states(
     delta_softplus: bool = False,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: one step after another, in float32 (float64 for float64 inputs).
+    """All states of the scan, computed in float32 (float64 for float64 inputs).
 
     Args:
         u: (batch, length, channels), the input; floating point.
@@ -41,7 +48,6 @@ def scan_states(
     Raises:
         MqAoError: shapes or dtypes do not fit together, or the length is 0.
     """
-    _check(u, delta, A, B, B, None, delta_bias, initial_state)
     dtype = _state_dtype(u)
     x, dt, decay = u.to(dtype), _step_sizes(delta, delta_bias, delta_softplus, dtype), A.to(dtype)
     b = _per_channel(B.to(dtype), u.shape[2])
@@ -51,26 +57,3 @@ def scan_states(
         h = torch.exp(dt[:, t, :, None] * decay) * h + (dt[:, t] * x[:, t])[..., None] * b[:, t]
         states.append(h)
     return torch.stack(states, dim=1), h.contiguous()
-
-
-def _fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(u, delta, A, B, B, None, delta_bias, initial_state)
-    dtype = _state_dtype(u)
-    return u.new_empty((*u.shape[:2], *A.shape), dtype=dtype), u.new_empty((u.shape[0], *A.shape), dtype=dtype)
-
-
-library.define(
-    "scan_states",
-    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias=None, bool delta_softplus=False, "
-    "Tensor? initial_state=None) -> (Tensor h, Tensor last_state)",
-    fake=_fake,
-    reference=scan_states,
-)

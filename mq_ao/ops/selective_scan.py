@@ -13,26 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mq_ao.ops import library
-from mq_ao.ops.library import require
+from mq_ao.ops.library import require, schemas
+from mq_ao.ops.operator import Operands, like, operator
 
-_INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? delta_bias=None, "
-    "bool delta_softplus=False, Tensor? initial_state=None"
-)
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _check_shapes(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
+def check_shapes(a: Operands) -> None:
     """Raises MqAoError on operands whose shapes do not fit together."""
+    u, delta, A, B, C = a.u, a.delta, a.A, a.B, a.C
     require(u.dim() == 3, f"selective_scan: u must be (batch, length, channels), it has {u.dim()} dimensions.")
     batch, length, channels = u.shape
     if isinstance(length, int):
@@ -57,9 +46,9 @@ def _check_shapes(
         B.dim() == C.dim() and (B.dim() == 3 or B.shape[2] == C.shape[2]),
         f"selective_scan: B and C must have the same groups, their shapes are {tuple(B.shape)} and {tuple(C.shape)}.",
     )
-    shapes += [(n, v, (channels,)) for n, v in (("D", D), ("delta_bias", delta_bias)) if v is not None]
-    if initial_state is not None:
-        shapes.append(("initial_state", initial_state, (batch, channels, d_state)))
+    shapes += [(n, v, (channels,)) for n, v in (("D", a.D), ("delta_bias", a.delta_bias)) if v is not None]
+    if a.initial_state is not None:
+        shapes.append(("initial_state", a.initial_state, (batch, channels, d_state)))
     for name, value, shape in shapes:
         require(
             value.dim() == len(shape),
@@ -72,23 +61,14 @@ def _check_shapes(
             )
 
 
-def _check(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
+def check(a: Operands) -> None:
     """Raises MqAoError on operands that do not fit together."""
-    _check_shapes(u, delta, A, B, C, D, delta_bias, initial_state)
-    require(u.is_floating_point(), f"selective_scan: u must be floating point, it is {u.dtype}.")
-    for name, value in (("delta", delta), ("B", B), ("C", C)):
+    check_shapes(a)
+    require(a.u.is_floating_point(), f"selective_scan: u must be floating point, it is {a.u.dtype}.")
+    for name, value in (("delta", a.delta), ("B", a.B), ("C", a.C)):
         require(
-            value.dtype == u.dtype,
-            f"selective_scan: u, delta, B and C must share a dtype, u is {u.dtype} and {name} {value.dtype}.",
+            value.dtype == a.u.dtype,
+            f"selective_scan: u, delta, B and C must share a dtype, u is {a.u.dtype} and {name} {value.dtype}.",
         )
 
 
@@ -96,19 +76,9 @@ def _state_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(u, delta, A, B, C, D, delta_bias, initial_state)
-    return u.new_empty(u.shape), u.new_empty((u.shape[0], *A.shape), dtype=_state_dtype(u))
+def _results(a: Operands) -> tuple[Tensor, Tensor]:
+    check(a)
+    return like(a.u), like(a.u, (a.u.shape[0], *a.A.shape), _state_dtype(a.u))
 
 
 def _per_channel(matrix: Tensor, channels: int) -> Tensor:
@@ -118,6 +88,14 @@ def _per_channel(matrix: Tensor, channels: int) -> Tensor:
     return matrix.repeat_interleave(channels // matrix.shape[2], dim=2)
 
 
+def _step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, dtype: torch.dtype) -> Tensor:
+    dt = delta.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)
+    return softplus(dt) if delta_softplus else dt
+
+
+@operator(results=_results)
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -129,7 +107,7 @@ def selective_scan(
     delta_softplus: bool = False,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: one step after another, in float32 (float64 for float64 inputs).
+    """The scan and the state after it, computed in float32 (float64 for float64 inputs).
 
     Args:
         u: (batch, length, channels), the input; float32, bfloat16, or any other floating dtype.
@@ -150,7 +128,6 @@ def selective_scan(
     Raises:
         MqAoError: shapes or dtypes do not fit together, or the length is 0.
     """
-    _check(u, delta, A, B, C, D, delta_bias, initial_state)
     dtype = _state_dtype(u)
     x, dt, decay = u.to(dtype), _step_sizes(delta, delta_bias, delta_softplus, dtype), A.to(dtype)
     b, c = (_per_channel(m.to(dtype), u.shape[2]) for m in (B, C))
@@ -165,31 +142,20 @@ def selective_scan(
     return y.to(u.dtype).contiguous(), h.clone(memory_format=torch.contiguous_format)
 
 
-def _step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, dtype: torch.dtype) -> Tensor:
-    dt = delta.to(dtype)
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(dtype)
-    return softplus(dt) if delta_softplus else dt
+def _gradients(a: Operands) -> _Gradients:
+    check(a)
+    D, delta_bias, start = (like(a.u, (0,)) if v is None else like(v) for v in (a.D, a.delta_bias, a.initial_state))
+    return like(a.u), like(a.delta), like(a.A), like(a.B), like(a.C), D, delta_bias, start
 
 
-def _backward_fake(
-    dy: Tensor,
-    dlast_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    _check(u, delta, A, B, C, D, delta_bias, initial_state)
-    optional = (u.new_empty(0) if v is None else v.new_empty(v.shape) for v in (D, delta_bias, initial_state))
-    return (*(v.new_empty(v.shape) for v in (u, delta, A, B, C)), *optional)
+def _sum_groups(per_channel: Tensor, like: Tensor) -> Tensor:
+    """Adds up (batch, length, channels, d_state) over the channels of each group, into the shape of B or C."""
+    if like.dim() == 3:
+        return per_channel.sum(2).to(like.dtype)
+    return per_channel.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
 
 
+@operator(results=_gradients)
 def selective_scan_backward(
     dy: Tensor,
     dlast_state: Tensor,
@@ -202,8 +168,8 @@ def selective_scan_backward(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     initial_state: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Reference gradient: the adjoint recurrence, run from the last step to the first.
+) -> _Gradients:
+    """Gradient of `selective_scan`: the adjoint recurrence, run from the last step to the first.
 
     With g[t] the gradient of h[t]: g[t] = dy[t] C[t] + exp(dt[t+1] A) g[t+1], starting from `dlast_state`.
 
@@ -219,7 +185,6 @@ def selective_scan_backward(
     Raises:
         MqAoError: as `selective_scan`.
     """
-    _check(u, delta, A, B, C, D, delta_bias, initial_state)
     dtype = _state_dtype(u)
     channels = u.shape[2]
     x, decay, dy_ = u.to(dtype), A.to(dtype), dy.to(dtype)
@@ -264,13 +229,6 @@ def selective_scan_backward(
     )
 
 
-def _sum_groups(per_channel: Tensor, like: Tensor) -> Tensor:
-    """Adds up (batch, length, channels, d_state) over the channels of each group, into the shape of B or C."""
-    if like.dim() == 3:
-        return per_channel.sum(2).to(like.dtype)
-    return per_channel.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, delta_softplus, initial_state = inputs
     ctx.save_for_backward(*tensors, initial_state)
@@ -280,18 +238,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, initial_state = ctx.saved_tensors
     inputs = (*tensors, ctx.delta_softplus, initial_state)
-    grads = torch.ops.mq_ao.selective_scan_backward(dy, dlast_state, *inputs)
+    grads = selective_scan_backward(dy, dlast_state, *inputs)
     du, ddelta, dA, dB, dC, dD, dbias, dinit = grads
     given = [None if value is None else grad for value, grad in zip(tensors[5:], (dD, dbias), strict=True)]
     return du, ddelta, dA, dB, dC, *given, None, None if initial_state is None else dinit
 
 
-library.define("selective_scan", f"({_INPUTS}) -> (Tensor y, Tensor last_state)", fake=_fake, reference=selective_scan)
-library.define(
-    "selective_scan_backward",
-    f"(Tensor dy, Tensor dlast_state, {_INPUTS}) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, "
-    "Tensor dD, Tensor ddelta_bias, Tensor dinitial_state)",
-    fake=_backward_fake,
-    reference=selective_scan_backward,
-)
-torch.library.register_autograd("mq_ao::selective_scan", _autograd, setup_context=_setup_context, lib=library.schemas)
+torch.library.register_autograd("mq_ao::selective_scan", _autograd, setup_context=_setup_context, lib=schemas)

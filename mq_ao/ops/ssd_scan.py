@@ -16,24 +16,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mq_ao.errors import MqAoError
-from mq_ao.ops import library
-from mq_ao.ops.library import require
+from mq_ao.ops.library import require, schemas
+from mq_ao.ops.operator import Operands, like, operator
 
 
-def _check_shapes(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_min: float,
-    dt_max: float | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> None:
+def check_shapes(a: Operands) -> None:
     """Raises MqAoError on operands whose shapes, or limits, do not fit together."""
+    x, dt, A, B, C = a.x, a.dt, a.A, a.B, a.C
+    D, initial_state, seq_idx, dt_min, dt_max = a.D, a.initial_state, a.seq_idx, a.dt_min, a.dt_max
     require(x.dim() == 4, f"ssd_scan: x must be (batch, length, heads, headdim), it has {x.dim()} dimensions.")
     batch, length, heads, headdim = x.shape
     if isinstance(length, int):
@@ -57,8 +47,8 @@ def _check_shapes(
             f"ssd_scan: D must be (heads,) or (heads, headdim), it has {D.dim()} dimensions.",
         )
         shapes.append(("D", D, (heads,) if D.dim() == 1 else (heads, headdim)))
-    if dt_bias is not None:
-        shapes.append(("dt_bias", dt_bias, (heads,)))
+    if a.dt_bias is not None:
+        shapes.append(("dt_bias", a.dt_bias, (heads,)))
     if initial_state is not None:
         shapes.append(("initial_state", initial_state, (batch, heads, headdim, d_state)))
         require(
@@ -82,52 +72,37 @@ def _check_shapes(
     )
 
 
-def _check(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_min: float,
-    dt_max: float | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> None:
-    """Raises MqAoError on operands that do not fit together."""
-    _check_shapes(x, dt, A, B, C, D, dt_bias, dt_min, dt_max, initial_state, seq_idx)
-    require(x.is_floating_point(), f"ssd_scan: x must be floating point, it is {x.dtype}.")
-    for name, value in (("dt", dt), ("B", B), ("C", C)):
-        require(
-            value.dtype == x.dtype,
-            f"ssd_scan: x, dt, B and C must share a dtype, x is {x.dtype} and {name} {value.dtype}.",
-        )
-
-
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fake(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_min: float = 0.0,
-    dt_max: float | None = None,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(x, dt, A, B, C, D, dt_bias, dt_min, dt_max, initial_state, seq_idx)
-    batch, _, heads, headdim = x.shape
-    return x.new_empty(x.shape), x.new_empty((batch, heads, headdim, B.shape[3]), dtype=_state_dtype(x))
+def last_state_of(a: Operands, dtype: torch.dtype) -> Tensor:
+    """An empty last state."""
+    batch, _, heads, headdim = a.x.shape
+    return like(a.x, (batch, heads, headdim, a.B.shape[3]), dtype)
 
 
+def _results(a: Operands) -> tuple[Tensor, Tensor]:
+    check_shapes(a)
+    require(a.x.is_floating_point(), f"ssd_scan: x must be floating point, it is {a.x.dtype}.")
+    for name, value in (("dt", a.dt), ("B", a.B), ("C", a.C)):
+        require(
+            value.dtype == a.x.dtype,
+            f"ssd_scan: x, dt, B and C must share a dtype, x is {a.x.dtype} and {name} {value.dtype}.",
+        )
+    return like(a.x), last_state_of(a, _state_dtype(a.x))
+
+
+def _step_sizes(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float | None, dtype: torch.dtype
+) -> Tensor:
+    step = dt.to(dtype)
+    if dt_bias is not None:
+        step = step + dt_bias.to(dtype)
+    return (softplus(step) if dt_softplus else step).clamp(dt_min, dt_max)
+
+
+@operator(results=_results)
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -142,7 +117,7 @@ def ssd_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reference: one step after another, in float32 (float64 for float64 inputs).
+    """The scan and the state after it, computed in float32 (float64 for float64 inputs).
 
     The native kernel computes the same by the block decomposition of Dao and Gu 2024 in float32; its results differ
     from exact ones by about 1e-6 of the largest.
@@ -168,7 +143,6 @@ def ssd_scan(
     Raises:
         MqAoError: shapes or dtypes do not fit together, the length is 0, or `dt_min` exceeds `dt_max`.
     """
-    _check(x, dt, A, B, C, D, dt_bias, dt_min, dt_max, initial_state, seq_idx)
     dtype = _state_dtype(x)
     batch, length, heads, headdim = x.shape
     values, step = x.to(dtype), _step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max, dtype)
@@ -189,15 +163,6 @@ def ssd_scan(
     return y.to(x.dtype).contiguous(), h.clone(memory_format=torch.contiguous_format)
 
 
-def _step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float | None, dtype: torch.dtype
-) -> Tensor:
-    step = dt.to(dtype)
-    if dt_bias is not None:
-        step = step + dt_bias.to(dtype)
-    return (softplus(step) if dt_softplus else step).clamp(dt_min, dt_max)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Nothing is kept: there is no gradient."""
 
@@ -206,12 +171,4 @@ def _no_gradient(ctx: Any, dy: Tensor, dlast_state: Tensor) -> NoReturn:
     raise MqAoError("ssd_scan has no gradient, it is for inference; train with mamba_ssm and load the weights here.")
 
 
-library.define(
-    "ssd_scan",
-    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? dt_bias=None, "
-    "bool dt_softplus=False, float dt_min=0.0, float? dt_max=None, Tensor? initial_state=None, Tensor? seq_idx=None) "
-    "-> (Tensor y, Tensor last_state)",
-    fake=_fake,
-    reference=ssd_scan,
-)
-torch.library.register_autograd("mq_ao::ssd_scan", _no_gradient, setup_context=_setup_context, lib=library.schemas)
+torch.library.register_autograd("mq_ao::ssd_scan", _no_gradient, setup_context=_setup_context, lib=schemas)

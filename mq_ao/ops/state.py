@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
 from mq_ao.ops.library import require
-from mq_ao.ops.qselective_scan import quantize_state
+from mq_ao.ops.operator import Operands, like, operator
+
+_LARGEST_STEP = 127
 
 
 def _check(name: str, state: Tensor, scale: Tensor) -> None:
@@ -24,14 +25,39 @@ def _check(name: str, state: Tensor, scale: Tensor) -> None:
         require(size == wanted, message)
 
 
-def _quantize(h: Tensor, scale: Tensor) -> Tensor:
-    _check("quantize_state", h, scale)
-    require(h.is_floating_point(), f"quantize_state: h must be floating point, it is {h.dtype}.")
-    return quantize_state(h, scale)
+def _quantized(a: Operands) -> Tensor:
+    _check("quantize_state", a.h, a.scale)
+    require(a.h.is_floating_point(), f"quantize_state: h must be floating point, it is {a.h.dtype}.")
+    return like(a.h, dtype=torch.int8)
 
 
+@operator(results=_quantized)
+def quantize_state(h: Tensor, scale: Tensor) -> Tensor:
+    """Rounds states as `qselective_scan` carries them.
+
+    Args:
+        h: (batch, channels, d_state) floating point.
+        scale: (channels, d_state) float32, positive: the step of each state.
+
+    Returns:
+        int8 of the same shape, `round_half_even(h / scale)` within -127..127; 0 for NaN.
+
+    Raises:
+        MqAoError: types or shapes do not fit together.
+    """
+    steps = torch.round(h / scale).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+    return steps.nan_to_num(0.0).to(torch.int8).contiguous()
+
+
+def _dequantized(a: Operands) -> Tensor:
+    _check("dequantize_state", a.q, a.scale)
+    require(a.q.dtype == torch.int8, f"dequantize_state: q must be int8, it is {a.q.dtype}.")
+    return like(a.q, dtype=a.scale.dtype)
+
+
+@operator(results=_dequantized)
 def dequantize_state(q: Tensor, scale: Tensor) -> Tensor:
-    """Reference: the value of integers that `quantize_state` gave.
+    """The value of integers that `quantize_state` gave.
 
     Args:
         q: (batch, channels, d_state) int8.
@@ -43,12 +69,4 @@ def dequantize_state(q: Tensor, scale: Tensor) -> Tensor:
     Raises:
         MqAoError: types or shapes do not fit together.
     """
-    _check("dequantize_state", q, scale)
-    require(q.dtype == torch.int8, f"dequantize_state: q must be int8, it is {q.dtype}.")
-    return q * scale
-
-
-library.define("quantize_state", "(Tensor h, Tensor scale) -> Tensor", fake=_quantize, reference=_quantize)
-library.define(
-    "dequantize_state", "(Tensor q, Tensor scale) -> Tensor", fake=dequantize_state, reference=dequantize_state
-)
+    return (q * scale).contiguous()

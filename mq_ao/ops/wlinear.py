@@ -8,45 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops import library
 from mq_ao.ops.library import require
-from mq_ao.ops.packing import check_linear, unpack_reference
+from mq_ao.ops.operator import Operands, like, operator
+from mq_ao.ops.packing import check_linear, qlinear_unpack
 
 
-def _check(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> int:
+def _results(a: Operands) -> Tensor:
     require(
-        x.dtype in (torch.float32, torch.bfloat16),
-        f"wlinear takes float32 or bfloat16 activations, not {x.dtype}.",
+        a.x.dtype in (torch.float32, torch.bfloat16),
+        f"wlinear takes float32 or bfloat16 activations, not {a.x.dtype}.",
     )
-    return check_linear(x, packed, weight_scale, bias, bits, group_size)
+    n = check_linear(a.x, a)
+    return like(a.x, (*a.x.shape[:-1], n), torch.float32)
 
 
-def _reference(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, bits: int = 8, group_size: int = 0
-) -> Tensor:
-    n = _check(x, packed, weight_scale, bias, bits, group_size)
-    k = x.shape[-1]
-    weight = unpack_reference(packed, n, k, bits, group_size)
-    scale = weight_scale.repeat_interleave(group_size, 1)[:, :k] if group_size else weight_scale[:, None]
-    y = torch.nn.functional.linear(x.to(torch.float32), weight * scale, bias)
-    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan)
-
-
-def _fake(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, bits: int = 8, group_size: int = 0
-) -> Tensor:
-    n = _check(x, packed, weight_scale, bias, bits, group_size)
-    return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
-
-
-library.define(
-    "wlinear",
-    "(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias=None, int bits=8, int group_size=0) -> Tensor",
-    fake=_fake,
-    reference=_reference,
-)
-
-
+@operator(results=_results)
 def wlinear(
     x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, bits: int = 8, group_size: int = 0
 ) -> Tensor:
@@ -58,7 +34,7 @@ def wlinear(
 
     Args:
         x: float32 or bfloat16 (..., K); rows may be strided.
-        packed: weights from `packing.prepack` with the same `bits` and `group_size`.
+        packed: weights from `packing.qlinear_prepack` with the same `bits` and `group_size`.
         weight_scale: float32 (N,), or (N, ceil(K / group_size)) with groups, best stored as `qlinear` says.
         bias: float32 (N,), or None.
         bits: 8 or 4, of the packed weights.
@@ -70,4 +46,8 @@ def wlinear(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    return torch.ops.mq_ao.wlinear(x, packed, weight_scale, bias, bits, group_size)
+    n, k = weight_scale.shape[0], x.shape[-1]
+    weight = qlinear_unpack.reference(packed, n, k, bits, group_size)
+    scale = weight_scale.repeat_interleave(group_size, 1)[:, :k] if group_size else weight_scale[:, None]
+    y = torch.nn.functional.linear(x.to(torch.float32), weight * scale, bias)
+    return torch.where(x.isfinite().all(-1, keepdim=True), y, torch.nan)

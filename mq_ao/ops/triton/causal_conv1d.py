@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mq_ao.ops import causal_conv1d as float_conv
-from mq_ao.ops import qcausal_conv1d as int8_conv
+from mq_ao.ops.causal_conv1d import causal_conv1d
+from mq_ao.ops.grids import FLOATS, Grid
+from mq_ao.ops.operator import Operands, by_reference, implements
+from mq_ao.ops.qcausal_conv1d import qcausal_conv1d
 from mq_ao.ops.triton.launch import Config, Kernel
 from mq_ao.ops.triton.operands import destination
 from mq_ao.ops.triton.rounding import round_half_even, rounded, write
-
-mq = torch.ops.mq_ao
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TAPS = 8
@@ -196,94 +196,61 @@ many_steps = Kernel(
 )
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    into: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@implements(causal_conv1d, into=None)
+def run(a: Operands) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.causal_conv1d.causal_conv1d`; the last state goes `into` a tensor if it is given and suits."""
-    y, last = float_conv.fake(x, weight, bias, initial_state, activation)
-    last = destination(last, into, x.shape[1])
-    floats = [value for value in (x, weight, bias, initial_state) if value is not None]
-    if any(value.dtype not in _FLOATS for value in floats) or not _fits(x, weight):
-        return mq.causal_conv1d_reference(x, weight, bias, initial_state, activation)
-    _launch(x, weight, None, bias, initial_state, activation, y, last, (1.0, 1.0, 0, 0.0, 0.0), (1.0, 0))
+    y, last = causal_conv1d.results(a)
+    last = destination(last, a.into, a.x.shape[1])
+    given = (a.x, a.weight, a.bias, a.initial_state)
+    if any(value.dtype not in _FLOATS for value in given if value is not None) or not _fits(a):
+        return by_reference(causal_conv1d, a)
+    _launch(a, y, last, None, (1.0, 1.0, 0.0, 0.0, 0.0), FLOATS)
     return y, last
 
 
-def run_quantized(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    activation: str | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    *,
-    into: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@implements(qcausal_conv1d, into=None)
+def run_quantized(a: Operands) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.qcausal_conv1d.qcausal_conv1d`; the last state goes `into` a tensor if it is given and suits."""
-    operands = (
-        *(x, x_scale, x_zero_point, weight, weight_scale, bias, initial_state, activation),
-        *(out_scale, out_zero_point),
-    )
-    float_conv.check_shapes(x, weight, bias, initial_state, activation)
-    y, last = int8_conv.fake(*operands)
-    last = destination(last, into, x.shape[1])
-    floats = [value for value in (bias, initial_state) if value is not None]
-    if any(value.dtype != torch.float32 for value in floats) or not _fits(x, weight):
-        return mq.qcausal_conv1d_reference(*operands)
-    limits = torch.iinfo(x.dtype)
-    low, high = float(limits.min - x_zero_point), float(limits.max - x_zero_point)
-    grid = (float(x_scale), 1 / x_scale, float(x_zero_point), low, high)
-    rounding = rounded(out_scale, out_zero_point)
-    _launch(x, weight, weight_scale, bias, initial_state, activation, y, last, grid, rounding)
+    y, last = qcausal_conv1d.results(a)
+    last = destination(last, a.into, a.x.shape[1])
+    if any(value.dtype != torch.float32 for value in (a.bias, a.initial_state) if value is not None) or not _fits(a):
+        return by_reference(qcausal_conv1d, a)
+    limits = torch.iinfo(a.x.dtype)
+    low, high = float(limits.min - a.x_zero_point), float(limits.max - a.x_zero_point)
+    grid = (float(a.x_scale), 1 / a.x_scale, float(a.x_zero_point), low, high)
+    _launch(a, y, last, a.weight_scale, grid, Grid.of(a, "out"))
     return y, last
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    return weight.shape[1] <= MOST_TAPS and x.shape[0] <= _MOST_SEQUENCES
+def _fits(a: Operands) -> bool:
+    return a.weight.shape[1] <= MOST_TAPS and a.x.shape[0] <= _MOST_SEQUENCES
 
 
 def _launch(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    activation: str | None,
+    a: Operands,
     y: Tensor,
     last: Tensor,
+    weight_scale: Tensor | None,
     grid: tuple[float, float, float, float, float],
-    rounding: tuple[float, float],
+    out: Grid,
 ) -> None:
-    batch, length, channels = x.shape
+    batch, length, channels = a.x.shape
     if y.numel() == 0:
         return
-    rows = x if x.stride(2) == 1 else x.contiguous()
-    constants: dict[str, Any] = {
-        "TAPS": weight.shape[1],
-        "QUANTIZED": weight_scale is not None,
-        "STATE": initial_state is not None and weight.shape[1] > 1,
-        "SILU": activation == "silu",
-    }
-    scale, shift, state = (
-        None if value is None else value.contiguous() for value in (weight_scale, bias, initial_state)
-    )
+    rows = a.x if a.x.stride(2) == 1 else a.x.contiguous()
+    taps = a.weight.shape[1]
+    given = (weight_scale, a.bias, a.initial_state if taps > 1 else None)
+    scale, shift, state = (None if value is None else value.contiguous() for value in given)
     (one_step if length == 1 else many_steps).launch(
         lambda meta: (triton.cdiv(length, meta["BLOCK_T"]), triton.cdiv(channels, meta["BLOCK_C"]), batch),
-        *(rows, weight.contiguous(), scale, shift, state if constants["STATE"] else None, y, last),
+        *(rows, a.weight.contiguous(), scale, shift, state, y, last),
         *(length, channels, rows.stride(0), rows.stride(1)),
         *grid,
-        *rounding,
-        **constants,
+        *rounded(out),
+        TAPS=taps,
+        QUANTIZED=weight_scale is not None,
+        STATE=state is not None,
+        SILU=a.activation == "silu",
     )
 
 

@@ -6,6 +6,7 @@ Rows are read and written once; the rotation's partial results stay in registers
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mq_ao.ops import gate as float_gate
-from mq_ao.ops import hadamard as float_hadamard
-from mq_ao.ops.int8_gate import fake
+from mq_ao.ops.gate import gate
+from mq_ao.ops.grids import FLOATS, Grid
+from mq_ao.ops.hadamard import hadamard
+from mq_ao.ops.int8_gate import int8_gate
+from mq_ao.ops.operator import Operands, by_reference, implements
 from mq_ao.ops.triton.launch import Config, Kernel
+from mq_ao.ops.triton.operands import on_grid
 from mq_ao.ops.triton.rotation import Rotation, rotate_rows, rotation
 from mq_ao.ops.triton.rounding import rounded, rows_to_int8, write
 from mq_ao.ops.triton.rows import LARGEST_ROW, LONG, TILE, matrix
-
-mq = torch.ops.mq_ao
 
 
 @triton.jit
@@ -89,48 +91,49 @@ short_rows = Kernel(_gated_rows, (Config(4, 1), Config(2, 1), Config(8, 1)), key
 long_rows = Kernel(_gated_rows, (Config(8, 1), Config(16, 1)), key=("n",))
 
 
-def run(
-    y: Tensor,
-    y_scale: float,
-    y_zero_point: int,
-    z: Tensor,
-    z_scale: float,
-    z_zero_point: int,
-    s: Tensor | None,
-    hadamard: bool,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> tuple[Tensor, Tensor]:
+@implements(int8_gate)
+def run(a: Operands) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.int8_gate.int8_gate`."""
-    operands = (y, y_scale, y_zero_point, z, z_scale, z_zero_point, s, hadamard, out_scale, out_zero_point)
-    q, scale = fake(*operands)
-    plan = _plan(y, hadamard)
+    q, scale = int8_gate.results(a)
+    plan, out = _plan(a.y, a.hadamard), Grid.of(a, "out")
     if plan is None:
-        return mq.int8_gate_reference(*operands)
-    grids = (float(y_scale), float(y_zero_point), float(z_scale), float(z_zero_point))
-    rounding = rounded(out_scale, out_zero_point)
-    _launch(y, z, s, q, scale if out_scale is None else None, plan, hadamard, grids, rounding)
+        return by_reference(int8_gate, a)
+    rows = _Rows(a.y, a.z, a.s, Grid.of(a, "y"), Grid.of(a, "z"))
+    _launch(rows, q, scale if out.scale is None else None, plan, a.hadamard, out)
     return q, scale
 
 
-def run_gate(y: Tensor, z: Tensor, s: Tensor | None = None, hadamard: bool = False) -> Tensor:
+@implements(gate)
+def run_gate(a: Operands) -> Tensor:
     """See `mq_ao.ops.gate.gate`."""
-    out = float_gate.fake(y, z, s, hadamard)
-    plan = _plan(y, hadamard)
+    out = gate.results(a)
+    plan = _plan(a.y, a.hadamard)
     if plan is None:
-        return mq.gate_reference(y, z, s, hadamard)
-    _launch(y, z, s, out, None, plan, hadamard)
+        return by_reference(gate, a)
+    _launch(_Rows(a.y, a.z, a.s), out, None, plan, a.hadamard)
     return out
 
 
-def run_hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
+@implements(hadamard)
+def run_hadamard(a: Operands) -> Tensor:
     """See `mq_ao.ops.hadamard.hadamard`."""
-    out = float_hadamard.fake(x, scale)
-    plan = _plan(x, True)
-    if plan is None or torch.float64 in (x.dtype, None if scale is None else scale.dtype):
-        return mq.hadamard_reference(x, scale)
-    _launch(x, None, scale, out, None, plan, True)
+    out = hadamard.results(a)
+    plan = _plan(a.x, True)
+    if plan is None or torch.float64 in (a.x.dtype, None if a.scale is None else a.scale.dtype):
+        return by_reference(hadamard, a)
+    _launch(_Rows(a.x, None, a.scale), out, None, plan, True)
     return out
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the kernel reads: y, gated by z, or scaled by s."""
+
+    y: Tensor
+    z: Tensor | None
+    s: Tensor | None
+    y_grid: Grid = FLOATS
+    z_grid: Grid = FLOATS
 
 
 def _plan(x: Tensor, rotated: bool) -> Rotation | None:
@@ -143,32 +146,14 @@ def _plan(x: Tensor, rotated: bool) -> Rotation | None:
 
 
 def _launch(
-    y: Tensor,
-    z: Tensor | None,
-    s: Tensor | None,
-    out: Tensor,
-    token_scale: Tensor | None,
-    plan: Rotation,
-    rotated: bool,
-    grids: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0),
-    rounding: tuple[float, float] = (1.0, 0.0),
+    given: _Rows, result: Tensor, token_scale: Tensor | None, plan: Rotation, rotated: bool, out: Grid = FLOATS
 ) -> None:
-    n = plan.order
-    count = out.numel() // n
+    y, z, s, n = given.y, given.z, given.s, plan.order
+    count = result.numel() // n
     if count == 0:
         return
     left, right = matrix(y), None if z is None else matrix(z)
     rows = max(triton.next_power_of_2(plan.rows) if rotated else 1, TILE // plan.size)
-    constants: dict[str, Any] = {
-        "GATED": z is not None,
-        "SMOOTH": s is not None,
-        "ROTATED": rotated,
-        "PER_TOKEN": token_scale is not None,
-        "ROWS": rows,
-        "B": plan.padded,
-        "FIRST": plan.first,
-        "SECOND": plan.second,
-    }
     kernel = long_rows if rows * plan.size > LONG else short_rows
     kernel.launch(
         lambda _: (triton.cdiv(count, rows),),
@@ -176,16 +161,24 @@ def _launch(
         right,
         None if s is None else s.contiguous(),
         plan.matrix(y.device) if rotated else None,
-        out,
+        result,
         token_scale,
         count,
         n,
         left.stride(0),
         0 if right is None else right.stride(0),
-        *grids,
+        *on_grid(y, given.y_grid),
+        *on_grid(y if z is None else z, given.z_grid),
         n**-0.5,
-        *rounding,
-        **constants,
+        *rounded(out),
+        GATED=z is not None,
+        SMOOTH=s is not None,
+        ROTATED=rotated,
+        PER_TOKEN=token_scale is not None,
+        ROWS=rows,
+        B=plan.padded,
+        FIRST=plan.first,
+        SECOND=plan.second,
     )
 
 

@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mq_ao.ops.gpu_tuning import FEW_ROWS
-from mq_ao.ops.int8_linear import MOST_PIECES, fake, fake_pieces
+from mq_ao.ops.grids import Grid
+from mq_ao.ops.int8_linear import MOST_PIECES, int8_linear, int8_linears
+from mq_ao.ops.operator import Operands, implements
 from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.rounding import rounded, write
 
@@ -244,103 +246,69 @@ few_rows_grouped = Kernel(linear, _FEW_GROUPED, key=("n", "k"))
 many_rows_grouped = Kernel(linear, _MANY_GROUPED, key=("n", "k"))
 
 
-def run(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    group_size: int = 0,
-) -> Tensor:
+@implements(int8_linear)
+def run(a: Operands) -> Tensor:
     """See `mq_ao.ops.int8_linear.int8_linear`."""
-    out = fake(q, token_scale, weight, scale, correction, bias, out_scale, out_zero_point, group_size)
-    rounding = [(out_scale or 0.0, out_zero_point)]
-    _run((q, token_scale, weight, scale, correction, bias), group_size, [out], rounding)
-    return out
+    y = int8_linear.results(a)
+    _run(a, [y], [Grid.of(a, "out")])
+    return y
 
 
-def run_pieces(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    sizes: list[int],
-    out_scales: list[float],
-    out_zero_points: list[int],
-    group_size: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+@implements(int8_linears)
+def run_pieces(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """See `mq_ao.ops.int8_linear.int8_linears`."""
-    operands = (q, token_scale, weight, scale, correction, bias)
-    outs = fake_pieces(*operands, sizes, out_scales, out_zero_points, group_size)
-    rounding = list(zip(out_scales, out_zero_points, strict=True))
-    _run(operands, group_size, list(outs[: len(sizes)]), rounding)
-    return outs
+    pieces = int8_linears.results(a)
+    _run(a, pieces[: len(a.sizes)], [*map(Grid, a.out_scales, a.out_zero_points)])
+    return pieces
 
 
-def _run(operands: tuple[Any, ...], group_size: int, outs: list[Tensor], rounding: list[tuple[float, int]]) -> None:
-    """Fills `outs` by the kernel for that many rows."""
-    q, k = operands[0], operands[0].shape[-1]
-    m = q.numel() // k
+def _run(a: Operands, pieces: Sequence[Tensor], grids: Sequence[Grid]) -> None:
+    """Fills `pieces` by the kernel for that many rows."""
+    k = a.q.shape[-1]
+    m = a.q.numel() // k
     if m == 0:
         return
-    kernels = (few_rows_grouped, many_rows_grouped) if group_size else (few_rows, many_rows)
-    kernel = odd_rows if not group_size and k % ALIGNMENT else kernels[m > FEW_ROWS]
-    launch(kernel, operands, group_size, outs, rounding)
+    kernels = (few_rows_grouped, many_rows_grouped) if a.group_size else (few_rows, many_rows)
+    launch(odd_rows if not a.group_size and k % ALIGNMENT else kernels[m > FEW_ROWS], a, pieces, grids)
 
 
-def launch(
-    kernel: Kernel,
-    operands: tuple[Any, ...],
-    group_size: int,
-    outs: list[Tensor],
-    rounding: list[tuple[float, int]],
-) -> None:
-    """Fills `outs`, the pieces of the outputs in order, each with its scale, 0 for a float one, and zero point."""
-    q, weight = operands[0], operands[2]
-    m, n = q.numel() // q.shape[-1], weight.shape[0]
-    sizes = [out.shape[-1] for out in outs]
+def launch(kernel: Kernel, a: Operands, pieces: Sequence[Tensor], grids: Sequence[Grid]) -> None:
+    """Fills the pieces of the outputs in order, each with its grid, whose scale is None or 0 for a float one."""
+    m, n = a.q.numel() // a.q.shape[-1], a.weight.shape[0]
     kernel.launch(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"])),
-        *arguments(operands, sizes, outs, rounding),
-        **layout(weight, group_size),
+        *arguments(a, [piece.shape[-1] for piece in pieces], pieces, grids),
+        **layout(a),
     )
 
 
 def arguments(
-    operands: tuple[Any, ...], sizes: Sequence[int], outs: Sequence[Tensor | None], rounding: list[tuple[float, int]]
+    a: Operands, sizes: Sequence[int], pieces: Sequence[Tensor | None], grids: Sequence[Grid]
 ) -> tuple[Any, ...]:
-    """What kernels of linears take first: operands, `outs` or None of pieces of `sizes`, sizes, and their grids."""
-    q, token_scale, weight, *rest = operands
-    k, n = q.shape[-1], weight.shape[0]
-    missing = MOST_PIECES - len(outs)
+    """What kernels of linears take first: operands, `pieces` or None for each of the sizes, sizes, and their grids."""
+    k, n = a.q.shape[-1], a.weight.shape[0]
+    missing = MOST_PIECES - len(pieces)
     stops = list(itertools.accumulate(sizes))[:2]
-    grids = [value for grid in rounding for value in rounded(*grid)]
     return (
-        q.contiguous(),
-        None if token_scale is None else token_scale.contiguous(),
-        weight,
-        *rest,
-        *outs,
+        a.q.contiguous(),
+        None if a.token_scale is None else a.token_scale.contiguous(),
+        *(a.weight, a.scale, a.correction, a.bias),
+        *pieces,
         *[None] * missing,
-        q.numel() // k,
+        a.q.numel() // k,
         n,
         k,
         *stops,
         *[n] * (2 - len(stops)),
-        *grids,
+        *(value for grid in grids for value in rounded(grid)),
         *[1.0, 0.0] * missing,
     )
 
 
-def layout(weight: Tensor, group_size: int) -> dict[str, Any]:
+def layout(a: Operands) -> dict[str, Any]:
     """The constants of a kernel that tell how its weight lies; tiles of one in groups take a group at a time."""
-    whole = {"BLOCK_K": 0} if group_size else {}
-    return {"GROUP": group_size, "INT4": weight.dtype == torch.uint8, **whole}
+    whole = {"BLOCK_K": 0} if a.group_size else {}
+    return {"GROUP": a.group_size, "INT4": a.weight.dtype == torch.uint8, **whole}
 
 
 def examples() -> Iterator[tuple[Any, ...]]:

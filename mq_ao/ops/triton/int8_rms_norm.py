@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mq_ao.ops.int8_rms_norm import fake
+from mq_ao.ops.grids import Grid
+from mq_ao.ops.int8_rms_norm import int8_rms_norm
+from mq_ao.ops.operator import Operands, by_reference, implements
 from mq_ao.ops.triton.launch import Config, Kernel
 from mq_ao.ops.triton.rounding import rounded, rows_to_int8, write
 from mq_ao.ops.triton.rows import LARGEST_ROW, LONG, TILE, matrix
@@ -65,46 +67,37 @@ short_rows = Kernel(_rms_norm, (Config(4, 1), Config(8, 1)), key=("n",))
 long_rows = Kernel(_rms_norm, (Config(16, 1),), key=("n",))
 
 
-def run(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+@implements(int8_rms_norm)
+def run(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """See `mq_ao.ops.int8_rms_norm.int8_rms_norm`."""
-    q, scale, total = fake(x, residual, weight, eps, out_scale, out_zero_point)
-    n = x.shape[-1]
-    size, count = triton.next_power_of_2(n), x.numel() // n
+    q, scale, total = int8_rms_norm.results(a)
+    n, out = a.x.shape[-1], Grid.of(a, "out")
+    size, count = triton.next_power_of_2(n), a.x.numel() // n
     if size > LARGEST_ROW:
-        return torch.ops.mq_ao.int8_rms_norm_reference(x, residual, weight, eps, out_scale, out_zero_point)
+        return by_reference(int8_rms_norm, a)
     if count == 0:
         return q, scale, total
-    left, right = matrix(x), None if residual is None else matrix(residual)
+    left, right = matrix(a.x), None if a.residual is None else matrix(a.residual)
     rows = max(1, TILE // size)
-    constants: dict[str, Any] = {
-        "ADDED": residual is not None,
-        "WEIGHTED": weight is not None,
-        "PER_TOKEN": out_scale is None,
-        "ROWS": rows,
-        "SIZE": size,
-    }
     (long_rows if size > LONG else short_rows).launch(
         lambda _: (triton.cdiv(count, rows),),
         left,
         right,
-        None if weight is None else weight.contiguous(),
+        None if a.weight is None else a.weight.contiguous(),
         q,
-        scale if out_scale is None else None,
-        total if residual is not None else None,
+        scale if out.scale is None else None,
+        None if right is None else total,
         count,
         n,
         left.stride(0),
         0 if right is None else right.stride(0),
-        float(eps),
-        *rounded(out_scale, out_zero_point),
-        **constants,
+        float(a.eps),
+        *rounded(out),
+        ADDED=right is not None,
+        WEIGHTED=a.weight is not None,
+        PER_TOKEN=out.scale is None,
+        ROWS=rows,
+        SIZE=size,
     )
     return q, scale, total
 

@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mq_ao.ops.gpu_tuning import FEW_ROWS
-from mq_ao.ops.int8_steps import fake_conv_step, fake_scan_step
+from mq_ao.ops.grids import Grid
+from mq_ao.ops.int8_steps import int8_conv_step_, int8_scan_step_
+from mq_ao.ops.operator import Operands, by_reference, implements
 from mq_ao.ops.triton import int8_linear
 from mq_ao.ops.triton.causal_conv1d import MOST_TAPS, epilogue, finished, in_steps
 from mq_ao.ops.triton.int8_linear import ALIGNMENT, tile, write_piece
@@ -24,8 +26,6 @@ from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.operands import float32, on_grid, rows
 from mq_ao.ops.triton.rounding import rounded, to_bytes, write
 from mq_ao.ops.triton.scan_kernels import finish_step, step_operands
-
-mq = torch.ops.mq_ao
 
 _MOST_STATES = 128
 _ROWS: tl.constexpr = tl.constexpr(FEW_ROWS)
@@ -229,129 +229,68 @@ scan_step = Kernel(
 )
 
 
-def run_conv(
-    q: Tensor,
-    token_scale: Tensor | None,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    sizes: list[int],
-    out_scales: list[float],
-    out_zero_points: list[int],
-    group_size: int,
-    piece: int,
-    conv_weight: Tensor,
-    conv_weight_scale: Tensor,
-    conv_bias: Tensor | None,
-    conv_state: Tensor,
-    activation: str | None,
-    conv_out_scale: float | None,
-    conv_out_zero_point: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@implements(int8_conv_step_)
+def run_conv(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """See `mq_ao.ops.int8_steps.int8_conv_step_`."""
-    linear = (q, token_scale, weight, scale, correction, bias)
-    pieces = (sizes, out_scales, out_zero_points, group_size)
-    conv: list[Any] = [
-        conv_weight,
-        conv_weight_scale,
-        conv_bias,
-        conv_state,
-        activation,
-        conv_out_scale,
-        conv_out_zero_point,
-    ]
-    outs = fake_conv_step(*linear, *pieces, piece, *conv)
-    x_scale, x_zero_point = out_scales[piece], out_zero_points[piece]
-    taps = conv_weight.shape[1]
+    outs = int8_conv_step_.results(a)
+    piece, taps, bias = a.piece, a.conv_weight.shape[1], a.conv_bias
     fits = (
-        _fits(q, conv_state, whole=not group_size)
+        _fits(a.q, a.conv_state, whole=not a.group_size)
         and taps <= MOST_TAPS
-        and (conv_bias is None or conv_bias.dtype == torch.float32)
+        and (bias is None or bias.dtype == torch.float32)
     )
     if not fits:
-        return mq.int8_conv_step__reference(*linear, *pieces, piece, *conv)
-    others = [out if index != piece else None for index, out in enumerate(outs[: len(sizes)])]
-    rounding = list(zip(out_scales, out_zero_points, strict=True))
-    (grouped_conv_step if group_size else conv_step).launch(
-        lambda meta: (triton.cdiv(weight.shape[0], meta["BLOCK_N"]),),
-        *int8_linear.arguments(linear, sizes, others, rounding),
-        conv_weight.contiguous(),
-        conv_weight_scale.contiguous(),
-        None if conv_bias is None else conv_bias.contiguous(),
-        conv_state,
+        return by_reference(int8_conv_step_, a)
+    others = [out if index != piece else None for index, out in enumerate(outs[: len(a.sizes)])]
+    grids = [*map(Grid, a.out_scales, a.out_zero_points)]
+    (grouped_conv_step if a.group_size else conv_step).launch(
+        lambda meta: (triton.cdiv(a.weight.shape[0], meta["BLOCK_N"]),),
+        *int8_linear.arguments(a, a.sizes, others, grids),
+        a.conv_weight.contiguous(),
+        a.conv_weight_scale.contiguous(),
+        None if bias is None else bias.contiguous(),
+        a.conv_state,
         outs[piece],
-        sum(sizes[:piece]),
-        sizes[piece],
-        *_grid(x_scale, x_zero_point),
-        *rounded(conv_out_scale, conv_out_zero_point),
+        sum(a.sizes[:piece]),
+        a.sizes[piece],
+        *_written(a.out_scales[piece], a.out_zero_points[piece]),
+        *rounded(Grid.of(a, "conv_out")),
         TAPS=taps,
-        SILU=activation == "silu",
-        **int8_linear.layout(weight, group_size),
+        SILU=a.activation == "silu",
+        **int8_linear.layout(a),
     )
     return outs
 
 
-def run_scan(
-    q: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    delta_scale: float,
-    delta_zero_point: int,
-    u: Tensor,
-    u_scale: float,
-    u_zero_point: int,
-    A: Tensor,
-    B: Tensor,
-    B_scale: float,
-    B_zero_point: int,
-    C: Tensor,
-    C_scale: float,
-    C_zero_point: int,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    state: Tensor,
-    state_scale: Tensor | None,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> Tensor:
+@implements(int8_scan_step_)
+def run_scan(a: Operands) -> Tensor:
     """See `mq_ao.ops.int8_steps.int8_scan_step_`."""
-    linear = (weight, scale, correction, bias)
-    delta_grid = (delta_scale, delta_zero_point)
-    x = (u, u_scale, u_zero_point)
-    b = (B, B_scale, B_zero_point)
-    c = (C, C_scale, C_zero_point)
-    rest: list[Any] = [D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point]
-    everything: list[Any] = [q, *linear, *delta_grid, *x, A, *b, *c, *rest]
-    y = fake_scan_step(*everything)
-    channels, d_state = A.shape
-    if not _fits(q, state, whole=True) or d_state > _MOST_STATES:
-        return mq.int8_scan_step__reference(*everything)
-    groups = B.shape[2] if B.dim() == 4 else 1
-    u_rows, B_rows, C_rows = (rows(operand) for operand in (u, B, C))
+    y = int8_scan_step_.results(a)
+    channels, d_state = a.A.shape
+    if not _fits(a.q, a.state, whole=True) or d_state > _MOST_STATES:
+        return by_reference(int8_scan_step_, a)
+    groups = a.B.shape[2] if a.B.dim() == 4 else 1
+    operands = [rows(operand) for operand in (a.u, a.B, a.C)]
     scan_step.launch(
-        lambda meta: (triton.cdiv(channels, meta["BLOCK_N"]), q.shape[0]),
-        q.contiguous(),
-        *linear,
-        *(u_rows, B_rows, C_rows),
-        *(float32(parameter) for parameter in (A, D, delta_bias)),
-        state,
-        float32(state_scale),
+        lambda meta: (triton.cdiv(channels, meta["BLOCK_N"]), a.q.shape[0]),
+        a.q.contiguous(),
+        *(a.weight, a.scale, a.correction, a.bias),
+        *operands,
+        *(float32(parameter) for parameter in (a.A, a.D, a.delta_bias)),
+        a.state,
+        float32(a.state_scale),
         y,
         channels,
-        q.shape[2],
+        a.q.shape[2],
         channels // groups,
-        *(operand.stride(0) for operand in (u_rows, B_rows, C_rows)),
-        *_grid(*delta_grid),
-        *(value for grid in (x, b, c) for value in on_grid(*grid)),
-        *rounded(out_scale, out_zero_point),
+        *(operand.stride(0) for operand in operands),
+        *_written(a.delta_scale, a.delta_zero_point),
+        *(value for name in ("u", "B", "C") for value in on_grid(getattr(a, name), Grid.of(a, name))),
+        *rounded(Grid.of(a, "out")),
         D_STATE=d_state,
         N=triton.next_power_of_2(d_state),
         GROUPED=groups > 1,
-        SOFTPLUS=delta_softplus,
+        SOFTPLUS=a.delta_softplus,
     )
     return y
 
@@ -361,7 +300,8 @@ def _fits(q: Tensor, state: Tensor, whole: bool) -> bool:
     return 0 < q.shape[0] <= FEW_ROWS and not (whole and q.shape[2] % ALIGNMENT) and state.is_contiguous()
 
 
-def _grid(scale: float, zero_point: int) -> tuple[float, float, float]:
+def _written(scale: float, zero_point: int) -> tuple[float, float, float]:
+    """Scale, inverse and zero point of a grid that values are rounded to and read from."""
     return float(scale), 1.0 / scale, float(zero_point)
 
 

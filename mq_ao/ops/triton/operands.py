@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mq_ao.ops.grids import Grid
 from mq_ao.ops.triton.rounding import round_half_even
 
 
@@ -92,9 +93,11 @@ def step_size(at, mask, scale, zero_point, bias, SOFTPLUS: tl.constexpr):
     return step_size_of(read(at, mask, scale, zero_point), bias, SOFTPLUS)
 
 
-def on_grid(x: Tensor, scale: float, zero_point: int) -> tuple[float, float]:
+def on_grid(x: Tensor, grid: Grid) -> tuple[float, float]:
     """An operand's scale and zero point as kernels take them, which multiply by scales whatever the type."""
-    return (1.0, 0.0) if x.is_floating_point() else (float(scale), float(zero_point))
+    if x.is_floating_point() or grid.scale is None:
+        return 1.0, 0.0
+    return float(grid.scale), float(grid.zero_point)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mq_ao.ops.grids import Grid
+
 # Between 2^23 and 2^24 float32 holds whole numbers alone: adding this rounds half to even, as the addition does.
 _WHOLE: tl.constexpr = tl.constexpr(12582912.0)
 _LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
@@ -37,14 +39,14 @@ def write(at, x, mask, inverse, zero_point):
         tl.store(at, x.to(at.dtype.scalar.element_ty), mask=mask)
 
 
-def rounded(scale: float | None, zero_point: int) -> tuple[float, float]:
+def rounded(out: Grid) -> tuple[float, float]:
     """inverse and zero_point of `write` for an output on this grid; of no scale, or 0, for one that stays in float."""
-    return 1.0 / (scale or 1.0), float(zero_point)
+    return 1.0 / (out.scale or 1.0), float(out.zero_point)
 
 
 @triton.jit
 def rows_to_int8(x):
-    """Rows of x (rows, n) each on a grid of its own, as by `mq_ao.ops.qlinear.quantize_per_token`: (q, scale)."""
+    """Rows of x (rows, n) each on a grid of its own, as by `mq_ao.ops.qlinear.int8_per_token`: (q, scale)."""
     size = tl.abs(x)
     # A NaN counts as an infinity: the maximum would pass over it.
     largest = tl.max(tl.where(size <= _LARGEST, size, float("inf")), axis=1)

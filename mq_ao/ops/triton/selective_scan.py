@@ -9,7 +9,7 @@ inputs of all states and steps in registers at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,47 +18,40 @@ import triton
 from torch import Tensor
 
 from mq_ao.ops.gpu_tuning import scan_chunk
-from mq_ao.ops.qselective_scan import _fake as _qfake
-from mq_ao.ops.selective_scan import _fake
+from mq_ao.ops.grids import FLOATS, Grid
+from mq_ao.ops.operator import Operands, by_reference, implements
+from mq_ao.ops.qselective_scan import qselective_scan
+from mq_ao.ops.selective_scan import selective_scan
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.launch import blank
 from mq_ao.ops.triton.operands import destination, float32, on_grid, rows
 from mq_ao.ops.triton.rounding import rounded
 from mq_ao.ops.triton.scan_kernels import channels_of, scan, step
 
-_Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 _MULTIPROCESSORS = 64  # of the chip that is thought of where there is none
 
 
 def _launch(
+    a: Operands,
     y: Tensor,
     last_state: Tensor,
-    u: _Grid,
-    delta: _Grid,
-    A: Tensor,
-    B: _Grid,
-    C: _Grid,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    state_scale: Tensor | None,
-    out_scale: float | None,
-    out_zero_point: int,
+    grids: Sequence[Grid] = (FLOATS,) * 4,
+    state_scale: Tensor | None = None,
+    out: Grid = FLOATS,
 ) -> None:
-    """Writes y and the last state."""
-    batch, length, channels = u[0].shape
-    d_state = A.shape[1]
+    """Writes y and the last state; `grids` are those of u, delta, B and C."""
+    batch, length, channels = a.u.shape
+    d_state = a.A.shape[1]
     N = triton.next_power_of_2(d_state)
-    groups = B[0].shape[2] if B[0].dim() == 4 else 1
-    operands = [rows(grid[0]) for grid in (u, delta, B, C)]
-    grids = [value for grid in (u, delta, B, C) for value in on_grid(*grid)]
-    out = rounded(out_scale, out_zero_point)
-    A = A.to(torch.float32).contiguous()
-    D, delta_bias, scale = (float32(x) for x in (D, delta_bias, state_scale))
-    start = float32(initial_state) if scale is None or initial_state is None else initial_state.contiguous()
-    strides = (channels // groups, *(operand.stride(0) for operand in operands), *grids, *out)
-    constants = {"D_STATE": d_state, "N": N, "GROUPED": groups > 1, "SOFTPLUS": delta_softplus}
+    groups = a.B.shape[2] if a.B.dim() == 4 else 1
+    given = (a.u, a.delta, a.B, a.C)
+    operands = [rows(operand) for operand in given]
+    steps = [value for operand, grid in zip(given, grids, strict=True) for value in on_grid(operand, grid)]
+    A = a.A.to(torch.float32).contiguous()
+    D, delta_bias, scale = (float32(x) for x in (a.D, a.delta_bias, state_scale))
+    start = float32(a.initial_state) if scale is None or a.initial_state is None else a.initial_state.contiguous()
+    strides = (channels // groups, *(operand.stride(0) for operand in operands), *steps, *rounded(out))
+    constants = {"D_STATE": d_state, "N": N, "GROUPED": groups > 1, "SOFTPLUS": a.delta_softplus}
 
     def blocks(meta: Mapping[str, Any]) -> int:
         return int(triton.cdiv(channels, channels_of(meta["ELEMENTS"], N)))
@@ -100,69 +93,26 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def run(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    *,
-    into: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@implements(selective_scan, into=None)
+def run(a: Operands) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.selective_scan.selective_scan`; the last state goes `into` a tensor if it is given and suits."""
-    y, last_state = _fake(u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state)
-    last_state = destination(last_state, into, u.shape[1])
-    if u.dtype == torch.float64:
-        return torch.ops.mq_ao.selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state)
+    y, last_state = selective_scan.results(a)
+    last_state = destination(last_state, a.into, a.u.shape[1])
+    if a.u.dtype == torch.float64:
+        return by_reference(selective_scan, a)
     if last_state.numel():
-        grids = [(x, 1.0, 0) for x in (u, delta, B, C)]
-        x, dt, b, c = grids
-        _launch(y, last_state, x, dt, A, b, c, D, delta_bias, delta_softplus, initial_state, None, None, 0)
+        _launch(a, y, last_state)
     return y, last_state
 
 
-def run_quantized(
-    u: Tensor,
-    u_scale: float,
-    u_zero_point: int,
-    delta: Tensor,
-    delta_scale: float,
-    delta_zero_point: int,
-    A: Tensor,
-    B: Tensor,
-    B_scale: float,
-    B_zero_point: int,
-    C: Tensor,
-    C_scale: float,
-    C_zero_point: int,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    state_scale: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    *,
-    into: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@implements(qselective_scan, into=None)
+def run_quantized(a: Operands) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.qselective_scan.qselective_scan`; the last state goes `into` a tensor if it is given and suits."""
-    grids = (
-        (u, u_scale, u_zero_point),
-        (delta, delta_scale, delta_zero_point),
-        A,
-        (B, B_scale, B_zero_point),
-        (C, C_scale, C_zero_point),
-    )
-    rest: list[Any] = [D, delta_bias, delta_softplus, initial_state, state_scale, out_scale, out_zero_point]
-    x, dt, _, b, c = grids
-    y, last_state = _qfake(*x, *dt, A, *b, *c, *rest)
-    last_state = destination(last_state, into, u.shape[1])
+    y, last_state = qselective_scan.results(a)
+    last_state = destination(last_state, a.into, a.u.shape[1])
     if last_state.numel():
-        _launch(y, last_state, *grids, *rest)
+        grids = [Grid.of(a, name) for name in ("u", "delta", "B", "C")]
+        _launch(a, y, last_state, grids, a.state_scale, Grid.of(a, "out"))
     return y, last_state
 
 

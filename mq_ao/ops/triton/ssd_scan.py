@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,16 +11,15 @@ import triton
 from torch import Tensor
 
 from mq_ao.ops.gpu_tuning import SSD_CHUNK
-from mq_ao.ops.grids import BYTES
-from mq_ao.ops.qssd_scan import _fake as _qfake
-from mq_ao.ops.ssd_scan import _fake
+from mq_ao.ops.grids import BYTES, FLOATS, Grid
+from mq_ao.ops.operator import Operands, by_reference, implements
+from mq_ao.ops.qssd_scan import qssd_scan
+from mq_ao.ops.ssd_scan import ssd_scan
 from mq_ao.ops.triton.carry import carry
 from mq_ao.ops.triton.launch import blank
 from mq_ao.ops.triton.operands import destination, float32, on_grid, rows
 from mq_ao.ops.triton.rounding import rounded
 from mq_ao.ops.triton.ssd_kernels import add_up, add_up_float32, outputs, outputs_float32, step
-
-_Grid = tuple[Tensor, float, int]  # an operand with its scale and zero point
 
 
 def _sequences(seq_idx: Tensor | None) -> Tensor | None:
@@ -33,42 +32,28 @@ def _sequences(seq_idx: Tensor | None) -> Tensor | None:
 
 
 def _launch(
-    y: Tensor,
-    last_state: Tensor,
-    x: _Grid,
-    dt: _Grid,
-    A: Tensor,
-    B: _Grid,
-    C: _Grid,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    out_scale: float | None,
-    out_zero_point: int,
+    a: Operands, y: Tensor, last_state: Tensor, grids: Sequence[Grid] = (FLOATS,) * 4, out: Grid = FLOATS
 ) -> None:
-    """Writes y and the last state."""
-    batch, length, heads, headdim = x[0].shape
-    groups, d_state = B[0].shape[2:]
-    values, steps, b, c = (rows(grid[0]) for grid in (x, dt, B, C))
+    """Writes y and the last state; `grids` are those of x, dt, B and C."""
+    batch, length, heads, headdim = a.x.shape
+    groups, d_state = a.B.shape[2:]
+    given = (a.x, a.dt, a.B, a.C)
+    values, steps, b, c = (rows(operand) for operand in given)
     strides = [operand.stride(0) for operand in (values, steps, b, c)]
-    skip = float32(D)
+    skip = float32(a.D)
     skip_strides = (0, 0) if skip is None else (skip.stride(0), skip.stride(1) if skip.dim() == 2 else 0)
-    A = A.to(torch.float32).contiguous()
-    bias, start = float32(dt_bias), float32(initial_state)
-    limits = (float(dt_min), float("inf") if dt_max is None else float(dt_max))
-    x_grid, dt_grid, b_grid, c_grid = (on_grid(*grid) for grid in (x, dt, B, C))
-    out_grid = rounded(out_scale, out_zero_point)
-    grids = (*dt_grid, *limits, *x_grid, *b_grid)
-    constants: dict[str, Any] = {"HEADDIM": headdim, "D_STATE": d_state, "SOFTPLUS": dt_softplus}
+    A = a.A.to(torch.float32).contiguous()
+    bias, start = float32(a.dt_bias), float32(a.initial_state)
+    limits = (float(a.dt_min), float("inf") if a.dt_max is None else float(a.dt_max))
+    x_grid, dt_grid, b_grid, c_grid = map(on_grid, given, grids)
+    out_grid = rounded(out)
+    on_grids = (*dt_grid, *limits, *x_grid, *b_grid)
+    constants: dict[str, Any] = {"HEADDIM": headdim, "D_STATE": d_state, "SOFTPLUS": a.dt_softplus}
     if length == 1:
         step.launch(
             lambda meta: (triton.cdiv(headdim, meta["BLOCK_P"]), heads, batch),
             *(values, steps, b, c, A, skip, bias, start, last_state, y, heads, heads // groups),
-            *(*strides, *skip_strides, *grids, *c_grid, *out_grid),
+            *(*strides, *skip_strides, *on_grids, *c_grid, *out_grid),
             **constants,
             N=triton.next_power_of_2(d_state),
         )
@@ -77,7 +62,7 @@ def _launch(
     chunks = triton.cdiv(length, SSD_CHUNK)
     states = A.new_empty(batch, chunks, heads, headdim, d_state)
     totals = A.new_empty(batch, chunks, heads)
-    ids = _sequences(seq_idx)
+    ids = _sequences(a.seq_idx)
     sizes = (heads, length, heads // groups)
 
     def blocks(meta: Mapping[str, Any]) -> int:
@@ -86,79 +71,37 @@ def _launch(
     exact = all(operand.dtype in (*BYTES, torch.bfloat16) for operand in (values, b, c))
     (add_up if exact else add_up_float32).launch(
         lambda meta: (blocks(meta) * triton.cdiv(d_state, meta["BLOCK_N"]), heads, batch),
-        *(values, steps, b, A, bias, ids, states, totals, *sizes, *strides[:3], *grids),
+        *(values, steps, b, A, bias, ids, states, totals, *sizes, *strides[:3], *on_grids),
         **constants,
     )
     carry(states, totals, None, start, last_state)
     (outputs if exact else outputs_float32).launch(
         lambda meta: (blocks(meta), heads, batch),
         *(values, steps, b, c, A, skip, bias, ids, states, y, *sizes),
-        *(*strides, *skip_strides, *grids, *c_grid, *out_grid),
+        *(*strides, *skip_strides, *on_grids, *c_grid, *out_grid),
         **constants,
     )
 
 
-def run(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_min: float = 0.0,
-    dt_max: float | None = None,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    *,
-    into: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@implements(ssd_scan, into=None)
+def run(a: Operands) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.ssd_scan.ssd_scan`; the last state goes `into` a tensor if it is given and suits."""
-    rest = (D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx)
-    y, last_state = _fake(x, dt, A, B, C, *rest)
-    last_state = destination(last_state, into, x.shape[1])
-    if x.dtype == torch.float64:
-        y, last_state = torch.ops.mq_ao.ssd_scan_reference(x, dt, A, B, C, *rest)
-    elif last_state.numel():
-        _launch(y, last_state, (x, 1.0, 0), (dt, 1.0, 0), A, (B, 1.0, 0), (C, 1.0, 0), *rest, None, 0)
+    y, last_state = ssd_scan.results(a)
+    last_state = destination(last_state, a.into, a.x.shape[1])
+    if a.x.dtype == torch.float64:
+        return by_reference(ssd_scan, a)
+    if last_state.numel():
+        _launch(a, y, last_state)
     return y, last_state
 
 
-def run_quantized(
-    x: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    dt: Tensor,
-    dt_scale: float,
-    dt_zero_point: int,
-    A: Tensor,
-    B: Tensor,
-    B_scale: float,
-    B_zero_point: int,
-    C: Tensor,
-    C_scale: float,
-    C_zero_point: int,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_min: float = 0.0,
-    dt_max: float | None = None,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-    *,
-    into: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@implements(qssd_scan, into=None)
+def run_quantized(a: Operands) -> tuple[Tensor, Tensor]:
     """See `mq_ao.ops.qssd_scan.qssd_scan`; the last state goes `into` a tensor if it is given and suits."""
-    values, steps = (x, x_scale, x_zero_point), (dt, dt_scale, dt_zero_point)
-    b, c = (B, B_scale, B_zero_point), (C, C_scale, C_zero_point)
-    rest: list[Any] = [D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx, out_scale, out_zero_point]
-    y, last_state = _qfake(*values, *steps, A, *b, *c, *rest)
-    last_state = destination(last_state, into, x.shape[1])
+    y, last_state = qssd_scan.results(a)
+    last_state = destination(last_state, a.into, a.x.shape[1])
     if last_state.numel():
-        _launch(y, last_state, values, steps, A, b, c, *rest)
+        _launch(a, y, last_state, [Grid.of(a, name) for name in ("x", "dt", "B", "C")], Grid.of(a, "out"))
     return y, last_state
 
 

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mq_ao.ops.gpu_tuning import FEW_ROWS
+from mq_ao.ops.grids import FLOATS
+from mq_ao.ops.operator import Operands, implements
 from mq_ao.ops.triton.int8_linear import ALIGNMENT, halves, launch, linear
 from mq_ao.ops.triton.launch import Config, Kernel, blank
-from mq_ao.ops.weight_linear import fake
+from mq_ao.ops.weight_linear import weight_linear
 
 
 @triton.jit
@@ -112,24 +114,25 @@ few_rows_grouped = Kernel(
 )
 
 
-def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0) -> Tensor:
+@implements(weight_linear)
+def run(a: Operands) -> Tensor:
     """See `mq_ao.ops.weight_linear.weight_linear`."""
-    k, n = x.shape[-1], weight.shape[0]
-    m = x.numel() // max(k, 1)
-    out = fake(x, weight, scale, bias, group_size)
+    y = weight_linear.results(a)
+    k, n = a.x.shape[-1], a.weight.shape[0]
+    m = a.x.numel() // max(k, 1)
     if m == 0:
-        return out
+        return y
     if m > FEW_ROWS:
-        kernel = many_rows_grouped if group_size else odd_rows if k % ALIGNMENT else many_rows
-        launch(kernel, (x.to(torch.bfloat16), None, weight, scale, None, bias), group_size, [out], [(0.0, 0)])
-        return out
-    operands = (x.contiguous(), weight, scale, bias, out, n, k)
-    constants: dict[str, Any] = {"HAS_BIAS": bias is not None}
-    if group_size:
-        constants |= {"GROUP": group_size, "INT4": weight.dtype == torch.uint8}
-    kernel = few_rows_grouped if group_size else few_rows
+        kernel = many_rows_grouped if a.group_size else odd_rows if k % ALIGNMENT else many_rows
+        launch(kernel, a.but(q=a.x.to(torch.bfloat16), token_scale=None, correction=None), [y], [FLOATS])
+        return y
+    constants: dict[str, Any] = {"HAS_BIAS": a.bias is not None}
+    if a.group_size:
+        constants |= {"GROUP": a.group_size, "INT4": a.weight.dtype == torch.uint8}
+    kernel = few_rows_grouped if a.group_size else few_rows
+    operands = (a.x.contiguous(), a.weight, a.scale, a.bias, y, n, k)
     kernel.launch(lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), m), *operands, **constants)
-    return out
+    return y
 
 
 def examples() -> Iterator[tuple[Any, ...]]:
