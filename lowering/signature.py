@@ -130,8 +130,8 @@ class Signature:
         Raises:
             MqAoError: arguments are too many, missing or unknown, or a tensor's dtype, sizes or values do not fit.
         """
-        leaves, structure = pytree.tree_flatten(self._arranged(args, kwargs))
-        if structure != self._arguments:
+        leaves = pytree.leaves_as(self._arranged(args, kwargs), self._arguments)
+        if leaves is None:
             raise self._refused("the arguments are nested otherwise")
         for position, constant in self.constants.items():
             value = leaves[position]
@@ -149,14 +149,17 @@ class Signature:
 
     def _arranged(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments by position and by keyword, as when the module was captured; constants may be left out."""
-        if len(args) > len(self.names):
-            raise self._refused(f"{len(args)} arguments are given")
+        if len(args) > self.by_position:
+            names = ", ".join(self.names[self.by_position :])
+            raise self._refused(f"{len(args)} arguments are given" + (f": give {names} by name" if names else ""))
         given = dict(zip(self.names, args, strict=False))
         if twice := sorted(given.keys() & kwargs.keys()):
             raise self._refused(f"{', '.join(twice)} is given twice")
         given = {**self._defaults, **given, **kwargs}
         if missing := [name for name in self.names if name not in given]:
             raise self._refused(f"{', '.join(missing)} is missing")
+        # None is what a model takes where nothing is given.
+        given = {name: value for name, value in given.items() if name in self.names or value is not None}
         if unknown := [name for name in given if name not in self.names]:
             raise self._refused(f"{', '.join(unknown)} is no argument of it")
         first, rest = self.names[: self.by_position], self.names[self.by_position :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mq_ao.graph import match, walk
 from mq_ao.graph.buffers import written
 from mq_ao.graph.partial import Batch
 from mq_ao.lowering.language_graphs import find_states, head_of
+from mq_ao.lowering.patterns import DEQUANTIZE
 from mq_ao.memory import release
 from mq_ao.models import Logits, MambaLM
 from mq_ao.models.program_interface import LanguageProgram
@@ -110,7 +111,7 @@ def _quantized(
     check_weights(model)
     stateful = isinstance(model, MambaLM) or (quantizer.kernels.any_states and carries_states(_inner(model)))
     calibration = Calibration(model, data, _vocab_size(model), takes_mask=not stateful)
-    with plain():  # again, after code of the user's
+    with closing(calibration), plain():  # again, after code of the user's
         return _calibrated(model, calibration, recipe, quantizer, progress)
 
 
@@ -145,13 +146,15 @@ def _captured(model: nn.Module, first: Call, *, with_states: bool) -> GraphModul
     """The float32 graph that is edited from here on; `with_states`: of transformers' language models, if it can be."""
     if isinstance(model, GraphModule) and (dtype := float_dtype(model)) != torch.float32:
         raise MqAoError(f"this graph was captured in {dtype}: give mq_ao.export a model in float32 (model.float()).")
+    if isinstance(model, GraphModule) and any(node.target in DEQUANTIZE for node in model.graph.nodes):
+        raise MqAoError("this graph is quantized already: give the float one.")
     with in_float32(model):
         graph = _with_states(model, first) if with_states else None
         graph = graph or capture(model, first.args, first.kwargs)
     if (name := written(graph)) is not None:
         raise MqAoError(
-            f"the model writes to its buffer {name} while it runs, and calibration would change it: give it as an "
-            "input, and return what it becomes."
+            f"the model writes to its buffer or input {name} while it runs, and calibration would change it: compute a "
+            "new tensor, and return what the next call needs of it."
         )
     return graph
 

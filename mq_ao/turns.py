@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -33,19 +33,23 @@ def in_turn(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def yielding_turns(items: Iterable[T]) -> Iterator[T]:
+def yielding_turns(items: Iterable[T]) -> Generator[T]:
     """The items of a user's iterable; while it makes one, other threads have their turn.
 
-    It may wait for a thread that waits for its turn.
+    It may wait for a thread that waits for its turn. A generator is closed in the end, also if not all is read.
     """
     iterator = iter(items)
-    while True:
-        with _given_up():
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-        yield item
+    try:
+        while True:
+            with _given_up():
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
 
 
 def _times() -> int:

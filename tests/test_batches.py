@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -18,6 +18,7 @@ import mq_ao
 from mq_ao import MqAoError
 from mq_ao.calibration.batches import Given
 from mq_ao.calibration.calls import calls
+from mq_ao.lowering.language_graphs import states_of
 from tests.conftest import tokens
 
 IDS = tokens(2, 5)
@@ -61,7 +62,7 @@ def ids_of(batches: Any, model: nn.Module | None = None) -> list[list[list[int]]
         (IDS, None),
         {"input_ids": IDS},
         UserDict({"input_ids": IDS}),  # as BatchEncoding is
-        {"input_ids": IDS, "labels": IDS, "use_cache": True, "text": ["a", "b"], "no_parameter": IDS},
+        {"input_ids": IDS, "text": ["a", "b"], "no_parameter": IDS, "inputs_embeds": None},
         IDS.int(),
         IDS.numpy(),
         IDS.numpy().astype("int16"),
@@ -126,6 +127,31 @@ def test_arrays_that_run_backwards_or_are_read_only() -> None:
     ((args, _),) = read([(numpy.float64(2.0), numpy.arange(3.0)[::-1])], Open())
     assert args[0] == 2.0
     assert torch.equal(args[1], torch.tensor([2.0, 1.0, 0.0]))
+
+
+def test_every_column_is_cut_with_lists_of_different_lengths() -> None:
+    rows = [torch.arange(3), torch.arange(5)]
+    for column in (torch.tensor([1, 2]), numpy.array([1, 2]), [1, 2], (1, 2)):
+        batches = read([{"input_ids": rows, "inputs_embeds": column}])
+        assert [args[1].tolist() for args, _ in batches] == [[2], [1]]
+
+
+def test_labels_are_left_out_for_transformers_models_alone(theirs: Callable[[], nn.Module]) -> None:
+    batch = {"input_ids": IDS, "labels": IDS, "use_cache": True}
+    assert [list(kwargs) for _, kwargs in read([batch], theirs())] == [[]]
+    ((_, kwargs),) = read([batch])
+    assert torch.equal(kwargs["labels"], IDS) and kwargs["use_cache"] is True
+    with pytest.raises(MqAoError, match="seq_idx says that sequences are packed: give one sequence a row"):
+        read([{"input_ids": IDS, "seq_idx": IDS}], theirs())
+
+
+def test_batches_that_are_made_in_one_memory_are_copied() -> None:
+    def batches() -> Iterator[Tensor]:
+        memory = torch.zeros(2, 3, 4)
+        for value in range(3):
+            yield memory.fill_(value)
+
+    assert [float(args[0].max()) for args, _ in read(batches(), Open())] == [0, 1, 2]
 
 
 def test_one_value_a_sequence_beside_whole_batches_stays() -> None:
@@ -221,7 +247,8 @@ def test_tokenizers_batches_and_positional_ids_give_the_same(theirs: Callable[[]
     ids = [tokens(2, 12, seed=seed) for seed in range(3)]
     one = mq_ao.quantize(theirs(), ids, "rtn-w8a8")
     other = mq_ao.quantize(theirs(), [BatchEncoding({"input_ids": batch}) for batch in ids], "rtn-w8a8")
-    assert torch.equal(one.converted(ids[0]).logits, other.converted(ids[0]).logits)
+    given = (ids[0], *states_of(one.converted).examples(2, 0))
+    assert torch.equal(one.converted(*given)[0], other.converted(*given)[0])
 
 
 def test_the_second_input_of_mamba2_is_not_the_mask() -> None:

@@ -121,6 +121,42 @@ def test_constants_that_are_left_out_are_those_of_the_capture() -> None:
     assert inputs[2] == 2.0
 
 
+class Chosen(Blocks):
+    def forward(self, x: Tensor, pooling: str = "mean", window: int | None = 4) -> Tensor:
+        y = self.blocks(x if window is None else x[:, -window:])
+        return y.mean(1) if pooling == "mean" else y.amax(1)
+
+
+@pytest.mark.parametrize("batch", [(A, "max", None), {"x": A, "pooling": "max", "window": None}])
+def test_text_and_none_are_constants_like_any_other(batch: Any) -> None:
+    quantized = mq_ao.quantize(Chosen(), [batch], "rtn-w8a8")
+    with torch.no_grad():
+        wanted, got = Chosen()(A, "max", None), quantized.converted(A, "max", None)
+    # Of int8, on random weights; another branch is off by its whole size.
+    assert float((got - wanted).norm() / wanted.norm()) < 0.05
+    with pytest.raises(MqAoError, match="batch 1: pooling is 'mean', and the model was captured with 'max'"):
+        given(Chosen(), [batch, (A, "mean", None)])
+
+
+class Optional(Blocks):
+    def forward(self, x: Tensor, mask: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        x = x if mask is None else x * mask
+        return self.blocks(x if y is None else x + y)
+
+
+def test_inputs_behind_one_that_was_left_out_go_by_name() -> None:
+    y = X[1]
+    program = mq_ao.quantize(Optional(), [{"x": A, "y": y}], "rtn-w8a8").lower()
+    assert torch.equal(program(A, y=y), program(A, y=y, mask=None))
+    with pytest.raises(MqAoError, match="2 arguments are given: give y by name"):
+        program(A, y)
+
+
+def test_programs_take_dictionaries_in_any_order() -> None:
+    program = mq_ao.quantize(Nested(), [({"a": A, "more": [{"b": B}]},)], "rtn-w8a8").lower()
+    assert torch.equal(program({"more": [{"b": B}], "a": A}), program({"a": A, "more": [{"b": B}]}))
+
+
 class ByLength(Blocks):
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x if x.shape[1] > 4 else 100 * x)

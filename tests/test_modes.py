@@ -169,6 +169,72 @@ def test_an_autocast_around_quantize_changes_nothing(blocks: Blocks) -> None:
     assert torch.equal(output(quantized, X[0]), output(expected, X[0]))
 
 
+def test_a_generator_is_closed_when_its_data_is_refused() -> None:
+    closed: list[bool] = []
+
+    def batches() -> Iterator[Any]:
+        try:
+            with torch.no_grad():
+                yield from [*X, "text"]
+        finally:
+            closed.append(True)
+
+    held = batches()
+    for data in (held, ((x, x) for x in X)):
+        with pytest.raises(MqAoError):
+            mq_ao.quantize(Blocks(), data, "rtn-w8a8")
+        assert torch.is_grad_enabled()
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_default_dtype_of_half_precision_changes_nothing(dtype: torch.dtype) -> None:
+    expected = mq_ao.quantize(Blocks(), X, "rtn-w8a8")
+    model = Blocks()
+    torch.set_default_dtype(dtype)
+    try:
+        quantized = mq_ao.quantize(model, X, "rtn-w8a8")
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(output(quantized, X[0]), output(expected, X[0]))
+
+
+class Remembering(Blocks):
+    """Goes on from what it kept of the call before, in attributes and in lists."""
+
+    last: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = [torch.zeros(16)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(x + self.means[0])
+        self.last, self.means[0] = y, x.mean((0, 1))
+        return y
+
+
+def test_what_a_model_keeps_is_put_back_and_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    model = Remembering()
+    zeros = model.means[0]
+    mq_ao.quantize(model, X, "rtn-w8a8")
+    assert model.last is None and model.means[0] is zeros
+    assert "the model keeps values in means, last while it runs" in caplog.text
+
+
+class Scaling(Blocks):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x.mul_(2))
+
+
+def test_a_model_that_writes_to_its_input_is_refused_and_the_data_unchanged() -> None:
+    x = X[0].clone()
+    with pytest.raises(MqAoError, match="writes to its buffer or input x while it runs"):
+        mq_ao.quantize(Scaling(), [x])
+    assert torch.equal(x, X[0])
+
+
 class Dropping(Blocks):
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +265,7 @@ class Counting(Blocks):
 
 def test_a_model_that_writes_to_a_buffer_is_refused_and_unchanged() -> None:
     model = Counting()
-    with pytest.raises(MqAoError, match="writes to its buffer calls while it runs"):
+    with pytest.raises(MqAoError, match="writes to its buffer or input calls while it runs"):
         mq_ao.quantize(model, X)
     assert model.calls == 0
 

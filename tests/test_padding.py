@@ -13,6 +13,7 @@ from torch import Tensor
 import mq_ao
 from mq_ao import MqAoError
 from mq_ao.calibration.padding import unpadded
+from mq_ao.lowering.language_graphs import states_of
 from mq_ao.models import MambaLM
 from tests.conftest import tokens
 
@@ -69,7 +70,7 @@ def test_what_goes_by_position_is_cut_as_the_tokens_are() -> None:
     [
         ({"attention_mask": MASK[:1]}, r"is of shape \(1, 6\) beside inputs of \(2, 6\)"),
         ({"attention_mask": torch.ones(2, 7)}, r"is of shape \(2, 7\) beside inputs of \(2, 6\)"),
-        ({"attention_mask": MASK[:, None, None]}, r"is of shape \(2, 1, 1, 6\): it is \(batch, length\), 1 at tokens"),
+        ({"attention_mask": MASK[0]}, r"is of shape \(6,\): it is \(batch, length\), 1 at tokens"),
         ({"attention_mask": (MASK - 1) * 1e9}, "holds other values than 0 and 1"),
         ({"attention_mask": True}, "attention_mask is a bool"),
         ({"attention_mask": torch.zeros(2, 6)}, "is 0 everywhere: give at least one token"),
@@ -82,6 +83,14 @@ def test_what_goes_by_position_is_cut_as_the_tokens_are() -> None:
 def test_masks_and_inputs_that_do_not_tell_are_refused(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(MqAoError, match=message):
         list(unpadded({"input_ids": IDS, **inputs}))
+
+
+def test_masks_of_more_axes_are_the_models_own(tiny: MambaLM) -> None:
+    inputs = {"input_ids": IDS, "attention_mask": MASK[:, None, None]}
+    (part,) = unpadded(inputs)
+    assert part["attention_mask"] is inputs["attention_mask"]
+    with pytest.raises(MqAoError, match=r"attention_mask is of shape \(2, 1, 1, 6\): MambaLM has no use for one"):
+        mq_ao.quantize(tiny, [inputs])
 
 
 def test_without_padding_nothing_is_cut() -> None:
@@ -132,5 +141,5 @@ def test_padding_changes_nothing_in_transformers_models(side: str) -> None:
     padding = mq_ao.quantize(their_model(), [batch], "rtn-w8a8")
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in alone(batch)]
     without = mq_ao.quantize(their_model(), rows, "rtn-w8a8")
-    given = {"input_ids": tokens(3, 9, seed=5), "attention_mask": torch.ones(3, 9, dtype=torch.int64)}
-    assert torch.equal(padding.converted(**given).logits, without.converted(**given).logits)
+    given = (tokens(3, 9, seed=5), *states_of(padding.converted).examples(3, 0))
+    assert torch.equal(padding.converted(*given)[0], without.converted(*given)[0])

@@ -46,6 +46,14 @@ class Ungiven(Blocks):
         (lambda: mq_ao.quantize(Blocks(), X, backend=["inductor"]), "unknown backend .* the backends are inductor, "),
         (lambda: mq_ao.load(None), "a saved program's path is text or a Path, and not NoneType"),
         (
+            lambda: mq_ao.export(torch.jit.script(nn.Linear(2, 2)).eval(), (X[0],)),
+            "the model is TorchScript",
+        ),
+        (
+            lambda: mq_ao.quantize(mq_ao.quantize(Blocks(), X, "rtn-w8a8").converted, X),
+            "this graph is quantized already: give the float one",
+        ),
+        (
             lambda: mq_ao.quantize(torch.fx.symbolic_trace(nn.Linear(2, 2).eval()), [torch.ones(2, 2)]),
             "does not come from torch.export: capture the model with mq_ao.export",
         ),

@@ -26,12 +26,12 @@ FORMS = (
 _TEXT = "this is text: tokenize it first, with mq_ao.text or the model's own tokenizer."
 
 
-def sequences(batch: Any, takes: Callable[[str], bool]) -> Iterator[Given]:
+def sequences(batch: Any, takes: Callable[[str, Any], bool]) -> Iterator[Given]:
     """Positional and keyword inputs of a batch; of lists of tokens, those of one length together, the longest first.
 
     Args:
         batch: anything.
-        takes: whether the model has an input of that name; other columns of a mapping are left out unread.
+        takes: whether the model has an input of that name for that value; other columns of a mapping are left out.
 
     Raises:
         MqAoError: it is no batch.
@@ -60,12 +60,12 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def _named(batch: Mapping[Any, Any], takes: Callable[[str], bool]) -> Iterator[Given]:
+def _named(batch: Mapping[Any, Any], takes: Callable[[str, Any], bool]) -> Iterator[Given]:
     if unnamed := [key for key in batch if not isinstance(key, str)]:
         raise MqAoError(f"there is a key {unnamed[0]!r}: a dictionary's keys are the names of the model's inputs.")
-    if _is_text(batch.get(IDS)):
+    if is_text(batch.get(IDS)):
         raise MqAoError(_TEXT)
-    kept = {name: value for name, value in batch.items() if takes(name) and not _is_text(value)}
+    kept = {name: value for name, value in batch.items() if takes(name, value)}
     if not kept:
         yield (), {}  # refused by who knows what the model takes
         return
@@ -81,11 +81,18 @@ def _of_one_length(columns: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         return
     for rows in _by_length(ids):
         yield {
-            name: _converted(name, [value[row] for row in rows])
-            if isinstance(value, list | tuple) and len(value) == len(ids)
-            else value
-            for name, value in columns.items()
+            name: _rows(name, value, rows) if _is_column(value, len(ids)) else value for name, value in columns.items()
         }
+
+
+def _is_column(value: Any, count: int) -> bool:
+    if isinstance(value, Tensor | numpy.ndarray):
+        return value.ndim > 0 and len(value) == count
+    return isinstance(value, list | tuple) and len(value) == count
+
+
+def _rows(name: str, value: Any, rows: list[int]) -> Tensor:
+    return value[rows] if isinstance(value, Tensor) else _converted(name, [value[row] for row in rows])
 
 
 def _by_length(sequences: list[Any] | tuple[Any, ...]) -> Iterator[list[int]]:
@@ -137,8 +144,13 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _is_tokens(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(type(item) is int for item in value)
+    return isinstance(value, list | tuple) and all(map(_is_whole, value))
 
 
-def _is_text(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or isinstance(value, numpy.integer)
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text, or a list of texts."""
     return isinstance(value, str) or (isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str))

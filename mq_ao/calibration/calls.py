@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils.data import DataLoader
 
 from mq_ao.arrays import as_tensor
-from mq_ao.calibration.batches import FORMS, IDS, MASK, Given, described, sequences
+from mq_ao.calibration.batches import FORMS, IDS, MASK, Given, described, is_text, sequences
 from mq_ao.calibration.padding import unpadded
-from mq_ao.compat.trees import call_structure, tree_leaves
+from mq_ao.compat.trees import call_structure, tree_leaves, tree_map_only
 from mq_ao.errors import MqAoError
 from mq_ao.models.token_inputs import is_plain, token_ids
 from mq_ao.modes import plain
@@ -38,13 +41,14 @@ class Call(NamedTuple):
 
 
 _UNUSED = frozenset({"labels", "use_cache"})
-"""Inputs that a calibration needs nothing of: a loss, and the cache of a generation."""
-_CONSTANT = (bool, int, float, type(None))
+"""Inputs of transformers' models that a calibration needs nothing of: a loss, and the cache of a generation."""
+_PACKED = frozenset({"seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"})
+_CONSTANT = (bool, int, float, str, type(None))
 
 
 def calls(
     model: nn.Module, calibration: Iterable[Any], vocab_size: int | None = None, *, takes_mask: bool = True
-) -> Iterator[Call]:
+) -> Generator[Call]:
     """Yields the calls of a model that a calibration consists of: one or more a batch.
 
     Floating inputs become float32 and token ids int64. Padding that an `attention_mask` tells is left out. While the
@@ -63,14 +67,19 @@ def calls(
         kind = "one tensor" if isinstance(calibration, Tensor) else f"of type {type(calibration).__name__}"
         raise MqAoError(f"calibration is {kind}: give an iterable of batches, for example [batch].")
     forward = _Forward(model, takes_mask)
-    for index, batch in enumerate(yielding_turns(calibration)):
-        try:
-            with plain():  # whatever made the batch
-                parts = [forward.call(part, vocab_size) for part in forward.parts(batch)]
-        except MqAoError as error:
-            raise MqAoError(f"calibration batch {index}: {error}") from error
-        for args, kwargs in parts:
-            yield Call(args, kwargs, index)
+    # Whatever else makes batches may make them all in one memory.
+    keeps = isinstance(calibration, list | tuple | DataLoader)
+    with closing(yielding_turns(calibration)) as batches:
+        for index, batch in enumerate(batches):
+            try:
+                with plain():  # whatever made the batch
+                    parts = [forward.call(part, vocab_size) for part in forward.parts(batch)]
+                    if not keeps:
+                        parts = tree_map_only(Tensor, torch.clone, parts)
+            except MqAoError as error:
+                raise MqAoError(f"calibration batch {index}: {error}") from error
+            for args, kwargs in parts:
+                yield Call(args, kwargs, index)
 
 
 class _Forward:
@@ -84,21 +93,25 @@ class _Forward:
         self._unnamed = [item.name for item in parameters if item.kind is item.VAR_POSITIONAL]
         self._rest = next((item.name for item in parameters if item.kind is item.VAR_KEYWORD), None)
         # transformers' models hand on to their parts whatever else they are called with.
-        self._takes_all = self._rest is not None and not type(model).__module__.startswith("transformers.")
+        self._theirs = type(model).__module__.startswith("transformers.")
+        self._takes_all = self._rest is not None and not self._theirs
         self._takes_mask = takes_mask and self._has(MASK)
         self._left_out: set[str] = set()
 
     def parts(self, batch: Any) -> Iterator[dict[str, Any]]:
         """The inputs of a batch by parameter, of one length each and without padding."""
-        for given in sequences(batch, self._reads):
-            named = self._bound(given)
+        for inputs in sequences(batch, self._reads):
+            named = self._bound(inputs)
             if not named:
                 held = ", ".join(batch) if isinstance(batch, Mapping) else ""
                 raise MqAoError(
                     f"this holds {held or 'nothing'}, and {self._kind}.forward takes "
                     f"{', '.join(self._signature.parameters) or 'nothing'}: name its inputs so."
                 )
-            yield from unpadded({name: _tensors(value, name) for name, value in named.items()})
+            given = {name: _tensors(value, name) for name, value in named.items()}
+            if not self._takes_mask and isinstance(mask := given.get(MASK), Tensor) and mask.dim() != 2:
+                raise MqAoError(f"attention_mask is of shape {tuple(mask.shape)}: {self._kind} has no use for one.")
+            yield from unpadded(given)
 
     def call(self, named: dict[str, Any], vocab_size: int | None) -> Given:
         """The call that has these inputs."""
@@ -122,10 +135,16 @@ class _Forward:
     def _has(self, name: str) -> bool:
         return (name in self._names and name not in self._unnamed) or self._takes_all
 
-    def _reads(self, name: str) -> bool:
+    def _reads(self, name: str, value: Any) -> bool:
         """Whether an input is of use: the model takes it, or it tells what is padding."""
-        if name == MASK or (self._has(name) and name not in _UNUSED):
+        if is_text(value):
+            known = name in self._names and isinstance(value, str)
+        else:
+            known = name == MASK or (self._has(name) and not (self._theirs and name in _UNUSED))
+        if known:
             return True
+        if name in _PACKED:
+            raise MqAoError(f"{name} says that sequences are packed: give one sequence a row instead.")
         if name not in self._left_out:
             self._left_out.add(name)
             logger.info("%s has no use for %s, which is left out", self._kind, name)
@@ -146,8 +165,13 @@ class _Forward:
         return {
             name: value
             for name, value in named.items()
-            if value is not None and (name in self._unnamed or self._reads(name))
+            if not self._is_left_out(name, value) and (name in self._unnamed or self._reads(name, value))
         }
+
+    def _is_left_out(self, name: str, value: Any) -> bool:
+        """Whether it is None, which is what the model takes where nothing is given."""
+        parameter = self._signature.parameters.get(name)
+        return value is None and (parameter is None or parameter.default in (None, parameter.empty))
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

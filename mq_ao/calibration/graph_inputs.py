@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mq_ao.calibration.calls import Call, calls
-from mq_ao.compat.trees import TreeSpec, call_structure, tree_flatten
+from mq_ao.compat.trees import TreeSpec, call_structure, leaves_as
 from mq_ao.errors import MqAoError
 from mq_ao.graph.partial import Batch
 from mq_ao.models.states import States, Value, tensors
@@ -45,6 +45,10 @@ class Calibration:
             raise MqAoError("calibration is empty: give at least one batch of inputs.")
         self.first: Call = first
         self.tokens = 0
+
+    def close(self) -> None:
+        """Reads no more: a generator of the user's is closed."""
+        self._calls.close()
 
     def inputs(self, graph: GraphModule, states: States | None = None) -> Iterator[Batch]:
         """Yields each call as inputs of the graph, in its order.
@@ -106,7 +110,11 @@ class _Order:
                     raise self._others(given)
                 flat += expected
                 continue
-            leaves = _flattened(value, spec, name)
+            leaves = leaves_as(value, spec)
+            if leaves is None:
+                raise MqAoError(
+                    f"{name} is nested otherwise than in the first batch: give the same inputs in every batch."
+                )
             for leaf, wanted in zip(leaves, expected, strict=True):
                 _check(leaf, wanted, name)
             flat += leaves
@@ -117,19 +125,6 @@ class _Order:
             f"this holds {', '.join(given) or 'nothing'}, and the model was captured with {', '.join(self._names)}: "
             "give the same inputs in every batch."
         )
-
-
-def _flattened(value: Any, spec: TreeSpec, name: str) -> list[Any]:
-    if spec.type is dict and isinstance(value, Mapping) and value.keys() == set(spec.context):
-        items = [value[key] for key in spec.context]
-    elif spec.type in (list, tuple) and type(value) is spec.type and len(value) == spec.num_children:
-        items = list(value)
-    else:
-        leaves, own = tree_flatten(value)
-        if own != spec:
-            raise MqAoError(f"{name} is nested otherwise than in the first batch: give the same inputs in every batch.")
-        return leaves
-    return [leaf for item, child in zip(items, spec.children(), strict=True) for leaf in _flattened(item, child, name)]
 
 
 def _check(leaf: Any, wanted: Any, name: str) -> None:

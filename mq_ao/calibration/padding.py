@@ -24,16 +24,16 @@ def unpadded(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     those with further axes; of other inputs with the mask's batch, a sequence's rows are taken.
 
     Args:
-        inputs: a batch by parameter; without `attention_mask` it is yielded as it is.
+        inputs: a batch by parameter; without `attention_mask`, or with one of more axes, it is yielded as it is.
 
     Raises:
         MqAoError: the mask is none of the other inputs', no token is left, there are gaps in the middle of a sequence,
             or an input may as well have a value a token as another axis of that size.
     """
-    if MASK not in inputs:
-        yield dict(inputs)
+    mask = inputs.get(MASK)
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() > 2):
+        yield dict(inputs)  # what a model of its own makes of such a mask is not known
         return
-    mask = inputs[MASK]
     _check(mask, inputs)
     kept = mask != 0
     if kept.all():

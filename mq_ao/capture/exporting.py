@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
-from mq_ao.capture import by_hand, examples, mamba_ssm, mode_wrappers, transformers
+from mq_ao.capture import attributes, by_hand, examples, mamba_ssm, mode_wrappers, transformers
 from mq_ao.capture.examples import Call
 from mq_ao.capture.frames import tensors
 from mq_ao.capture.layout import ChannelLast
@@ -121,7 +121,7 @@ def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.S
     replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
     try:
         library = replaced([*replacements, *mode_wrappers.replacements()])
-        with torch.no_grad(), library, by_hand.swapped(module, *call, scans), ChannelLast():
+        with torch.no_grad(), attributes.kept(module), library, by_hand.swapped(module, *call, scans), ChannelLast():
             program = torch.export.export(module, *call, dynamic_shapes=dynamic_shapes)
     except MqAoError as error:
         raise MqAoError(f"{_place(module, error)} cannot be captured: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 
 from mq_ao.errors import MqAoError
@@ -15,7 +16,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, `nn.DataParallel` and `DistributedDataParallel`, in any order; it is logged.
 
     Raises:
-        MqAoError: it is no module, holds adapters (PEFT, LoRA), or is Mamba-3.
+        MqAoError: it is no module, is TorchScript, holds adapters (PEFT, LoRA), or is Mamba-3.
     """
     if not isinstance(model, nn.Module):
         raise MqAoError(f"the model is of type {type(model).__name__}: give a torch.nn.Module.")
@@ -35,6 +36,8 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _check(name: str, part: nn.Module) -> None:
+    if isinstance(part, torch.jit.ScriptModule):
+        raise MqAoError(f"{name} is TorchScript, which torch.export does not take: give the Python model.")
     library, kind = type(part).__module__.partition(".")[0], type(part).__name__
     if library == "peft":
         raise MqAoError(f"{name} ({kind}) holds adapters: merge them first (LoRA: model = model.merge_and_unload()).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.fx import GraphModule
@@ -23,6 +24,7 @@ __all__ = [
     "SERIALIZED_TYPE_TO_PYTHON_TYPE",
     "TreeSpec",
     "call_structure",
+    "leaves_as",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -43,3 +45,16 @@ def call_structure(module: GraphModule) -> Any:
     if structure is None:
         raise MqAoError("this GraphModule does not come from torch.export: capture the model with mq_ao.export.")
     return structure
+
+
+def leaves_as(value: Any, spec: TreeSpec) -> list[Any] | None:
+    """The leaves of a value in a structure's order, whatever the order of its dictionaries; None: it is another one."""
+    if spec.type is dict and isinstance(value, Mapping) and value.keys() == set(spec.context):
+        items = [value[key] for key in spec.context]
+    elif spec.type in (list, tuple) and type(value) is spec.type and len(value) == spec.num_children:
+        items = list(value)
+    else:
+        leaves, own = tree_flatten(value)
+        return leaves if own == spec else None
+    found = [leaves_as(item, child) for item, child in zip(items, spec.children(), strict=True)]
+    return None if any(leaves is None for leaves in found) else [leaf for leaves in found for leaf in leaves or ()]
