@@ -161,7 +161,8 @@ def _captured(model: nn.Module, first: Call, *, with_states: bool) -> GraphModul
 
 def _with_states(model: nn.Module, first: Call) -> GraphModule | None:
     """A language model of transformers with its states; None where it is none, or is given more than ids."""
-    if not carries_states(_inner(model)) or len(first.args) + len(first.kwargs) != 1 or tokens(*first.args) == 0:
+    given = (*first.args, *first.kwargs.values())
+    if not carries_states(_inner(model)) or len(given) != 1 or tokens(*given) == 0:
         return None
     try:
         return export_with_states(_inner(model)).module(check_guards=False)

@@ -138,6 +138,15 @@ def test_text_and_none_are_constants_like_any_other(batch: Any) -> None:
         given(Chosen(), [batch, (A, "mean", None)])
 
 
+class Required(Blocks):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.blocks(x if mask is None else x * mask)
+
+
+def test_none_for_an_input_without_a_default_is_given() -> None:
+    assert mq_ao.quantize(Required(), [(A, None), {"mask": None, "x": A}], "rtn-w8a8").report().batches == 2
+
+
 class Optional(Blocks):
     def forward(self, x: Tensor, mask: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         x = x if mask is None else x * mask

@@ -136,6 +136,18 @@ def test_they_are_saved_and_generate(program: tuple[Any, InductorProgram], tmp_p
     assert not torch.equal(one[0], other[0])
 
 
+def test_keys_and_values_stay_where_they_are_while_decoding(program: tuple[Any, InductorProgram]) -> None:
+    _, lowered = program
+    _, *states = lowered.prefill(ids_of(2, 5))
+    _, *states = lowered.decode(ids_of(2, 1), *states)  # the first step makes room
+    grown = [place for place, item in enumerate(lowered.states.items) if item.grows]
+    before = [states[place].values.data_ptr() for place in grown]
+    for step in range(5):
+        _, *states = lowered.decode(ids_of(2, 1, seed=step), *states)
+    assert [states[place].values.data_ptr() for place in grown] == before
+    assert [len(states[place]) for place in grown] == [11] * len(grown)
+
+
 def test_states_that_do_not_fit_are_refused(program: tuple[Any, InductorProgram]) -> None:
     _, lowered = program
     _, *states = lowered.prefill(ids_of(2, 5))

@@ -171,7 +171,7 @@ class _Forward:
     def _is_left_out(self, name: str, value: Any) -> bool:
         """Whether it is None, which is what the model takes where nothing is given."""
         parameter = self._signature.parameters.get(name)
-        return value is None and (parameter is None or parameter.default in (None, parameter.empty))
+        return value is None and (parameter is None or parameter.default is None)
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
