@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 import mq_ao
 from mq_ao import MqAoError
+from mq_ao.capture.carrying import Carried
 from mq_ao.capture.stateful_export import export_with_states
 from mq_ao.graph import match
 from mq_ao.lowering.inductor import InductorProgram
@@ -146,6 +147,20 @@ def test_keys_and_values_stay_where_they_are_while_decoding(program: tuple[Any, 
         _, *states = lowered.decode(ids_of(2, 1, seed=step), *states)
     assert [states[place].values.data_ptr() for place in grown] == before
     assert [len(states[place]) for place in grown] == [11] * len(grown)
+
+
+def test_a_model_that_wants_another_cache_is_captured_without_states(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("Mamba")
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        raise AttributeError("there is no such cache")
+
+    monkeypatch.setattr(Carried, "update_conv_state", update)
+    quantized = mq_ao.quantize(model, [ids_of(2, 8)], "rtn-w8a8")
+    assert "captured without states, so that programs cannot decode token by token: MambaForCausalLM" in caplog.text
+    assert quantized.converted(ids_of(1, 3)).logits.shape == (1, 3, VOCAB)
 
 
 def test_states_that_do_not_fit_are_refused(program: tuple[Any, InductorProgram]) -> None:

@@ -10,6 +10,7 @@ from mq_ao.capture import transformers
 from mq_ao.capture.carrying import Stateful
 from mq_ao.capture.exporting import export
 from mq_ao.capture.replacing import replaced
+from mq_ao.errors import MqAoError
 from mq_ao.modes import plain
 from mq_ao.turns import in_turn
 
@@ -28,9 +29,9 @@ def export_with_states(model: nn.Module) -> ExportedProgram:
         model: `...ForCausalLM` in eval mode, whose layers are attention, Mamba or Mamba-2.
 
     Raises:
-        MqAoError: as for `export`, or its attention has a window or soft caps.
+        MqAoError: as for `export`; its attention has a window or soft caps; or it wants a cache of another kind.
     """
-    ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=next(model.parameters()).device)
     states = _examples(model, ids)
     stateful = Stateful(model, list(states))
     batch, length, past = Dim("batch", min=1), Dim("length", min=1), Dim("past", min=0)
@@ -41,8 +42,14 @@ def export_with_states(model: nn.Module) -> ExportedProgram:
 def _examples(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """States of the example's sequences after so many tokens."""
     stateful = Stateful(model)
-    with replaced(transformers.replacements(stateful)):
-        _, states = stateful.run(ids[:, :PAST])
+    try:
+        with replaced(transformers.replacements(stateful)):
+            _, states = stateful.run(ids[:, :PAST])
+    except MqAoError:
+        raise
+    except Exception as error:  # of any kind: the model's own code runs on a cache that it does not know
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise MqAoError(f"{type(model).__name__} does not run with states: {type(error).__name__}: {reason}") from error
     return states
 
 
