@@ -80,17 +80,25 @@ def find_states(module: GraphModule) -> States | None:
     ids = values[0]
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
         return None
-    pairs = zip(inputs[1:], values[1:], strict=True)
-    found = [_state(str(node.target), value, ids) for node, value in pairs if isinstance(value, Tensor)]
-    return States(tuple(found)) if len(found) == len(values) - 1 else None
+    given = [result.meta.get("val") if isinstance(result, Node) else None for result in results[1:]]
+    triples = zip(inputs[1:], values[1:], given, strict=True)
+    found = [_state(str(node.target), *pair, ids) for node, *pair in triples]
+    known = [state for state in found if state is not None]
+    return States(tuple(known)) if len(known) == len(found) else None
 
 
-def _state(name: str, value: Tensor, ids: Tensor) -> State:
-    """A state by its symbolic sizes: one axis is the batch of the ids, and the first grows if it varies otherwise."""
-    batch = str(ids.shape[0])
+def _state(name: str, value: Any, after: Any, ids: Tensor) -> State | None:
+    """A state by its sizes before and after a call, symbolic ones among them; None: it is none.
+
+    One axis is the batch of the ids. It grows if there are as many rows of it after a call as tokens were given.
+    """
+    if not isinstance(value, Tensor) or not isinstance(after, Tensor) or value.dim() != after.dim():
+        return None
+    batch, length = map(str, ids.shape)
     axis = next((axis for axis, size in enumerate(value.shape) if str(size) == batch), 1)
-    grows = axis != 0 and isinstance(value.shape[0], torch.SymInt)
-    sizes = tuple(int(size) for place, size in enumerate(value.shape) if place != axis and not (grows and place == 0))
+    grows = axis != 0 and str(after.shape[0]) == length and str(value.shape[0]) != length
+    # Of what the model fixes, only the result may tell the size: torch.export lets an input's vary as the example's.
+    sizes = tuple(int(size) for place, size in enumerate(after.shape) if place != axis and not (grows and place == 0))
     return State(name, sizes, axis, value.dtype, grows)
 
 

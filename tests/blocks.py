@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mq_ao.lowering.language_graphs import find_states
 from mq_ao.models import MambaConfig
 from mq_ao.models.mamba import MambaMixer
 
@@ -34,7 +35,10 @@ class Blocks(nn.Module):
 
 
 def output(quantized: Any, *inputs: Any) -> Tensor:
-    """The first result of a quantized model."""
+    """The first result of a quantized model; a language model that is given ids alone starts from zero states."""
+    states = find_states(quantized.converted)
+    if states is not None and len(inputs) == 1:
+        inputs = (*inputs, *states.examples(len(inputs[0]), 0))
     with torch.no_grad():
         result = quantized.converted(*inputs)
     return result[0] if isinstance(result, tuple) else getattr(result, "logits", result)

@@ -110,7 +110,7 @@ def test_inspect_without_the_native_library(inspect: CommandLine, pte: Path, mon
     assert run.code == 0, run.err
     for wanted in (
         "mambaquant-w8a8",
-        "n_layer 1, conv 3 x 64, ssm 64 x 16",
+        "conv_state 1 x 3 x 64, ssm_state 1 x 64 x 16",
         "mq_ao::qselective_scan",
         "4 int8 weight, static int8 input",
         "XNNPACK has no such operator",

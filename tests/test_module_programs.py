@@ -257,7 +257,9 @@ def test_keywords_constants_and_types_of_transformers(tmp_path: Path) -> None:
     exported, signature = export_module(captured)
     signature = Signature.read(signature.described)
     (tensor,) = signature.bind((), {"use_cache": False, "input_ids": ids})
-    assert torch.equal(signature.bind((ids,), {})[0], tensor)  # what the program was made for may be left out
+    assert torch.equal(signature.bind((), {"input_ids": ids})[0], tensor)  # what it was made for may be left out
+    with pytest.raises(MqAoError, match="give input_ids, use_cache by name"):
+        signature.bind((ids,), {})
     result = signature.restore(exported.module(check_guards=False)(tensor))
     torch.testing.assert_close(result.logits, model(ids, use_cache=False).logits)
     with pytest.raises(MqAoError, match="it was made with False where True is given"):

@@ -52,6 +52,8 @@ def _properties(path: Path, info: Mapping[str, Any], parts: Anatomy) -> Table:
 def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return ", ".join(f"{item['name']} {_words(item['sizes'])}" for item in value)  # states
     if isinstance(value, list):
         sizes = value and all(isinstance(item, int) for item in value)
         return (" x " if sizes else ", ").join(map(str, value)) or "none"
