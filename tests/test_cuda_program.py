@@ -15,6 +15,7 @@ from mq_ao import MqAoError
 from mq_ao.api import compile_float
 from mq_ao.lowering.cuda import CudaProgram
 from mq_ao.models import MambaLM
+from mq_ao.models.states import tensors
 from mq_ao.quantized import QuantizedModel
 from tests.conftest import CommandLine, error, tokens
 
@@ -78,7 +79,7 @@ def test_on_another_device_everything_is_there(
     for program in (made, CudaProgram.load(tmp_path / "m.ptc", "cpu")):
         assert isinstance(program, CudaProgram)
         elsewhere = program.on("meta", "eager")
-        ids, states = torch.zeros(2, 19, dtype=torch.int64), elsewhere._shapes.zeros(2)
+        ids, states = torch.zeros(2, 19, dtype=torch.int64), tensors(elsewhere.states.zeros(2))
         for positions, length in ((torch.arange(19), 19), (torch.zeros(1, dtype=torch.int64), 1)):
             args = [value.to("meta") for value in (ids[:, :length], *states, positions)]
             # Shape functions alone run there, and a tensor of the CPU among theirs is an error.
