@@ -82,7 +82,7 @@ def find_states(module: GraphModule) -> States | None:
         return None
     given = [result.meta.get("val") if isinstance(result, Node) else None for result in results[1:]]
     triples = zip(inputs[1:], values[1:], given, strict=True)
-    found = [_state(str(node.target), *pair, ids) for node, *pair in triples]
+    found = [_state(str(node.target), before, after, ids) for node, before, after in triples]
     known = [state for state in found if state is not None]
     return States(tuple(known)) if len(known) == len(found) else None
 
