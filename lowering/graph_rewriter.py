@@ -24,6 +24,7 @@ from mq_ao.lowering.patterns import (
     carried,
     grid_of,
     is_dequantized,
+    merge_dequantize,
     per_token_source,
     requantize,
 )
@@ -203,6 +204,18 @@ class GraphRewriter(ABC):
 
 class LinearRewriter(GraphRewriter):
     """One whose backend has products of its own, which can give the pieces of a linear."""
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """Layers and scans. What is known by what reads it comes after: that is an integer operator by then."""
+        return (
+            merge_dequantize,
+            each({mq.causal_conv1d.default}, self.conv),
+            each(walk.SCAN | walk.SSD, self.scan),
+            each(walk.LINEAR, self.linear),
+            each(walk.EMBEDDING, self.embedding),
+            drop_unread,
+        )
 
     @abstractmethod
     def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:

@@ -13,8 +13,8 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.views import Norm
 from mq_ao.lowering.cuda.kernels import KERNELS
-from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, drop_unread, each
-from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, merge_dequantize, per_token_source
+from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, each
+from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, per_token_source
 from mq_ao.ops import nibbles
 from mq_ao.ops.int8_linear import MOST_PIECES
 from mq_ao.ops.qlinear import int8_per_token
@@ -50,14 +50,9 @@ class Rewriter(LinearRewriter):
 
     @property
     def steps(self) -> Sequence[Step]:
-        """Layers and scans first; gates and norms are known by what reads them, an integer operator by then."""
+        """Gates and norms are known by what reads them."""
         return (
-            merge_dequantize,
-            each({mq.causal_conv1d.default}, self.conv),
-            each(walk.SCAN | walk.SSD, self.scan),
-            each(walk.LINEAR, self.linear),
-            each(walk.EMBEDDING, self.embedding),
-            drop_unread,
+            *super().steps,
             each({Q_STATIC, int8_per_token}, self._gate),
             each({Q_STATIC, int8_per_token}, self._norm),
         )

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from mq_ao.graph import walk
-from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, drop_unread, each
+from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, each
 from mq_ao.lowering.inductor.kernels import KERNELS
-from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, merge_dequantize, per_token_source
+from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, per_token_source
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -44,16 +43,8 @@ class Rewriter(LinearRewriter):
 
     @property
     def steps(self) -> Sequence[Step]:
-        """Layers and scans first; a gate is known by what reads it, and that is an integer operator by then."""
-        return (
-            merge_dequantize,
-            each({mq.causal_conv1d.default}, self.conv),
-            each(walk.SCAN | walk.SSD, self.scan),
-            each(walk.LINEAR, self.linear),
-            each(walk.EMBEDDING, self.embedding),
-            drop_unread,
-            each({Q_STATIC, mq.quantize_per_token.default}, self._gate),
-        )
+        """A gate is known by what reads it."""
+        return (*super().steps, each({Q_STATIC, mq.quantize_per_token.default}, self._gate))
 
     def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
         """A product for each piece, if all begin with a panel."""
