@@ -90,15 +90,20 @@ def find_states(module: GraphModule) -> States | None:
 def _state(name: str, value: Any, after: Any, ids: Tensor) -> State | None:
     """A state by its sizes before and after a call, symbolic ones among them; None: it is none.
 
-    One axis is the batch of the ids. It grows if there are as many rows of it after a call as tokens were given.
+    One axis is the batch of the ids. It grows if there are as many rows of it after a call as tokens were given. The
+    model fixes all other sizes: what has a value for each token is no state.
     """
     if not isinstance(value, Tensor) or not isinstance(after, Tensor) or value.dim() != after.dim():
         return None
     batch, length = map(str, ids.shape)
-    axis = next((axis for axis, size in enumerate(value.shape) if str(size) == batch), 1)
+    axis = next((axis for axis, size in enumerate(value.shape) if str(size) == batch), None)
+    if axis is None:
+        return None
     grows = axis != 0 and str(after.shape[0]) == length and str(value.shape[0]) != length
     # Of what the model fixes, only the result may tell the size: torch.export lets an input's vary as the example's.
-    sizes = tuple(int(size) for place, size in enumerate(after.shape) if place != axis and not (grows and place == 0))
+    sizes = tuple(size for place, size in enumerate(after.shape) if place != axis and not (grows and place == 0))
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return None
     return State(name, sizes, axis, value.dtype, grows)
 
 

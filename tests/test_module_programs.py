@@ -18,11 +18,14 @@ from mq_ao import MqAoError
 from mq_ao.backends import get_backend
 from mq_ao.lowering.executorch import Options, Scan
 from mq_ao.lowering.guards import Guard
+from mq_ao.lowering.language_graphs import find_states
 from mq_ao.lowering.module_export import export_module, refuse_memory
+from mq_ao.lowering.module_program import ModuleProgram
 from mq_ao.lowering.signature import Signature
 from mq_ao.models import Vim, VimConfig
 from mq_ao.models.config import MambaConfig
 from mq_ao.models.mamba import MambaMixer
+from tests.blocks import Blocks
 from tests.conftest import CommandLine, error
 
 HAVE_EXECUTORCH = importlib.util.find_spec("executorch") is not None
@@ -320,6 +323,28 @@ class Counting(Tagger):
         """See `Tagger`."""
         self.count.add_(1)
         return {**super().forward(ids, mask, scale), "count": self.count * 1}
+
+
+class Embedded(nn.Module):
+    """Takes ids and a value for each token, and gives logits and such a value: no state, though of the same axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mixer, self.head = nn.Embedding(9, 16), Blocks(1), nn.Linear(16, 9)
+
+    def forward(self, ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (batch, length), x (batch, length, 16)."""
+        y = self.mixer(self.embedding(ids) + x)
+        return self.head(y), y
+
+
+def test_values_of_tokens_are_no_states() -> None:
+    torch.manual_seed(0)
+    model = Embedded().eval()
+    given = (torch.randint(0, 9, (2, 6)), torch.randn(2, 6, 16))
+    assert find_states(mq_ao.export(model, given).module()) is None
+    quantized = mq_ao.quantize(model, [given], "rtn-w8a8", backend="cuda")
+    assert isinstance(quantized.lower(), ModuleProgram)
 
 
 class Measuring(Tagger):
