@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
 from mq_ao.compat import trees as pytree
-from mq_ao.compat.tracing import FakeTensorMode, size_guards
+from mq_ao.compat.tracing import FakeTensorMode, size_checks, size_guards
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.graph.buffers import written
@@ -95,9 +95,8 @@ def _take_constants(module: GraphModule) -> dict[int, Any]:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             continue
-        for user in list(node.users):
-            if user.op == "call_module":  # the check of sizes, which is given all inputs
-                user.args = tuple(value if item is node else item for item in user.args)
+        for check in size_checks(module):
+            check.args = tuple(value if item is node else item for item in check.args)
         if node.users or not (value is None or isinstance(value, bool | int | float | str)):
             raise MqAoError(f"input {node.name} is neither a tensor nor a constant: a saved program cannot take it.")
         constants[index] = value

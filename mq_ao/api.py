@@ -27,6 +27,7 @@ from mq_ao.capture.carrying import carries_states
 from mq_ao.capture.precision import check_weights, float_dtype, in_float32
 from mq_ao.capture.stateful_export import export_with_states
 from mq_ao.capture.unwrapping import unwrapped
+from mq_ao.compat.tracing import size_checks
 from mq_ao.errors import MqAoError
 from mq_ao.graph import match, walk
 from mq_ao.graph.buffers import written
@@ -238,7 +239,7 @@ def _copied(module: GraphModule) -> GraphModule:
     copied = GraphModule(module, copy.deepcopy(module.graph))
     if find_states(copied) is not None:
         # Programs with states check what they are given themselves, and turn states into buffers.
-        for node in copied.graph.find_nodes(op="call_module", target="_guards_fn"):
+        for node in size_checks(copied):
             copied.graph.erase_node(node)
         copied.recompile()
     return copied

@@ -21,7 +21,7 @@ from torch.export import Dim
 from mq_ao.compat import compiling, graph_constants, trees
 from mq_ao.compat.executorch import deserialize_pte_binary
 from mq_ao.compat.observers import AffineQuantizedPlaceholderObserver
-from mq_ao.compat.tracing import REFUSALS, FakeTensorMode, is_fake, parse_schema, size_guards
+from mq_ao.compat.tracing import REFUSALS, FakeTensorMode, is_fake, parse_schema, size_checks, size_guards
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchao", "executorch", "transformers", "mamba_ssm")
@@ -100,6 +100,19 @@ def test_an_exported_graph_tells_its_structure_and_the_sizes_that_it_assumes() -
     assert structure.orig_args == ["x", "scale"]
     assert trees.treespec_loads(trees.treespec_dumps(structure.out_spec)) == structure.out_spec
     assert trees.tree_unflatten([1], structure.out_spec) == {"y": 1}
+
+
+def test_an_exported_graph_checks_the_sizes_of_its_inputs() -> None:
+    shapes = {"x": {1: Dim.AUTO}, "scale": None}
+    program = torch.export.export(
+        Halved().eval(), (torch.ones(2, 4, 3),), {"scale": torch.ones(())}, dynamic_shapes=shapes
+    )
+    module = program.module()
+    (check,) = size_checks(module)
+    assert list(check.args) == module.graph.find_nodes(op="placeholder")
+    with pytest.raises(AssertionError, match="Guard failed"):
+        module(torch.ones(2, 5, 3), scale=torch.ones(()))
+    assert size_checks(program.module(check_guards=False)) == []
 
 
 def test_constants_fold() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mq_ao.capture.examples import signed
 from mq_ao.errors import MqAoError
 
 _CURRENT: ContextVar[Carried | None] = ContextVar("carried", default=None)
@@ -96,8 +97,9 @@ def carries_states(model: nn.Module) -> bool:
     """Whether a model is a language model of transformers that takes a cache and gives logits."""
     if not type(model).__module__.startswith("transformers.models.") or not hasattr(model, "generate"):
         return False
-    has_cache = any(name in inspect.signature(model.forward).parameters for name in _CACHES)
-    return has_cache and model.get_output_embeddings() is not None  # type: ignore[operator]
+    theirs: Any = model
+    has_cache = any(name in inspect.signature(theirs.forward).parameters for name in _CACHES)
+    return has_cache and theirs.get_output_embeddings() is not None
 
 
 def current() -> Carried | None:
@@ -184,8 +186,7 @@ class Stateful(nn.Module):
             logits, new = self.run(*inputs)
             return logits, *new.values()
 
-        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        self.forward = forward
+        self.forward = signed(forward, inspect.Signature(parameters))
         self.eval()
 
     def run(self, input_ids: Tensor, *states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -79,8 +79,13 @@ def explicit(module: nn.Module, call: Call) -> Callable[..., Any]:
     def forward_explicit(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    forward_explicit.__signature__ = signature.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
-    return forward_explicit
+    return signed(forward_explicit, signature.replace(parameters=[*named, *keywords]))
+
+
+def signed(forward: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    """`forward`, with the signature that torch.export is to name its inputs by."""
+    forward.__signature__ = signature  # type: ignore[attr-defined]  # what `inspect.signature` looks for first
+    return forward
 
 
 def every_size(forward: Callable[..., Any], call: Call) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch._export.verifier import SpecViolationError
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,7 @@ __all__ = [
     "TorchDispatchMode",
     "is_fake",
     "parse_schema",
+    "size_checks",
     "size_guards",
     "statically_known_true",
 ]
@@ -39,6 +41,14 @@ def is_fake(tensor: Tensor) -> bool:
 def parse_schema(text: str) -> Any:
     """A schema such as "mq_ao::f(Tensor x) -> Tensor", with its arguments, defaults and aliases."""
     return torch._C.parse_schema(text)
+
+
+def size_checks(module: GraphModule) -> list[Node]:
+    """The nodes by which `ExportedProgram.module()` checks the sizes of all inputs, which they are given; one or none.
+
+    They fail with AssertionError, and are exported again with the graph.
+    """
+    return module.graph.find_nodes(op="call_module", target="_guards_fn")
 
 
 def size_guards(program: ExportedProgram) -> list[str]:
