@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,13 @@ from mq_ao.errors import MqAoError
 
 INFO = "mq_ao.json"
 """Name of the extra file in an archive."""
+
+_DAMAGE = (
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, EOFError, OSError),
+    # Of names, offsets, flags and methods that were hit:
+    *(LookupError, TypeError, ValueError, OverflowError, RuntimeError),
+)
+"""What `zipfile` and `json` raise on bytes that are no archive of ours."""
 
 
 def root(archive: zipfile.ZipFile) -> str:
@@ -31,12 +40,13 @@ def read_info(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not path.is_file():
         raise MqAoError(f"there is no file {path}.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            info = json.loads(archive.read(f"{root(archive)}/extra/{INFO}"))
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, KeyError, IndexError, json.JSONDecodeError):
-        raise MqAoError(f"{path} is not a program saved by mq_ao: make one with `mq-ao quantize`.") from None
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                info = dict(json.loads(archive.read(f"{root(archive)}/extra/{INFO}")))
+                damaged = archive.testzip()
+        except _DAMAGE:
+            raise MqAoError(f"{path} is not a program saved by mq_ao: make one with `mq-ao quantize`.") from None
     if damaged is not None:
         raise MqAoError(f"{path} is damaged at {damaged}: copy or make it again.")
     for key, here in expected.items():
