@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from mq_ao.compat import trees as pytree
 from mq_ao.compat.tracing import FakeTensorMode, size_checks, size_guards
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, first_line
 from mq_ao.graph import walk
 from mq_ao.graph.buffers import written
 from mq_ao.graph.views import Layer
@@ -60,7 +60,7 @@ def export_module(
     try:
         exported = export(graph_module, args, dynamic, operators)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise MqAoError(f"the graph cannot be exported for inputs of shapes {shapes}: {reason}") from error
     positional, keywords = pytree.tree_unflatten(range(info.in_spec.num_leaves), info.in_spec)
     inputs, least, most = _sizes(exported, placeholders)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, first_line
 from mq_ao.lowering.lowered_program import LoweredProgram
 from mq_ao.lowering.signature import Signature
 
@@ -45,7 +45,7 @@ class ModuleProgram(LoweredProgram):
         try:
             outputs = self.run(*inputs)
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
             raise MqAoError(f"the program cannot run on inputs of shapes {shapes}: {reason}") from error
         return self.signature.restore(outputs)

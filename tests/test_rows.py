@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mq_ao.models.rows import Rows, no_rows
+from mq_ao.models.rows import Rows
 
 
 def rows_of(count: int, seed: int) -> Tensor:
@@ -16,7 +16,7 @@ def rows_of(count: int, seed: int) -> Tensor:
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 90)), min_size=1, max_size=12))
 def test_whoever_appends_sees_his_own_rows(steps: list[tuple[int, int]]) -> None:
-    known: list[tuple[Rows, Tensor]] = [(no_rows((2, 3), torch.float32), rows_of(0, 0))]
+    known: list[tuple[Rows, Tensor]] = [(Rows(rows_of(0, 0)), rows_of(0, 0))]
     for seed, (place, count) in enumerate(steps):
         rows, values = known[place % len(known)]  # the latest, or an earlier one a second time
         new = rows_of(count, seed)
@@ -28,7 +28,7 @@ def test_whoever_appends_sees_his_own_rows(steps: list[tuple[int, int]]) -> None
 
 
 def test_rows_stay_where_they_are_while_there_is_room() -> None:
-    first = no_rows((2, 3), torch.float32).append(rows_of(40, 0))
+    first = Rows(rows_of(0, 0)).append(rows_of(40, 0))
     rows = first
     for seed in range(20):
         rows = rows.append(rows_of(1, seed))

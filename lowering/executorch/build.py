@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 
 from mq_ao.compat.compiling import constant_fold
 from mq_ao.compat.tracing import SpecViolationError
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, first_line
 from mq_ao.graph import edit, walk
 from mq_ao.graph.views import Linear
 from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals
@@ -181,7 +181,7 @@ def _no_operator() -> Iterator[None]:
     try:
         yield
     except (SpecViolationError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise MqAoError(
             f"ExecuTorch cannot take this model: {reason} Leave that part out, or quantize for inductor or cuda."
         ) from error

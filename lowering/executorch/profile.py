@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, first_line
 from mq_ao.lowering.executorch import anatomy
 from mq_ao.lowering.executorch.anatomy import MethodPlan
 from mq_ao.lowering.executorch.program import ExecutorchProgram, open_program
@@ -114,7 +114,7 @@ def _execute(path: Path, program: Any, method: str, inputs: tuple[Tensor, ...]) 
     try:
         program.load_method(method).execute(inputs)
     except RuntimeError as error:
-        raise MqAoError(f"ExecuTorch cannot run {method!r} of {path}: {str(error).strip().splitlines()[0]}") from error
+        raise MqAoError(f"ExecuTorch cannot run {method!r} of {path}: {first_line(error)}") from error
 
 
 def _runs(program: Any, count: int) -> list[list[Any]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.compat.executorch import reset_thread_pool
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, first_line
 from mq_ao.files import check_output, replacing
 from mq_ao.lowering.executorch.info import FORMAT, INFO
 from mq_ao.lowering.executorch.options import Scan
@@ -79,7 +79,7 @@ class _Loaded(LoweredProgram):
         try:
             return self._program.load_method(method).execute([tensor.contiguous() for tensor in inputs])
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise MqAoError(f"ExecuTorch cannot run {method!r} of {self._path}: {reason}") from error
 
 

@@ -19,7 +19,7 @@ from mq_ao.capture.precision import outside_inference
 from mq_ao.capture.replacing import Replacement, replaced
 from mq_ao.capture.unwrapping import unwrapped
 from mq_ao.compat.tracing import REFUSALS
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, first_line
 from mq_ao.graph.canonical import canonicalise
 from mq_ao.memory import is_out_of_memory
 from mq_ao.modes import plain
@@ -126,25 +126,22 @@ def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.S
     except MqAoError as error:
         raise MqAoError(f"{_place(module, error)} cannot be captured: {error}") from error
     except REFUSALS as error:
-        raise MqAoError(f"torch.export cannot capture {type(module).__name__}: {_reason(error)}") from error
+        raise MqAoError(
+            f"torch.export cannot capture {type(module).__name__}: {first_line(error, 'no reason given')}"
+        ) from error
     except Exception as error:
         # Of any kind: the model's own code runs on example inputs.
         if is_out_of_memory(error):
             raise MqAoError("there is not enough memory to capture the model: give smaller example inputs.") from error
         raise MqAoError(
             f"{_place(module, error)} fails on the example inputs ({examples.described(module, call)}): "
-            f"{type(error).__name__}: {_reason(error)}"
+            f"{type(error).__name__}: {first_line(error, 'no reason given')}"
         ) from error
     mode_wrappers.inline(program)
     # torch.export keeps what nobody reads, and the reordering that ChannelLast made needless is that.
     program.graph.eliminate_dead_code()
     canonicalise(program)
     return program
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
 
 
 def _place(module: nn.Module, error: BaseException) -> str:

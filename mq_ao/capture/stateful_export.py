@@ -10,7 +10,7 @@ from mq_ao.capture import transformers
 from mq_ao.capture.carrying import Stateful
 from mq_ao.capture.exporting import export
 from mq_ao.capture.replacing import replaced
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, first_line
 from mq_ao.modes import plain
 from mq_ao.turns import in_turn
 
@@ -48,7 +48,7 @@ def _examples(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     except MqAoError:
         raise
     except Exception as error:  # of any kind: the model's own code runs on a cache that it does not know
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        reason = first_line(error, "no reason given")
         raise MqAoError(f"{type(model).__name__} does not run with states: {type(error).__name__}: {reason}") from error
     return states
 

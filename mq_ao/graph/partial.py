@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from mq_ao.errors import MqAoError
+from mq_ao.errors import MqAoError, first_line
 from mq_ao.graph import walk
 from mq_ao.memory import is_out_of_memory
 from mq_ao.modes import plain
@@ -83,7 +83,7 @@ class PartialRun(Interpreter):
             what = f"batch {self._batch} ({shapes})"
             if is_out_of_memory(error):
                 raise MqAoError(f"there is not enough memory for {what}: give fewer or shorter sequences.") from error
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise MqAoError(
                 f"{what} does not fit the graph, which was captured from the first batch: {reason}"
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -48,13 +47,3 @@ class _Memory:
         self.values = values
         self.taken = taken
         """How many rows anyone has appended."""
-
-
-def tensor_of(state: Tensor | Rows) -> Tensor:
-    """A state as a tensor; rows where they lie."""
-    return state.values if isinstance(state, Rows) else state
-
-
-def no_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> Rows:
-    """None yet, of this shape each."""
-    return Rows(torch.empty(0, *shape, dtype=dtype, device=device))

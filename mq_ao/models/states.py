@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.models.rows import Rows, no_rows, tensor_of
+from mq_ao.models.rows import Rows
 from mq_ao.models.token_inputs import is_plain
 
 Value = Tensor | Rows
@@ -35,7 +35,7 @@ class State:
     dtype: torch.dtype = torch.float32
     grows: bool = False
 
-    def shape(self, batch: int, rows: int = 0) -> tuple[int, ...]:
+    def shape(self, batch: int, rows: int) -> tuple[int, ...]:
         """Its shape for so many sequences, after so many tokens."""
         axis = self.batch_axis - self.grows
         one = (*self.sizes[:axis], batch, *self.sizes[axis:])
@@ -43,13 +43,12 @@ class State:
 
     def zeros(self, batch: int, device: torch.device | None = None) -> Value:
         """That of new sequences."""
-        if self.grows:
-            return no_rows(self.shape(batch)[1:], self.dtype, device)
-        return torch.zeros(self.shape(batch), dtype=self.dtype, device=device)
+        tensor = self.example(batch, 0, device)
+        return Rows(tensor) if self.grows else tensor
 
-    def example(self, batch: int, rows: int) -> Tensor:
+    def example(self, batch: int, rows: int, device: torch.device | None = None) -> Tensor:
         """Zeros of the shape that it has after so many tokens."""
-        return torch.zeros(self.shape(batch, rows), dtype=self.dtype)
+        return torch.zeros(self.shape(batch, rows), dtype=self.dtype, device=device)
 
     def after(self, before: Value, given: Tensor) -> Value:
         """The state after a call that gave this for it."""
@@ -164,4 +163,4 @@ class States:
 
 def tensors(states: Sequence[Value]) -> list[Tensor]:
     """States as tensors."""
-    return [tensor_of(state) for state in states]
+    return [state.values if isinstance(state, Rows) else state for state in states]

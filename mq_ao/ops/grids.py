@@ -85,6 +85,15 @@ def check_output(operator: str, like: Tensor, out: Grid) -> None:
         check_grid(f"{operator}: out", output_dtype(like, out), out)
 
 
+def check_grids(operator: str, a: Operands, names: tuple[str, ...]) -> Grid:
+    """Checks operands with their grids, and that of the output, which is rounded like the first; returns that one."""
+    out = Grid.of(a, "out")
+    for name in names:
+        check_operand(operator, a, name)
+    check_output(operator, getattr(a, names[0]), out)
+    return out
+
+
 def requantize(y: Tensor, dtype: torch.dtype, out: Grid) -> Tensor:
     """Rounds as `quantized_decomposed.quantize_per_tensor`, NaN to the smallest integer; `y` itself without a scale."""
     if out.scale is None:

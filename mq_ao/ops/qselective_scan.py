@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops.grids import Grid, check_operand, check_output, dequantize, output_dtype, requantize
+from mq_ao.ops.grids import Grid, check_grids, dequantize, output_dtype, requantize
 from mq_ao.ops.library import require
 from mq_ao.ops.operator import Operands, like, operator
 from mq_ao.ops.selective_scan import check_shapes, selective_scan
@@ -40,10 +40,7 @@ def _check_state(a: Operands) -> None:
 
 
 def _results(a: Operands) -> tuple[Tensor, Tensor]:
-    out = Grid.of(a, "out")
-    for name in ("u", "delta", "B", "C"):
-        check_operand("qselective_scan", a, name)
-    check_output("qselective_scan", a.u, out)
+    out = check_grids("qselective_scan", a, ("u", "delta", "B", "C"))
     check_shapes(a)
     _check_state(a)
     state_dtype = torch.float32 if a.state_scale is None else torch.int8

@@ -9,16 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops.grids import Grid, check_operand, check_output, dequantize, output_dtype, requantize
+from mq_ao.ops.grids import Grid, check_grids, dequantize, output_dtype, requantize
 from mq_ao.ops.operator import Operands, like, operator
 from mq_ao.ops.ssd_scan import check_shapes, last_state_of, ssd_scan
 
 
 def _results(a: Operands) -> tuple[Tensor, Tensor]:
-    out = Grid.of(a, "out")
-    for name in ("x", "dt", "B", "C"):
-        check_operand("qssd_scan", a, name)
-    check_output("qssd_scan", a.x, out)
+    out = check_grids("qssd_scan", a, ("x", "dt", "B", "C"))
     check_shapes(a)
     return like(a.x, dtype=output_dtype(a.x, out)), last_state_of(a, torch.float32)
 
