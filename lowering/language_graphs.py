@@ -32,9 +32,9 @@ _QUANTIZE = frozenset(
 )
 _ROW_BY_ROW = _QUANTIZE | walk.NORM
 _HEADS = walk.LINEAR | {
-    torch.ops.mq_ao.qlinear.default,
-    torch.ops.mq_ao.qlinear_per_token.default,
-    torch.ops.mq_ao.wlinear.default,
+    torch.ops.mq_ao.linear_packed.default,
+    torch.ops.mq_ao.linear_packed_per_token.default,
+    torch.ops.mq_ao.linear_packed_weight_only.default,
 }
 
 

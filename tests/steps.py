@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops import nibbles
-from mq_ao.ops.int8_linear import int8_linear
+from mq_ao.ops.linear_rows import linear_rows
 
 
 def integers(gen: torch.Generator, *shape: int, low: int = -128, high: int = 127) -> Tensor:
@@ -58,7 +58,7 @@ class ConvCase:
             "correction": weight.view(*shape, -1).sum(-1, dtype=torch.int32) * 5 if corrected else None,
             "bias": torch.randn(n, generator=gen) if biased else None,
         }
-        scale = float(int8_linear.reference(**linear, group_size=self.group).abs().max()) / 140
+        scale = float(linear_rows.reference(**linear, group_size=self.group).abs().max()) / 140
         scales = [scale if place == self.piece else (0.0, 0.06)[place % 2] for place in range(len(self.sizes))]
         return {
             **linear,
@@ -111,7 +111,7 @@ class ScanCase:
         q = integers(gen, self.batch, 1, self.rank, low=-128 if softplus else 5)
         scale = torch.rand(channels, generator=gen) + 0.1
         correction = weight.sum(1, dtype=torch.int32) * 5 if corrected else None
-        scale /= float(int8_linear.reference(q, None, weight, scale, correction).abs().max()) + 1
+        scale /= float(linear_rows.reference(q, None, weight, scale, correction).abs().max()) + 1
         bias = torch.rand(channels, generator=gen) if biased else None
         A = -torch.rand(channels, self.d_state, generator=gen) * 8
         state = torch.randn(self.batch, *A.shape, generator=gen)

@@ -93,7 +93,7 @@ def test_demo_saves_a_program_that_others_load(mq_ao: CommandLine, files: Files)
     run = mq_ao("inspect", files.program)
     assert run.code == 0
     assert "mambaquant-w8a8" in run.out
-    assert "qlinear" in run.out
+    assert "linear_packed" in run.out
     assert [path.name for path in files.folder.iterdir() if path.name.startswith(".")] == []
 
 
@@ -152,7 +152,7 @@ def test_quantize_with_a_recipe_and_token_ids(mq_ao: CommandLine, files: Files, 
         "quantize", files.model, "--calibration", tmp_path / "ids.npy", "--recipe", "rtn-w8a8-dynamic", "-o", output
     )
     assert run.code == 0, run.err
-    assert "qlinear" in run.out
+    assert "linear_packed" in run.out
     assert "nodes quantized" in run.err
     assert "rtn-w8a8-dynamic" in mq_ao("inspect", output).out
 

@@ -22,7 +22,7 @@ from mq_ao.lowering.cuda.compiled import norm_of_sum, product, products, summed
 from mq_ao.lowering.cuda.rewriter import INTEGER_LINEARS, Rewriter
 from mq_ao.lowering.patterns import Q_STATIC, Weight
 from mq_ao.models import Mamba2Config, MambaLM, Vim, VimConfig, language_model
-from mq_ao.ops.qlinear import int8_per_token
+from mq_ao.ops.linear_packed import int8_per_token
 from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import Activation, MambaQuantizer, RoleSpec, w8a8
 from mq_ao.recipes import RECIPES, Recipe
@@ -286,7 +286,7 @@ def test_compiled_only_what_int_mm_takes_goes_there(m: int, k: int, n: int, stat
         epilogue = (sums, scale, 0.1, 3) if static else ()
         graph = make_fx(lambda q: product(q, None if static else tokens, weight, scale, *epilogue))(q)
     products = graph.graph.find_nodes(op="call_function", target=aten._int_mm.default)
-    own = graph.graph.find_nodes(op="call_function", target=mq.int8_linear.default)
+    own = graph.graph.find_nodes(op="call_function", target=mq.linear_rows.default)
     fits = m > 16 and k % 8 == n % 8 == 0
     assert (len(products), len(own)) == ((1, 0) if fits else (0, 1))
     (output,) = graph.graph.find_nodes(op="output")
@@ -303,11 +303,11 @@ def test_what_the_compiler_makes_of_a_linear_has_the_bits_of_the_operator(
     q, weight = (torch.randint(-128, 128, shape, dtype=torch.int8, generator=gen) for shape in ((2, 17, 16), (8, 16)))
     scale, bias, steps = (torch.rand(shape, generator=gen) for shape in ((8,), (8,), (2, 17, 1)))
     args = (q, steps if per_token else None, weight, scale, weight.sum(1, dtype=torch.int32) * 7, bias, out_scale, 2)
-    assert torch.equal(product(*args), mq.int8_linear(*args))
+    assert torch.equal(product(*args), mq.linear_rows(*args))
     # So many outputs that the pieces are products of their own.
     pieces = ((160, 160), (out_scale or 0.0, 0.0), (2, 0))
     args = (q, args[1], weight.repeat(40, 1), scale.repeat(40), None, bias.repeat(40), *map(list, pieces))
-    for got, expected in zip(products(*args), mq.int8_linears(*args), strict=True):
+    for got, expected in zip(products(*args), mq.linears_rows(*args), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -365,7 +365,7 @@ def test_integers_of_another_backend_are_named_as_simulated(
     # Per-token linears are the same; the convolution's uint8 are not.
     quantized = mq_ao.quantize(tiny, calibration, "rtn-w8a8-dynamic", backend="inductor")
     lowered = cuda.rewrite(quantized.converted)
-    assert lowered.kernels["mq_ao.int8_linear.default"] == 2 * 4 + 1
+    assert lowered.kernels["mq_ao.linear_rows.default"] == 2 * 4 + 1
     assert "mq_ao.qcausal_conv1d.default" not in lowered.kernels
     assert lowered.simulated and set(lowered.simulated) <= {node.name for node in lowered.module.graph.nodes}
     assert all("conv1d" in name for name in lowered.simulated)
@@ -376,7 +376,7 @@ def test_norms_and_gates_quantize_for_themselves(tiny: MambaLM, calibration: lis
     lowered = cuda.rewrite(mq_ao.quantize(tiny, calibration, "mambaquant-w8a8", backend="cuda").converted)
     # in_proj gives x in int8 and z in float, x_proj dt, B and C in int8, each from one kernel.
     counts = {"int8_rms_norm": 3, "int8_gate": 2, "qcausal_conv1d": 2, "qselective_scan": 2}
-    counts |= {"int8_linear": 2 * 2 + 1, "int8_linears": 2 * 2}
+    counts |= {"linear_rows": 2 * 2 + 1, "linears_rows": 2 * 2}
     assert {name.split(".")[1]: count for name, count in lowered.kernels.items()} == counts
     # Of residual sums only the first one's operands stand apart: the others are made by the norms.
     assert len(walk.calls(lowered.module, walk.ADD)) < 2 * 2

@@ -14,7 +14,7 @@ from mq_ao import MqAoError
 from mq_ao.ops import hadamard_matrix as hm
 from mq_ao.ops import int8_gate, int8_rms_norm
 from mq_ao.ops.hadamard import hadamard
-from mq_ao.ops.qlinear import int8_per_token
+from mq_ao.ops.linear_packed import int8_per_token
 
 mq, aten, qd = torch.ops.mq_ao, torch.ops.aten, torch.ops.quantized_decomposed
 

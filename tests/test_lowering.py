@@ -36,7 +36,7 @@ def test_every_linear_and_convolution_is_an_integer_kernel(quantized: QuantizedM
     graph, counts = integer.module, integer.kernels
     assert integer.simulated == []
     # Four linears and in_proj's second half in each of two blocks, and the head; one convolution a block.
-    assert sum(count for name, count in counts.items() if "qlinear" in name) == 5 * 2 + 1
+    assert sum(count for name, count in counts.items() if "linear_packed" in name) == 5 * 2 + 1
     assert counts["mq_ao.qcausal_conv1d.default"] == 2
     targets = [str(node.target) for node in graph.graph.nodes]
     assert not any("aten.linear" in target or "dequantize" in target for target in targets)
@@ -46,7 +46,7 @@ def test_every_linear_and_convolution_is_an_integer_kernel(quantized: QuantizedM
 def test_static_in_proj_writes_the_convolutions_integers_itself(tiny: MambaLM, calibration: list[torch.Tensor]) -> None:
     graph = inductor.rewrite(mq_ao.quantize(tiny, calibration, "rtn-w8a8").converted).module
     for conv in graph.graph.find_nodes(op="call_function", target=torch.ops.mq_ao.qcausal_conv1d.default):
-        assert conv.args[0].target is torch.ops.mq_ao.qlinear.default
+        assert conv.args[0].target is torch.ops.mq_ao.linear_packed.default
         assert conv.args[0].args[6] == conv.args[1]  # out_scale is the convolution's input scale
 
 

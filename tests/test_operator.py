@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mq_ao import MqAoError
 from mq_ao.compat.tracing import TorchDispatchMode
-from mq_ao.ops import packing, qlinear, wlinear
+from mq_ao.ops import linear_packed, linear_packed_weight_only, packing
 from mq_ao.ops.gate import gate
 from mq_ao.ops.hadamard import hadamard
 from mq_ao.ops.in_place import STATEFUL
@@ -22,15 +22,15 @@ from tests.test_cuda_steps import operands
 
 ROWS, BYTES = torch.linspace(-1, 1, 24).view(3, 8), torch.arange(24, dtype=torch.uint8).view(3, 8)
 WEIGHT, SCALE = torch.ones(4, 8, dtype=torch.int8), torch.ones(4)
-PACKED = packing.qlinear_prepack.reference(WEIGHT)
+PACKED = packing.linear_prepack.reference(WEIGHT)
 CALLS: list[tuple[Operator[..., Any], list[Any]]] = [
     *((getattr(import_module(f"mq_ao.ops.{name}"), name), operands(name)) for name in STATEFUL),
-    (packing.qlinear_prepack, [WEIGHT]),
-    (packing.qlinear_unpack, [PACKED, 4, 8]),
-    (qlinear.qlinear, [BYTES, 0.1, 3, PACKED, SCALE]),
-    (qlinear.quantize_per_token, [ROWS]),
-    (qlinear.qlinear_per_token, [BYTES, ROWS[:, :1].contiguous(), PACKED, SCALE]),
-    (wlinear.wlinear, [ROWS, PACKED, SCALE]),
+    (packing.linear_prepack, [WEIGHT]),
+    (packing.linear_unpack, [PACKED, 4, 8]),
+    (linear_packed.linear_packed, [BYTES, 0.1, 3, PACKED, SCALE]),
+    (linear_packed.quantize_per_token, [ROWS]),
+    (linear_packed.linear_packed_per_token, [BYTES, ROWS[:, :1].contiguous(), PACKED, SCALE]),
+    (linear_packed_weight_only.linear_packed_weight_only, [ROWS, PACKED, SCALE]),
     (hadamard, [ROWS]),
     (gate, [ROWS, ROWS]),
     (qgate, [ROWS, 1.0, 0, ROWS, 1.0, 0, None, True, 0.1, 3]),

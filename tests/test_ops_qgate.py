@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from mq_ao import MqAoError
 from mq_ao.ops import hadamard_matrix as hm
 from mq_ao.ops import qgate
-from mq_ao.ops.qlinear import int8_per_token
+from mq_ao.ops.linear_packed import int8_per_token
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 ops = torch.ops.mq_ao

@@ -28,7 +28,7 @@ def test_a_convolution_step_is_two_operators_and_a_copy(
     group: int, piece: int, rounded: bool, taps: int, seed: int
 ) -> None:
     arguments = ConvCase(group=group, piece=piece, rounded=rounded, taps=taps, seed=seed).arguments()
-    pieces = list(mq.int8_linears(*(arguments[name] for name in LINEAR), group))
+    pieces = list(mq.linears_rows(*(arguments[name] for name in LINEAR), group))
     grid = (arguments["out_scales"][piece], arguments["out_zero_points"][piece])
     conv = [arguments[name] for name in CONV]
     pieces[piece], last = mq.qcausal_conv1d(pieces[piece], *grid, *conv, 3)
@@ -45,7 +45,7 @@ def test_a_scan_step_is_two_operators_and_a_copy(
     arguments = ScanCase(groups=groups, int8_state=int8_state, rounded=rounded, seed=seed).arguments()
     q, *rest, scale, zero_point = (arguments[name] for name in OF_LINEAR)
     scan = {name: value for name, value in arguments.items() if name not in OF_LINEAR[:5]}
-    scan["delta"] = mq.int8_linear(q, None, *rest, scale, zero_point)
+    scan["delta"] = mq.linear_rows(q, None, *rest, scale, zero_point)
     scan["initial_state"] = scan.pop("state")
     y, last = mq.qselective_scan(**scan)
     got = mq.int8_scan_step_(**arguments)

@@ -62,14 +62,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def test_int8_linear() -> None:
+def test_linear_rows() -> None:
     m, k, n = 3, 128, 32
     x, tokens, weight = empty(m, k, dtype=torch.int8), empty(m, 1), empty(n, k, dtype=torch.int8)
-    cost = cost_of_call(mq.int8_linear.default, x, tokens, weight, empty(n))
+    cost = cost_of_call(mq.linear_rows.default, x, tokens, weight, empty(n))
     # Activations, their scales, weights, their scales, and a float32 result.
     assert cost.moved == 3 * 128 + 3 * 4 + 32 * 128 + 32 * 4 + 3 * 32 * 4
     assert (cost.kernels, cost.int8, cost.fp16) == (1, 2 * 3 * 32 * 128, 0)
-    rounded = cost_of_call(mq.int8_linear.default, x, tokens, weight, empty(n), None, None, 0.1, 0)
+    rounded = cost_of_call(mq.linear_rows.default, x, tokens, weight, empty(n), None, None, 0.1, 0)
     assert cost.moved - rounded.moved == 3 * 32 * 3  # a byte for each of the results' four
 
 
@@ -77,16 +77,16 @@ def test_int4_weights_are_half_as_large_and_their_groups_cost_arithmetic() -> No
     m, k, n, group = 3, 128, 32, 64
     x, weight, scale = empty(m, k, dtype=torch.int8), empty(n, k // 2, dtype=torch.uint8), empty(n, k // group)
     tokens = empty(m, 1)
-    cost = cost_of_call(mq.int8_linear.default, x, tokens, weight, scale, None, None, None, 0, group)
+    cost = cost_of_call(mq.linear_rows.default, x, tokens, weight, scale, None, None, None, 0, group)
     assert cost.moved == 3 * 128 + 3 * 4 + 32 * 64 + 32 * 2 * 4 + 3 * 32 * 4
     assert cost.int8 == 2 * 3 * 32 * 128
     assert cost.fp32 == 4 * 3 * 32 * 2 + 4 * 32 * 128  # two groups of each result, and every weight unpacked
 
 
-def test_weight_linear_has_a_kernel_for_few_rows_and_rounds_x_for_many() -> None:
+def test_linear_rows_weight_only_has_a_kernel_for_few_rows_and_rounds_x_for_many() -> None:
     k, n = 128, 32
     weight, scale = empty(n, k, dtype=torch.int8), empty(n)
-    few, many = (cost_of_call(mq.weight_linear.default, empty(rows, k), weight, scale) for rows in (16, 17))
+    few, many = (cost_of_call(mq.linear_rows_weight_only.default, empty(rows, k), weight, scale) for rows in (16, 17))
     assert few.moved == 16 * 128 * 4 + 32 * 128 + 32 * 4 + 16 * 32 * 4
     assert few.kernels == 1 and few.fp32 == 2 * 16 * 32 * 128 + 16 * 4 * 32 * 128
     bfloat16 = 2 * 2 * 17 * 128  # of x: written, and read again

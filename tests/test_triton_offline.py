@@ -57,7 +57,7 @@ assert gpu.load_triton()
 for name in triton.IMPLEMENTATIONS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mq_ao::{name}", "CUDA"), name
 q = torch.ones(2, 32, dtype=torch.int8)
-assert torch.ops.mq_ao.int8_linear(q, None, q, torch.ones(2)).tolist() == [[32.0, 32.0]] * 2
+assert torch.ops.mq_ao.linear_rows(q, None, q, torch.ones(2)).tolist() == [[32.0, 32.0]] * 2
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -68,10 +68,10 @@ def test_without_interpreter_or_gpu_a_kernel_says_what_it_needs() -> None:
     code = """
 import torch
 from mq_ao import MqAoError
-from mq_ao.ops.triton import int8_linear
+from mq_ao.ops.triton import linear_rows
 q = torch.ones(2, 32, dtype=torch.int8)
 try:
-    int8_linear.run(q, None, q, torch.ones(2))
+    linear_rows.run(q, None, q, torch.ones(2))
 except MqAoError as error:
     print(error)
 """

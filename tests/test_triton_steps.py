@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mq_ao import MqAoError
-from mq_ao.ops.int8_linear import int8_linear, int8_linears
 from mq_ao.ops.int8_steps import int8_conv_step_, int8_scan_step_
+from mq_ao.ops.linear_rows import linear_rows, linears_rows
 from mq_ao.ops.qcausal_conv1d import qcausal_conv1d
 from mq_ao.ops.selective_scan import selective_scan
 from tests.steps import ConvCase, ScanCase
@@ -63,8 +63,8 @@ def pieces_of(arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The pieces of the linear, and where float32 may round them in another way."""
     names = (*LINEAR, "sizes", "out_scales", "out_zero_points", "group_size")
     count, scales = len(arguments["sizes"]), arguments["out_scales"]
-    pieces = int8_linears.reference(*(arguments[name] for name in names))[:count]
-    whole = int8_linear.reference(*(arguments[name] for name in LINEAR), None, 0, arguments["group_size"])
+    pieces = linears_rows.reference(*(arguments[name] for name in names))[:count]
+    whole = linear_rows.reference(*(arguments[name] for name in LINEAR), None, 0, arguments["group_size"])
     borders = [
         on_a_border(piece.double() / scale) if scale else torch.zeros_like(piece, dtype=torch.bool)
         for piece, scale in zip(whole.split(arguments["sizes"], -1), scales, strict=True)
@@ -126,13 +126,13 @@ def scan_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     names = [f"{name}{suffix}" for name in ("u", "B", "C") for suffix in ("", "_scale", "_zero_point")]
     values = {name: arguments[name] for name in [*names, "A", "D", "delta_bias", "delta_softplus"]}
     values |= {
-        "delta": int8_linear.reference(q, None, *linear, scale, zero_point),
+        "delta": linear_rows.reference(q, None, *linear, scale, zero_point),
         "initial_state": arguments["state"].clone(),
     }
     values |= {"delta_scale": scale, "delta_zero_point": zero_point}
     if arguments["state_scale"] is not None:
         values["state_scale"] = arguments["state_scale"]
-    return float_arguments(values), ~on_a_border(int8_linear.reference(q, None, *linear).double() / scale)
+    return float_arguments(values), ~on_a_border(linear_rows.reference(q, None, *linear).double() / scale)
 
 
 @settings(max_examples=50, deadline=None)

@@ -14,8 +14,8 @@ from mq_ao.compat.compiling import dynamo_settings, inductor_settings
 from mq_ao.graph import walk
 from mq_ao.ops.gpu_tuning import FEW_OUTPUTS, FEW_ROWS
 from mq_ao.ops.grids import Grid
-from mq_ao.ops.int8_linear import MOST_PIECES, finished, int8_linear, int8_linears, scaled
 from mq_ao.ops.int8_rms_norm import int8_rms_norm
+from mq_ao.ops.linear_rows import MOST_PIECES, finished, linear_rows, linears_rows, scaled
 from mq_ao.ops.operator import Operands, implements, like
 
 mq = torch.ops.mq_ao
@@ -24,28 +24,28 @@ mq = torch.ops.mq_ao
 _MULTIPLE = 8
 
 
-@implements(int8_linear)
+@implements(linear_rows)
 def product(a: Operands) -> Tensor:
-    """`int8_linear`: in plain operators where `aten._int_mm` takes it, else the operator, which has kernels of its own.
+    """`linear_rows`: in plain operators where `aten._int_mm` takes it, else the operator, which has kernels of its own.
 
     It is for the tracer of `torch.compile`, which guards the choice by the number of rows.
     """
     n = a.weight.shape[0]
     if not _taken(a, n):
         epilogue = (a.correction, a.bias, a.out_scale, a.out_zero_point, a.group_size)
-        return int8_linear(a.q, a.token_scale, a.weight, a.scale, *epilogue)
+        return linear_rows(a.q, a.token_scale, a.weight, a.scale, *epilogue)
     rows = a.q.reshape(-1, a.q.shape[-1])
     scales = None if a.token_scale is None else a.token_scale.reshape(-1, 1)
     y = scaled(torch.ops.aten._int_mm(rows, a.weight.t()), scales, a.scale, a.correction)
     return finished(y, a.bias, Grid.of(a, "out")).reshape(*a.q.shape[:-1], n)
 
 
-@implements(int8_linears)
+@implements(linears_rows)
 def products(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """`int8_linears` likewise: of many rows and outputs a product for each piece, which an epilogue can follow."""
+    """`linears_rows` likewise: of many rows and outputs a product for each piece, which an epilogue can follow."""
     if a.weight.shape[0] <= FEW_OUTPUTS or not _taken(a, *a.sizes):
         pieces = (a.sizes, a.out_scales, a.out_zero_points, a.group_size)
-        return int8_linears(a.q, a.token_scale, a.weight, a.scale, a.correction, a.bias, *pieces)
+        return linears_rows(a.q, a.token_scale, a.weight, a.scale, a.correction, a.bias, *pieces)
     given, start = [], 0
     for size, out_scale, zero_point in zip(a.sizes, a.out_scales, a.out_zero_points, strict=True):
         part = slice(start, start + size)
@@ -74,7 +74,7 @@ def summed(node: Node) -> Node | None:
     if arguments["residual"] is None:
         return None
     for operand in (arguments["x"], arguments["residual"]):
-        if operand.target == mq.int8_linear.default and not walk.arguments(operand)["group_size"]:
+        if operand.target == mq.linear_rows.default and not walk.arguments(operand)["group_size"]:
             return operand
     return None
 
@@ -87,7 +87,7 @@ def _taken(a: Operands, *sizes: int) -> bool:
     return bool(a.q.numel() // k > FEW_ROWS)
 
 
-_INLINED: dict[Any, Any] = {mq.int8_linear.default: product, mq.int8_linears.default: products}
+_INLINED: dict[Any, Any] = {mq.linear_rows.default: product, mq.linears_rows.default: products}
 
 
 def compiled(module: GraphModule, mode: str = "default", dynamic: bool | None = None) -> Callable[..., Any]:

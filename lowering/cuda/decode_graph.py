@@ -84,10 +84,10 @@ def _overwrite(step: GraphModule, carrier: Node) -> None:
 
 
 def _join_convolution(step: GraphModule, conv: Node) -> None:
-    """`int8_linears` and the convolution of one of its pieces as one operator, in the place of the linear."""
+    """`linears_rows` and the convolution of one of its pieces as one operator, in the place of the linear."""
     x, x_scale, x_zero_point, *taps = walk.arguments(conv).values()
     linears: Any = x.args[0] if x.target == walk.getitem else None
-    if linears is None or linears.target != mq.int8_linears.default or walk.only_user(x) is not conv:
+    if linears is None or linears.target != mq.linears_rows.default or walk.only_user(x) is not conv:
         return
     piece, given = x.args[1], walk.arguments(linears)
     if (given["out_scales"][piece], given["out_zero_points"][piece]) != (x_scale, x_zero_point):
@@ -119,7 +119,7 @@ def _join_scan(step: GraphModule, scan: Node) -> None:
     """dt_proj and the scan as one operator, in the place of the scan."""
     rest = walk.arguments(scan)
     linear = rest["delta"]
-    if linear.target != mq.int8_linear.default or walk.only_user(linear) is not scan:
+    if linear.target != mq.linear_rows.default or walk.only_user(linear) is not scan:
         return
     given = walk.arguments(linear)
     delta_grid = (rest["delta_scale"], rest["delta_zero_point"])

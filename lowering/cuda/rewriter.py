@@ -16,14 +16,14 @@ from mq_ao.lowering.cuda.kernels import KERNELS
 from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, each
 from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, per_token_source
 from mq_ao.ops import nibbles
-from mq_ao.ops.int8_linear import MOST_PIECES
-from mq_ao.ops.qlinear import int8_per_token
+from mq_ao.ops.linear_packed import int8_per_token
+from mq_ao.ops.linear_rows import MOST_PIECES
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
 
 INTEGER_LINEARS: frozenset[object] = frozenset(
-    {mq.int8_linear.default, mq.int8_linears.default, mq.weight_linear.default}
+    {mq.linear_rows.default, mq.linears_rows.default, mq.linear_rows_weight_only.default}
 )
 INTEGER_KERNELS: frozenset[object] = INTEGER_LINEARS | {
     mq.qcausal_conv1d.default,
@@ -75,7 +75,7 @@ class Rewriter(LinearRewriter):
         scales, zero_points = (list(values) for values in zip(*grids, strict=True))
         with self.graph.inserting_before(at):
             args = (*first, bias, sizes, scales, zero_points, group_size)
-            new = self.graph.call_function(mq.int8_linears.default, args)
+            new = self.graph.call_function(mq.linears_rows.default, args)
             new.meta = {key: value for key, value in at.meta.items() if key != "val"}
             values = [self.graph.call_function(walk.getitem, (new, index)) for index in range(len(bounds))]
         for (piece, _, _), value, quantize in zip(bounds, values, following, strict=True):
@@ -91,17 +91,17 @@ class Rewriter(LinearRewriter):
             if operands is None:
                 values, scale, group_size = self._layout(at, weight)
                 args = (x, self.store("weight", values), self._scale(scale, group_size), bias, group_size)
-                return self.graph.call_function(mq.weight_linear.default, args)
+                return self.graph.call_function(mq.linear_rows_weight_only.default, args)
             *first, group_size = operands
             following = self.following(at)
             args = (*first, bias, *grid_of(following), group_size)
-            new = self.graph.call_function(mq.int8_linear.default, args)
+            new = self.graph.call_function(mq.linear_rows.default, args)
         if following is not None:
             self.take_over(following, new)
         return new
 
     def _operands(self, at: Node, x: Node, weight: Weight) -> tuple[Any, ...] | None:
-        """q, token_scale, weight, scale, correction and group_size of `int8_linear`; None if x stays in float."""
+        """q, token_scale, weight, scale, correction and group_size of `linear_rows`; None if x stays in float."""
         operand, source = self.operand(x), per_token_source(x)
         if source is None and not operand.static:
             return None

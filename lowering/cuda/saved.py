@@ -21,7 +21,7 @@ from mq_ao.graph import walk
 from mq_ao.lowering import archive
 from mq_ao.lowering.cuda.device import require_cuda
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Mode(StrEnum):

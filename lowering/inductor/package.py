@@ -23,7 +23,7 @@ from mq_ao.compat.archives import AOTICompiledModel, load_pt2, package_pt2
 from mq_ao.compat.compiling import aot_compile
 from mq_ao.lowering import archive
 
-FORMAT = 3
+FORMAT = 4
 _WEIGHTS = "mq_ao_weights.safetensors"
 # Weights stay out of the shared objects: all programs read one copy, and the file holds them once.
 _OPTIONS: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}

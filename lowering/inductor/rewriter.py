@@ -17,9 +17,9 @@ mq = torch.ops.mq_ao
 
 INTEGER_KERNELS = frozenset(
     {
-        mq.qlinear.default,
-        mq.qlinear_per_token.default,
-        mq.wlinear.default,
+        mq.linear_packed.default,
+        mq.linear_packed_per_token.default,
+        mq.linear_packed_weight_only.default,
         mq.qcausal_conv1d.default,
         mq.qselective_scan.default,
         mq.qssd_scan.default,
@@ -60,13 +60,13 @@ class Rewriter(LinearRewriter):
         source = per_token_source(x)
         tokens = None if source is None else self.per_token(source, x, mq.quantize_per_token.default)
         with graph.inserting_before(at):
-            packed = self.store("packed", mq.qlinear_prepack(weight.values, weight.bits, weight.group_size))
+            packed = self.store("packed", mq.linear_prepack(weight.values, weight.bits, weight.group_size))
             scale = self._scale(weight)
             layout = (weight.bits, weight.group_size)
             if not operand.static and tokens is None:
-                return graph.call_function(mq.wlinear.default, (x, packed, scale, bias, *layout))
+                return graph.call_function(mq.linear_packed_weight_only.default, (x, packed, scale, bias, *layout))
             following = self.following(at)
-            kernel = mq.qlinear.default if tokens is None else mq.qlinear_per_token.default
+            kernel = mq.linear_packed.default if tokens is None else mq.linear_packed_per_token.default
             inputs = operand.arguments if tokens is None else tokens
             product = graph.call_function(kernel, (*inputs, packed, scale, bias, *grid_of(following), *layout))
         if following is not None:

@@ -121,12 +121,12 @@ def megabytes(size: float) -> str:
 
 
 def kernel_counts(kernels: Mapping[str, int]) -> str:
-    """Integer kernels in words: `36 qlinear, 7 qcausal_conv1d`."""
+    """Integer kernels in words: `36 linear_packed, 7 qcausal_conv1d`."""
     return ", ".join(f"{count} {kernel_name(name)}" for name, count in kernels.items()) or "none"
 
 
 def kernel_name(operator: str) -> str:
-    """`mq_ao.qlinear.default` -> `qlinear`."""
+    """`mq_ao.linear_packed.default` -> `linear_packed`."""
     return operator.removeprefix("mq_ao.").removesuffix(".default")
 
 

@@ -58,7 +58,7 @@ def int8_gate(
         s: smoothing of the gate, float32 (n,); None stands for ones.
         hadamard: whether to rotate; then n is an order that `hadamard_matrix.factor` takes.
         out_scale: positive: all is rounded as by `quantized_decomposed.quantize_per_tensor`; None: every row is
-            rounded by itself, by `qlinear.int8_per_token`.
+            rounded by itself, by `linear_packed.int8_per_token`.
         out_zero_point: within -128..127; not looked at without `out_scale`.
 
     Returns:

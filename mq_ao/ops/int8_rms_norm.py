@@ -56,7 +56,7 @@ def int8_rms_norm(
         weight: float32 (n,), or None for ones.
         eps: added to the mean of squares.
         out_scale: positive: all is rounded as by `quantized_decomposed.quantize_per_tensor`; None: every row is
-            rounded by itself, by `qlinear.int8_per_token`.
+            rounded by itself, by `linear_packed.int8_per_token`.
         out_zero_point: within -128..127; not looked at without `out_scale`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Rows that leave an operator in int8, on one given grid or each on its own: what `int8_linear` reads."""
+"""Rows that leave an operator in int8, on one given grid or each on its own: what `linear_rows` reads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops.grids import Grid, check_grid, requantize
+from mq_ao.ops.linear_packed import int8_per_token
 from mq_ao.ops.operator import like
-from mq_ao.ops.qlinear import int8_per_token
 
 
 def check_rows(operator: str, out: Grid) -> None:
@@ -22,7 +22,7 @@ def quantize_rows(x: Tensor, out: Grid) -> tuple[Tensor, Tensor]:
     Args:
         x: (..., n), float32.
         out: of all rows, which are rounded as by `quantized_decomposed.quantize_per_tensor`, its zero point within
-            -128..127; without a scale every row is rounded by itself, by `qlinear.int8_per_token`.
+            -128..127; without a scale every row is rounded by itself, by `linear_packed.int8_per_token`.
 
     Returns:
         q, int8 (..., n), and the scales of rows rounded by themselves, float32 (..., 1); else an empty tensor.

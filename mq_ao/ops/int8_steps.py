@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops.causal_conv1d import check_shapes
-from mq_ao.ops.int8_linear import int8_linear, int8_linears
 from mq_ao.ops.library import require
+from mq_ao.ops.linear_rows import linear_rows, linears_rows
 from mq_ao.ops.operator import Operands, operator
 from mq_ao.ops.qcausal_conv1d import qcausal_conv1d
 from mq_ao.ops.qselective_scan import qselective_scan
@@ -27,7 +27,7 @@ def _check_step(name: str, q: Tensor, state_name: str, state: Tensor, dtype: tor
 
 def _conv_step(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
     _check_step("int8_conv_step_", a.q, "conv_state", a.conv_state, torch.float32)
-    given, piece = list(int8_linears.results(a)), a.piece
+    given, piece = list(linears_rows.results(a)), a.piece
     require(
         0 <= piece < len(a.sizes) and a.out_scales[piece] > 0,
         f"int8_conv_step_: the convolution reads piece {piece}, which must be one of {len(a.sizes)} and rounded.",
@@ -70,12 +70,12 @@ def int8_conv_step_(
     conv_out_scale: float | None,
     conv_out_zero_point: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operators `int8_linears`, and `qcausal_conv1d_` of one piece, which overwrites `conv_state`.
+    """The operators `linears_rows`, and `qcausal_conv1d_` of one piece, which overwrites `conv_state`.
 
     Args:
         q: int8 (batch, 1, K).
         token_scale, weight, scale, correction, bias, sizes, out_scales, out_zero_points, group_size: as in
-            `int8_linears`.
+            `linears_rows`.
         piece: the place of the piece that the convolution reads; its scale is not 0.
         conv_weight: (size, d_conv) int8.
         conv_weight_scale: (size,) float32.
@@ -86,13 +86,13 @@ def int8_conv_step_(
         conv_out_zero_point: within -128..127.
 
     Returns:
-        The three pieces of `int8_linears`, in the place of one of which is the convolution's output (batch, 1, size).
+        The three pieces of `linears_rows`, in the place of one of which is the convolution's output (batch, 1, size).
 
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above; the state is as it was.
     """
     linear = (q, token_scale, weight, scale, correction, bias)
-    given = list(int8_linears(*linear, sizes, out_scales, out_zero_points, group_size))
+    given = list(linears_rows(*linear, sizes, out_scales, out_zero_points, group_size))
     given[piece] = mq.qcausal_conv1d_(
         *(given[piece], out_scales[piece], out_zero_points[piece], conv_weight, conv_weight_scale, conv_bias),
         *(conv_state, activation, conv_out_scale, conv_out_zero_point),
@@ -104,7 +104,7 @@ def int8_conv_step_(
 def _scan_step(a: Operands) -> Tensor:
     _check_step("int8_scan_step_", a.q, "state", a.state, torch.float32 if a.state_scale is None else torch.int8)
     out = {"out_scale": a.delta_scale, "out_zero_point": a.delta_zero_point}
-    delta = int8_linear.results(a.but(token_scale=None, group_size=0, **out))
+    delta = linear_rows.results(a.but(token_scale=None, group_size=0, **out))
     y, _ = qselective_scan.results(a.but(delta=delta, initial_state=a.state))
     return y
 
@@ -136,13 +136,13 @@ def int8_scan_step_(
     out_scale: float | None,
     out_zero_point: int,
 ) -> Tensor:
-    """The operators `int8_linear`, rounded, and `qselective_scan_` with it as delta, which overwrites `state`.
+    """The operators `linear_rows`, rounded, and `qselective_scan_` with it as delta, which overwrites `state`.
 
     Args:
         q: int8 (batch, 1, dt_rank).
         weight: int8 (channels, dt_rank).
         scale: float32 (channels,).
-        correction, bias: as in `int8_linear`.
+        correction, bias: as in `linear_rows`.
         delta_scale, delta_zero_point: the grid of delta, int8.
         u, A, B, C, D, delta_bias, delta_softplus, out_scale, out_zero_point: as in `qselective_scan`, of one step; u, B
             and C with their grids.
@@ -155,7 +155,7 @@ def int8_scan_step_(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above; the state is as it was.
     """
-    delta = int8_linear(q, None, weight, scale, correction, bias, delta_scale, delta_zero_point)
+    delta = linear_rows(q, None, weight, scale, correction, bias, delta_scale, delta_zero_point)
     return mq.qselective_scan_(
         *(u, u_scale, u_zero_point, delta, delta_scale, delta_zero_point, A, B, B_scale, B_zero_point),
         *(C, C_scale, C_zero_point, D, delta_bias, delta_softplus, state, state_scale, out_scale, out_zero_point),

@@ -1,6 +1,7 @@
-"""`mq_ao::qlinear_prepack` and `mq_ao::qlinear_unpack`: 8-bit and 4-bit weights as the linear kernels read them.
+"""`mq_ao::linear_prepack` and `mq_ao::linear_unpack`: 8-bit and 4-bit weights as the linear kernels read them.
 
-One packed copy serves `qlinear`, `qlinear_per_token` and `wlinear`, for one row (decode) and for many (prefill).
+One packed copy serves `linear_packed`, `linear_packed_per_token` and `linear_packed_weight_only`, for one row (decode)
+and for many (prefill).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _check_packed(packed: Tensor, n: int, k: int, bits: int, group_size: int) ->
     require(
         packed.dtype == torch.int8 and packed.is_contiguous() and packed.numel() == size,
         f"packed weights of {n} outputs, {k} inputs, {bits} bits and group_size {group_size} are {size} contiguous "
-        f"int8 bytes, not {packed.numel()} of {packed.dtype}: make them with qlinear_prepack.",
+        f"int8 bytes, not {packed.numel()} of {packed.dtype}: make them with linear_prepack.",
     )
 
 
@@ -88,7 +89,7 @@ def _packed(a: Operands) -> Tensor:
     weight = a.weight
     require(
         weight.dim() == 2 and weight.dtype == torch.int8,
-        f"qlinear_prepack takes an int8 weight of shape (outputs, inputs), not {weight.dtype} {tuple(weight.shape)}.",
+        f"linear_prepack takes an int8 weight of shape (outputs, inputs), not {weight.dtype} {tuple(weight.shape)}.",
     )
     n, k = weight.shape
     _check_layout(n, k, a.bits, a.group_size)
@@ -96,8 +97,8 @@ def _packed(a: Operands) -> Tensor:
 
 
 @operator(results=_packed)
-def qlinear_prepack(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
-    """Packs int8 weights (outputs, inputs) for `qlinear`, `qlinear_per_token` and `wlinear`.
+def linear_prepack(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor:
+    """Packs int8 weights (outputs, inputs) for the three operators `linear_packed`, `..._per_token`, `..._weight_only`.
 
     Args:
         weight: int8 (N, K), within -8..7 for 4 bits.
@@ -135,8 +136,8 @@ def _unpacked(a: Operands) -> Tensor:
 
 
 @operator(results=_unpacked)
-def qlinear_unpack(packed: Tensor, n: int, k: int, bits: int = 8, group_size: int = 0) -> Tensor:
-    """The int8 weight (n, k) that `qlinear_prepack` packed with the same `bits` and `group_size`."""
+def linear_unpack(packed: Tensor, n: int, k: int, bits: int = 8, group_size: int = 0) -> Tensor:
+    """The int8 weight (n, k) that `linear_prepack` packed with the same `bits` and `group_size`."""
     padded_n, padded_k = _padded(n, k, bits)
     panels = packed[: padded_n * padded_k * bits // 8].split(_PANEL * padded_k * bits // 8)
     quads = [panel.reshape(padded_k // 4, -1, 4) for panel in panels]

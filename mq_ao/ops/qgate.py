@@ -13,8 +13,8 @@ from torch import Tensor
 from mq_ao.ops.gate import check_rows, gated
 from mq_ao.ops.grids import Grid, dequantize
 from mq_ao.ops.library import require
+from mq_ao.ops.linear_packed import TOKEN_ZERO_POINT, int8_per_token
 from mq_ao.ops.operator import Operands, like, operator
-from mq_ao.ops.qlinear import TOKEN_ZERO_POINT, int8_per_token
 
 
 def _check_zero_point(name: str, zero_point: int) -> None:
@@ -93,7 +93,7 @@ def qgate_per_token(
     s: Tensor | None,
     hadamard: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gates, rotates and quantizes every token by itself, by `mq_ao.ops.qlinear.int8_per_token`.
+    """Gates, rotates and quantizes every token by itself, by `mq_ao.ops.linear_packed.int8_per_token`.
 
     Args:
         y: as in `qgate`, like all others.

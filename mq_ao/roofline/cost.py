@@ -65,7 +65,7 @@ class Call:
     """One call of an operator.
 
     Attributes:
-        operator: its name with its namespace, such as `mq_ao.int8_linear`.
+        operator: its name with its namespace, such as `mq_ao.linear_rows`.
         arguments: all of them by name.
         outputs: what it gives, and then what it overwrites.
         multiprocessors: of the device.
@@ -149,7 +149,7 @@ def _linear(call: Call) -> Cost:
     return call.cost(fp32=products) if x.dtype == torch.float32 else call.cost(fp16=products)
 
 
-def _weight_linear(call: Call) -> Cost:
+def _linear_rows_weight_only(call: Call) -> Cost:
     """For few rows a multiply-add on fp32 units for each weight and row; for more a bfloat16 product.
 
     A kernel rounds x for it; the product unpacks its weights for every so many rows.
@@ -251,9 +251,9 @@ Rule = Callable[[Call], Cost]
 LINEARS = frozenset(
     {
         "aten.linear",
-        "mq_ao.int8_linear",
-        "mq_ao.int8_linears",
-        "mq_ao.weight_linear",
+        "mq_ao.linear_rows",
+        "mq_ao.linears_rows",
+        "mq_ao.linear_rows_weight_only",
         "mq_ao.int8_conv_step_",
         "mq_ao.int8_scan_step_",
     }
@@ -269,7 +269,7 @@ _CARRYING: Mapping[str, Rule] = {
 }
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(LINEARS, _linear),
-    "mq_ao.weight_linear": _weight_linear,
+    "mq_ao.linear_rows_weight_only": _linear_rows_weight_only,
     "mq_ao.int8_conv_step_": _conv_step,
     "mq_ao.int8_scan_step_": _scan_step,
     **{f"mq_ao.{name}{ending}": rule for name, rule in _CARRYING.items() for ending in ("", "_")},

@@ -1,13 +1,13 @@
-// PyTorch operators on qgemm_layout.h: mq_ao::qlinear_prepack, qlinear_unpack.
+// PyTorch operators on qgemm_layout.h: mq_ao::linear_prepack, linear_unpack.
 // Bad input goes to the Python reference, which says what is wrong with it.
 #include "linear_glue.h"
 
 namespace mq_ao {
 namespace {
 
-Tensor qlinear_prepack(const Tensor& weight, int64_t bits, int64_t group_size) {
+Tensor linear_prepack(const Tensor& weight, int64_t bits, int64_t group_size) {
   const auto refuse = [&] {
-    return call_reference<decltype(qlinear_prepack)>("qlinear_prepack", weight, bits, group_size);
+    return call_reference<decltype(linear_prepack)>("linear_prepack", weight, bits, group_size);
   };
   if (weight.dim() != 2 || weight.scalar_type() != at::kChar) return refuse();
   const Layout l{weight.size(0), weight.size(1), bits, group_size};
@@ -20,10 +20,10 @@ Tensor qlinear_prepack(const Tensor& weight, int64_t bits, int64_t group_size) {
   return packed;
 }
 
-Tensor qlinear_unpack(const Tensor& packed, int64_t n, int64_t k, int64_t bits, int64_t group_size) {
+Tensor linear_unpack(const Tensor& packed, int64_t n, int64_t k, int64_t bits, int64_t group_size) {
   const Layout l{n, k, bits, group_size};
   if (!is_packed(packed, l)) {
-    return call_reference<decltype(qlinear_unpack)>("qlinear_unpack", packed, n, k, bits, group_size);
+    return call_reference<decltype(linear_unpack)>("linear_unpack", packed, n, k, bits, group_size);
   }
   Tensor weight = at::empty({n, k}, packed.options());
   qgemm::unpack(l, packed.const_data_ptr<int8_t>(), weight.mutable_data_ptr<int8_t>());
@@ -33,8 +33,8 @@ Tensor qlinear_unpack(const Tensor& packed, int64_t n, int64_t k, int64_t bits, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mq_ao, CPU, m) {
-  m.impl("qlinear_prepack", qlinear_prepack);
-  m.impl("qlinear_unpack", qlinear_unpack);
+  m.impl("linear_prepack", linear_prepack);
+  m.impl("linear_unpack", linear_unpack);
 }
 
 }  // namespace mq_ao

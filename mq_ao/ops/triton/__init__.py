@@ -19,12 +19,12 @@ from mq_ao.ops.in_place import STATEFUL, check_state, state_index
 from mq_ao.ops.triton import (
     causal_conv1d,
     int8_gate,
-    int8_linear,
     int8_rms_norm,
     int8_steps,
+    linear_rows,
+    linear_rows_weight_only,
     selective_scan,
     ssd_scan,
-    weight_linear,
 )
 from mq_ao.ops.triton.launch import Launch, written_down
 
@@ -55,12 +55,12 @@ _OWN: Mapping[str, Implementation] = {
     "hadamard": Implementation(int8_gate.run_hadamard, int8_gate.hadamard_examples),
     "int8_conv_step_": Implementation(int8_steps.run_conv, int8_steps.conv_examples),
     "int8_gate": Implementation(int8_gate.run, int8_gate.examples),
-    "int8_linear": Implementation(int8_linear.run, int8_linear.examples),
-    "int8_linears": Implementation(int8_linear.run_pieces, int8_linear.pieces_examples),
+    "linear_rows": Implementation(linear_rows.run, linear_rows.examples),
+    "linears_rows": Implementation(linear_rows.run_pieces, linear_rows.pieces_examples),
     "int8_rms_norm": Implementation(int8_rms_norm.run, int8_rms_norm.examples),
     "int8_scan_step_": Implementation(int8_steps.run_scan, int8_steps.scan_examples),
     "qcausal_conv1d": Implementation(causal_conv1d.run_quantized, causal_conv1d.quantized_examples),
-    "weight_linear": Implementation(weight_linear.run, weight_linear.examples),
+    "linear_rows_weight_only": Implementation(linear_rows_weight_only.run, linear_rows_weight_only.examples),
     "selective_scan": Implementation(selective_scan.run, selective_scan.examples),
     "qselective_scan": Implementation(selective_scan.run_quantized, selective_scan.quantized_examples),
     "ssd_scan": Implementation(ssd_scan.run, ssd_scan.examples),

@@ -19,10 +19,10 @@ from mq_ao.ops.gpu_tuning import FEW_ROWS
 from mq_ao.ops.grids import Grid
 from mq_ao.ops.int8_steps import int8_conv_step_, int8_scan_step_
 from mq_ao.ops.operator import Operands, by_reference, implements
-from mq_ao.ops.triton import int8_linear
+from mq_ao.ops.triton import linear_rows
 from mq_ao.ops.triton.causal_conv1d import MOST_TAPS, epilogue, finished, in_steps
-from mq_ao.ops.triton.int8_linear import ALIGNMENT, tile, write_piece
 from mq_ao.ops.triton.launch import Config, Kernel, blank
+from mq_ao.ops.triton.linear_rows import ALIGNMENT, tile, write_piece
 from mq_ao.ops.triton.operands import float32, on_grid, rows
 from mq_ao.ops.triton.rounding import rounded, to_bytes, write
 from mq_ao.ops.triton.scan_kernels import finish_step, step_operands
@@ -245,7 +245,7 @@ def run_conv(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
     grids = [*map(Grid, a.out_scales, a.out_zero_points)]
     (grouped_conv_step if a.group_size else conv_step).launch(
         lambda meta: (triton.cdiv(a.weight.shape[0], meta["BLOCK_N"]),),
-        *int8_linear.arguments(a, a.sizes, others, grids),
+        *linear_rows.arguments(a, a.sizes, others, grids),
         a.conv_weight.contiguous(),
         a.conv_weight_scale.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -257,7 +257,7 @@ def run_conv(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
         *rounded(Grid.of(a, "conv_out")),
         TAPS=taps,
         SILU=a.activation == "silu",
-        **int8_linear.layout(a),
+        **linear_rows.layout(a),
     )
     return outs
 

@@ -46,7 +46,7 @@ def rounded(out: Grid) -> tuple[float, float]:
 
 @triton.jit
 def rows_to_int8(x):
-    """Rows of x (rows, n) each on a grid of its own, as by `mq_ao.ops.qlinear.int8_per_token`: (q, scale)."""
+    """Rows of x (rows, n) each on a grid of its own, as by `mq_ao.ops.linear_packed.int8_per_token`: (q, scale)."""
     size = tl.abs(x)
     # A NaN counts as an infinity: the maximum would pass over it.
     largest = tl.max(tl.where(size <= _LARGEST, size, float("inf")), axis=1)

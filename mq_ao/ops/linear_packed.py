@@ -1,11 +1,11 @@
-"""`mq_ao::qlinear`, `quantize_per_token` and `qlinear_per_token`: linear layers on 8-bit activations.
+"""`mq_ao::linear_packed`, `quantize_per_token` and `linear_packed_per_token`: linear layers on 8-bit activations.
 
 All run from one packed copy of the 8-bit or 4-bit weights (see `packing`), for one row (decode) and for many
 (prefill). Sums are exact in 32 bits; scale, zero point, bias and the optional requantization are a float32 epilogue
 whose order of operations the references below define, and which the native kernels follow bit for bit.
 
 `quantize_per_token` quantizes every token (row) by itself, symmetrically, by the rule of `int8_per_token`; what it
-gives can feed several `qlinear_per_token`.
+gives can feed several `linear_packed_per_token`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from mq_ao.ops.grids import Grid, requantize
 from mq_ao.ops.library import require
 from mq_ao.ops.operator import Operands, like, operator
-from mq_ao.ops.packing import check_linear, qlinear_unpack
+from mq_ao.ops.packing import check_linear, linear_unpack
 
 TOKEN_ZERO_POINT = 128
 _TINIEST_SCALE = torch.finfo(torch.float32).tiny
@@ -62,7 +62,7 @@ def _scaled_sums(
     x: Tensor, scale: float | Tensor, packed: Tensor, weight_scale: Tensor, bits: int, group_size: int
 ) -> Tensor:
     """Sum over the groups, in their order, of the exact integer sum times its scale; x holds whole numbers."""
-    weight = qlinear_unpack.reference(packed, weight_scale.shape[0], x.shape[-1], bits, group_size)
+    weight = linear_unpack.reference(packed, weight_scale.shape[0], x.shape[-1], bits, group_size)
     size = group_size or x.shape[-1]
     total = None
     columns = weight_scale.unbind(1) if group_size else (weight_scale,)
@@ -82,7 +82,7 @@ def _finished(y: Tensor, bias: Tensor | None, out: Grid) -> Tensor:
 
 
 def _static(a: Operands) -> Tensor:
-    require(a.x.dtype == torch.uint8, f"qlinear takes uint8 activations, not {a.x.dtype}.")
+    require(a.x.dtype == torch.uint8, f"linear_packed takes uint8 activations, not {a.x.dtype}.")
     y = _linear(a.x, a)
     _check_zero_point(a.x_zero_point)
     _check_output(a)
@@ -90,7 +90,7 @@ def _static(a: Operands) -> Tensor:
 
 
 @operator(results=_static)
-def qlinear(
+def linear_packed(
     x: Tensor,
     x_scale: float,
     x_zero_point: int,
@@ -111,7 +111,7 @@ def qlinear(
         x: uint8 (..., K); rows may be strided.
         x_scale: activation scale, rounded to float32.
         x_zero_point: within 0..255.
-        packed: weights from `packing.qlinear_prepack` with the same `bits` and `group_size`.
+        packed: weights from `packing.linear_prepack` with the same `bits` and `group_size`.
         weight_scale: float32 (N,), or (N, ceil(K / group_size)) with groups. The latter are copied in every call
             unless they lie in memory group by group, as `weight_scale.t().contiguous().t()` makes them.
         bias: float32 (N,), or None.
@@ -147,7 +147,7 @@ def _tokens(a: Operands) -> tuple[Tensor, Tensor]:
 
 @operator(results=_tokens)
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes each row of `x` by `int8_per_token`, for `qlinear_per_token`.
+    """Quantizes each row of `x` by `int8_per_token`, for `linear_packed_per_token`.
 
     Args:
         x: float32 or bfloat16 (..., K); rows may be strided.
@@ -164,7 +164,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _per_token(a: Operands) -> Tensor:
     q, scale = a.q, a.scale
-    require(q.dtype == torch.uint8, f"qlinear_per_token takes uint8 activations, not {q.dtype}.")
+    require(q.dtype == torch.uint8, f"linear_packed_per_token takes uint8 activations, not {q.dtype}.")
     y = _linear(q, a)
     require(
         scale.dtype == torch.float32 and scale.shape == (*q.shape[:-1], 1),
@@ -176,7 +176,7 @@ def _per_token(a: Operands) -> Tensor:
 
 
 @operator(results=_per_token)
-def qlinear_per_token(
+def linear_packed_per_token(
     q: Tensor,
     scale: Tensor,
     packed: Tensor,
@@ -187,12 +187,12 @@ def qlinear_per_token(
     bits: int = 8,
     group_size: int = 0,
 ) -> Tensor:
-    """Linear layer on what `quantize_per_token` gives: `qlinear` with a scale for each row and zero point 128.
+    """Linear layer on what `quantize_per_token` gives: `linear_packed` with a scale for each row and zero point 128.
 
     Args:
         q: uint8 (..., K); rows may be strided.
         scale: float32 (..., 1).
-        packed: as for `qlinear`, and so are the others.
+        packed: as for `linear_packed`, and so are the others.
         weight_scale: float32 (N,) or (N, ceil(K / group_size)).
         bias: float32 (N,), or None.
         out_scale: None for float32 output, else the static scale of the uint8 output.

@@ -1,4 +1,4 @@
-"""`mq_ao::qlinear` and `mq_ao::qlinear_per_token`: exact integers, defined rounding, every instruction set."""
+"""`mq_ao::linear_packed` and `linear_packed_per_token`: exact integers, defined rounding, every instruction set."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers quantized_decomposed)
 
 from mq_ao.errors import MqAoError
+from mq_ao.ops import linear_packed as ql
 from mq_ao.ops import packing
-from mq_ao.ops import qlinear as ql
 from mq_ao.ops.native import build
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -38,7 +38,7 @@ def layer(n: int, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gen = torch.Generator().manual_seed(seed)
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=gen)
     scale = torch.rand(n, generator=gen) * 0.02 + 1e-4
-    return weight, ops.qlinear_prepack(weight), scale, torch.randn(n, generator=gen)
+    return weight, ops.linear_prepack(weight), scale, torch.randn(n, generator=gen)
 
 
 def per_token(
@@ -49,7 +49,7 @@ def per_token(
     suffix: str = "",
 ) -> Tensor:
     """A linear layer that quantizes its own input, token by token; with "_reference" in references."""
-    quantize, linear = (getattr(ops, name + suffix) for name in ("quantize_per_token", "qlinear_per_token"))
+    quantize, linear = (getattr(ops, name + suffix) for name in ("quantize_per_token", "linear_packed_per_token"))
     return linear(*quantize(x), packed, scale, bias)
 
 
@@ -63,14 +63,14 @@ def activations(shape: tuple[int, ...], seed: int) -> Tensor:
 def test_packing_is_the_documented_one_and_comes_back(n: int, k: int, seed: int) -> None:
     weight, packed, _, _ = layer(n, k, seed)
     assert packed.shape == (packing.packed_bytes(n, k),)
-    assert torch.equal(packed, packing.qlinear_prepack.reference(weight))
-    assert torch.equal(ops.qlinear_unpack(packed, n, k), weight)
-    assert torch.equal(packing.qlinear_unpack.reference(packed, n, k), weight)
+    assert torch.equal(packed, packing.linear_prepack.reference(weight))
+    assert torch.equal(ops.linear_unpack(packed, n, k), weight)
+    assert torch.equal(packing.linear_unpack.reference(packed, n, k), weight)
 
 
 def test_packing_takes_any_strides() -> None:
     weight = torch.randint(-128, 128, (30, 20), dtype=torch.int8).t()
-    assert torch.equal(ops.qlinear_unpack(ops.qlinear_prepack(weight), 20, 30), weight)
+    assert torch.equal(ops.linear_unpack(ops.linear_prepack(weight), 20, 30), weight)
 
 
 @drawn
@@ -78,7 +78,7 @@ def test_packing_takes_any_strides() -> None:
 def test_integers_are_exact(lead: tuple[int, ...], n: int, k: int, zero_point: int, seed: int) -> None:
     weight, packed, _, _ = layer(n, k, seed)
     x = activations((*lead, k), seed)
-    y = ops.qlinear(x, 1.0, zero_point, packed, torch.ones(n))
+    y = ops.linear_packed(x, 1.0, zero_point, packed, torch.ones(n))
     assert y.dtype == torch.float32
     assert torch.equal(y.long(), (x.long() - zero_point) @ weight.long().t())
 
@@ -86,8 +86,8 @@ def test_integers_are_exact(lead: tuple[int, ...], n: int, k: int, zero_point: i
 def test_extreme_values_do_not_saturate() -> None:
     k = 5120
     for value in (-128, 127):
-        packed = ops.qlinear_prepack(torch.full((80, k), value, dtype=torch.int8))
-        y = ops.qlinear(torch.full((7, k), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(80))
+        packed = ops.linear_prepack(torch.full((80, k), value, dtype=torch.int8))
+        y = ops.linear_packed(torch.full((7, k), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(80))
         # One float32 rounding of an exact sum.
         assert (y == torch.tensor(255 * value * k, dtype=torch.float32)).all()
 
@@ -98,8 +98,8 @@ def test_float_epilogue(lead: tuple[int, ...], n: int, k: int, with_bias: bool, 
     weight, packed, scale, bias = layer(n, k, seed)
     x = activations((*lead, k), seed)
     args = (x, 0.0213, 101, packed, scale, bias if with_bias else None)
-    y = ops.qlinear(*args)
-    assert torch.equal(y, ql.qlinear.reference(*args))
+    y = ops.linear_packed(*args)
+    assert torch.equal(y, ql.linear_packed.reference(*args))
     product = (x.double() - 101) @ weight.double().t() * (scale.double() * 0.0213)
     exact = product + (bias.double() if with_bias else 0)
     # Three roundings of relative size 2^-24 act on the product (activation scale, product of scales, product;
@@ -115,19 +115,19 @@ def test_requantized_output(
 ) -> None:
     _, packed, scale, bias = layer(n, k, seed)
     x = activations((*lead, k), seed)
-    y = ops.qlinear(x, 0.0213, 101, packed, scale, bias)
-    q = ops.qlinear(x, 0.0213, 101, packed, scale, bias, out_scale, zero_point)
+    y = ops.linear_packed(x, 0.0213, 101, packed, scale, bias)
+    q = ops.linear_packed(x, 0.0213, 101, packed, scale, bias, out_scale, zero_point)
     assert q.dtype == torch.uint8
     quantize = torch.ops.quantized_decomposed.quantize_per_tensor
     assert torch.equal(q, quantize(y, out_scale, zero_point, 0, 255, torch.uint8))
     args = (x, 0.0213, 101, packed, scale, bias, out_scale, zero_point)
-    assert torch.equal(q, ql.qlinear.reference(*args))
+    assert torch.equal(q, ql.linear_packed.reference(*args))
 
 
 def test_requantization_rounds_ties_to_even() -> None:
-    packed = ops.qlinear_prepack(torch.ones(16, 1, dtype=torch.int8))
+    packed = ops.linear_prepack(torch.ones(16, 1, dtype=torch.int8))
     x = torch.arange(200, dtype=torch.uint8)[:, None]
-    q = ops.qlinear(x, 0.5, 0, packed, torch.ones(16), None, 1.0, 3)
+    q = ops.linear_packed(x, 0.5, 0, packed, torch.ones(16), None, 1.0, 3)
     assert torch.equal(q[:, 0].float(), torch.round(torch.arange(200) * 0.5) + 3)
 
 
@@ -144,8 +144,8 @@ def test_strided_and_expanded_activations(k: int) -> None:
             (x.transpose(0, 1), xf.transpose(0, 1)),
             (x[:, :1].expand(2, 9, k), xf[:, :1].expand(2, 9, k)),
         ):
-            want = ops.qlinear(u.contiguous(), 0.02, 9, packed, scale, bias)
-            assert torch.equal(ops.qlinear(u, 0.02, 9, packed, scale, bias), want)
+            want = ops.linear_packed(u.contiguous(), 0.02, 9, packed, scale, bias)
+            assert torch.equal(ops.linear_packed(u, 0.02, 9, packed, scale, bias), want)
             want = per_token(f.contiguous(), packed, scale, bias)
             assert torch.equal(per_token(f, packed, scale, bias), want)
 
@@ -190,7 +190,7 @@ def test_dynamic_matches_its_reference(
     assert y.dtype == torch.float32 and y.shape == (*lead, n)
     assert torch.equal(y, per_token(*args, suffix="_reference"))
     q, row_scale = ql.quantize_per_token(x)
-    assert torch.equal(y, ops.qlinear_per_token(q, row_scale, *args[1:]))
+    assert torch.equal(y, ops.linear_packed_per_token(q, row_scale, *args[1:]))
     product = ((q.double() - 128) @ weight.double().t()) * (scale.double() * row_scale.double())
     exact = product + (bias.double() if with_bias else 0)
     # Roundings as in test_float_epilogue.
@@ -218,9 +218,9 @@ def test_special_rows_do_not_touch_their_neighbours(dtype: torch.dtype) -> None:
     reference = per_token(x, packed, scale, bias, suffix="_reference")
     assert torch.allclose(y, reference, rtol=0, atol=0, equal_nan=True)
     args = (*ops.quantize_per_token(x), packed, scale, bias, 0.1, 77)
-    requantized = ops.qlinear_per_token(*args)
+    requantized = ops.linear_packed_per_token(*args)
     assert (requantized[2:5] == 0).all()
-    assert torch.equal(requantized, ql.qlinear_per_token.reference(*args))
+    assert torch.equal(requantized, ql.linear_packed_per_token.reference(*args))
 
 
 def test_number_of_threads_does_not_change_results() -> None:
@@ -240,12 +240,12 @@ def test_number_of_threads_does_not_change_results() -> None:
 def test_opcheck(k: int) -> None:
     weight, packed, scale, bias = layer(20, k, 7)
     x = activations((2, 3, k), 8)
-    torch.library.opcheck(ops.qlinear_prepack.default, (weight,))
-    torch.library.opcheck(ops.qlinear_unpack.default, (packed, 20, k))
-    torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, packed, scale))
-    torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, packed, scale, bias, 0.5, 7))
+    torch.library.opcheck(ops.linear_prepack.default, (weight,))
+    torch.library.opcheck(ops.linear_unpack.default, (packed, 20, k))
+    torch.library.opcheck(ops.linear_packed.default, (x, 0.02, 3, packed, scale))
+    torch.library.opcheck(ops.linear_packed.default, (x, 0.02, 3, packed, scale, bias, 0.5, 7))
     torch.library.opcheck(ops.quantize_per_token.default, (torch.randn(2, 3, k),))
-    torch.library.opcheck(ops.qlinear_per_token.default, (x, torch.rand(2, 3, 1), packed, scale, bias, 0.5, 7))
+    torch.library.opcheck(ops.linear_packed_per_token.default, (x, torch.rand(2, 3, 1), packed, scale, bias, 0.5, 7))
 
 
 def test_exports_with_dynamic_rows() -> None:
@@ -270,35 +270,35 @@ GOOD_WEIGHT, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS = (
 X = torch.zeros(3, 8, dtype=torch.uint8)
 XF = torch.zeros(3, 8)
 BAD_CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
-    ("qlinear_prepack", "int8 weight", (XF,)),
-    ("qlinear_prepack", "int8 weight", (GOOD_SCALE.to(torch.int8),)),
-    ("qlinear_prepack", "at least 1 output", (GOOD_WEIGHT[:0],)),
-    ("qlinear_prepack", "1 to 65536 inputs", (GOOD_WEIGHT[:, :0],)),
-    ("qlinear_prepack", "1 to 65536 inputs", (torch.zeros(1, 65537, dtype=torch.int8),)),
-    ("qlinear_unpack", "make them with qlinear_prepack", (GOOD_PACKED, 40, 8)),
-    ("qlinear_unpack", "make them with qlinear_prepack", (GOOD_PACKED.float(), 20, 8)),
-    ("qlinear", "uint8 activations", (XF, 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear", "not a scalar", (X[0, 0], 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear", "0..255", (X, 1.0, 256, GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear", "make them with qlinear_prepack", (X[:, :4], 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear", "make them with qlinear_prepack", (X, 1.0, 0, GOOD_PACKED[1:], GOOD_SCALE)),
-    ("qlinear", "weight_scale must be", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE.double())),
-    ("qlinear", "bias must be", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[1:])),
-    ("qlinear", "out_scale must be positive", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, None, 0.0)),
-    ("qlinear", "0..255", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, None, 1.0, -1)),
-    ("qlinear", "value for each output", (X, 1.0, 0, GOOD_PACKED, torch.tensor(1.0))),
+    ("linear_prepack", "int8 weight", (XF,)),
+    ("linear_prepack", "int8 weight", (GOOD_SCALE.to(torch.int8),)),
+    ("linear_prepack", "at least 1 output", (GOOD_WEIGHT[:0],)),
+    ("linear_prepack", "1 to 65536 inputs", (GOOD_WEIGHT[:, :0],)),
+    ("linear_prepack", "1 to 65536 inputs", (torch.zeros(1, 65537, dtype=torch.int8),)),
+    ("linear_unpack", "make them with linear_prepack", (GOOD_PACKED, 40, 8)),
+    ("linear_unpack", "make them with linear_prepack", (GOOD_PACKED.float(), 20, 8)),
+    ("linear_packed", "uint8 activations", (XF, 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed", "not a scalar", (X[0, 0], 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed", "0..255", (X, 1.0, 256, GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed", "make them with linear_prepack", (X[:, :4], 1.0, 0, GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed", "make them with linear_prepack", (X, 1.0, 0, GOOD_PACKED[1:], GOOD_SCALE)),
+    ("linear_packed", "weight_scale must be", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE.double())),
+    ("linear_packed", "bias must be", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[1:])),
+    ("linear_packed", "out_scale must be positive", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, None, 0.0)),
+    ("linear_packed", "0..255", (X, 1.0, 0, GOOD_PACKED, GOOD_SCALE, None, 1.0, -1)),
+    ("linear_packed", "value for each output", (X, 1.0, 0, GOOD_PACKED, torch.tensor(1.0))),
     ("quantize_per_token", "float32 or bfloat16", (X,)),
     ("quantize_per_token", "at least 1 input", (XF[0, 0],)),
     ("quantize_per_token", "at least 1 input", (XF[:, :0],)),
-    ("qlinear_per_token", "uint8 activations", (XF, XF[:, :1], GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear_per_token", "not a scalar", (X[0, 0], XF[0, 0], GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear_per_token", "value for each token", (X, XF[:2, :1], GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear_per_token", "value for each token", (X, XF[:, 0], GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear_per_token", "value for each token", (X, XF[:, :1].double(), GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear_per_token", "out_scale must be positive", (X, XF[:, :1], GOOD_PACKED, GOOD_SCALE, None, -1.0)),
+    ("linear_packed_per_token", "uint8 activations", (XF, XF[:, :1], GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed_per_token", "not a scalar", (X[0, 0], XF[0, 0], GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed_per_token", "value for each token", (X, XF[:2, :1], GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed_per_token", "value for each token", (X, XF[:, 0], GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed_per_token", "value for each token", (X, XF[:, :1].double(), GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed_per_token", "out_scale must be positive", (X, XF[:, :1], GOOD_PACKED, GOOD_SCALE, None, -1.0)),
     ("quantize_per_token", "float32 or bfloat16", (XF.double(),)),
-    ("qlinear_per_token", "make them with qlinear_prepack", (X[:, :4], XF[:, :1], GOOD_PACKED, GOOD_SCALE)),
-    ("qlinear_per_token", "bias must be", (X, XF[:, :1], GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[None])),
+    ("linear_packed_per_token", "make them with linear_prepack", (X[:, :4], XF[:, :1], GOOD_PACKED, GOOD_SCALE)),
+    ("linear_packed_per_token", "bias must be", (X, XF[:, :1], GOOD_PACKED, GOOD_SCALE, GOOD_BIAS[None])),
 ]
 
 
@@ -357,7 +357,7 @@ def test_every_instruction_set_gives_the_same(flags: tuple[str, ...], tmp_path: 
         for bits in (8, 4):
             gen = torch.Generator().manual_seed(m)
             top = 2 ** (bits - 1)
-            packed = ops.qlinear_prepack(
+            packed = ops.linear_prepack(
                 torch.randint(-top, top, (n, k), dtype=torch.int8, generator=gen), bits, group_size
             )
             groups = packing.group_count(k, group_size)
@@ -368,9 +368,9 @@ def test_every_instruction_set_gives_the_same(flags: tuple[str, ...], tmp_path: 
             sizes = (ctypes.c_long * 6)(m, n, k, bits, group_size, threads)
             call(sizes, *(ctypes.c_void_p(t.data_ptr()) for t in tensors))
             shared_args = (packed, scale.t() if group_size else scale[0], bias)
-            per_token = ql.qlinear_per_token.reference
+            per_token = ql.linear_packed_per_token.reference
             tokens = ql.quantize_per_token.reference(x)
             assert torch.equal(y, per_token(*tokens, *shared_args, bits=bits, group_size=group_size))
             assert torch.equal(requantized, (torch.round(y * 2.0) + 100).clamp(0, 255).to(torch.uint8))
-            # Also exact sums and the same roundings everywhere; tests/test_ops_wlinear.py has the accuracy.
-            assert torch.equal(weight_only, ops.wlinear(x, *shared_args, bits, group_size))
+            # Exact sums and the same roundings everywhere; test_ops_linear_packed_weight_only.py has the accuracy.
+            assert torch.equal(weight_only, ops.linear_packed_weight_only(x, *shared_args, bits, group_size))

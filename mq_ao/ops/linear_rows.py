@@ -1,7 +1,7 @@
-"""`mq_ao::int8_linear` and `int8_linears`: linear layers on int8 activations and row-major weights, as GPUs read them.
+"""`mq_ao::linear_rows` and `linears_rows`: linear layers on int8 activations and row-major weights, as GPUs read them.
 
 Sums are exact in 32 bits; zero point, scales, bias and the optional requantization are a float32 epilogue whose order
-of operations the reference defines. x86 has `qlinear`, on packed weights and unsigned activations.
+of operations the reference defines. x86 has `linear_packed`, on packed weights and unsigned activations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_weight(x: Tensor, a: Operands) -> None:
     )
     inputs = weight.shape[1] * (2 if four else 1)
     require(inputs == k, f"the weight has {inputs} inputs and x has {k}: they must be equal.")
-    require(k <= MAX_INPUTS, f"int8_linear sums up to {MAX_INPUTS} products, not {k}.")
+    require(k <= MAX_INPUTS, f"linear_rows sums up to {MAX_INPUTS} products, not {k}.")
     require(group_size > 0 or not four, "int4 weights come in groups: give group_size.")
     require(
         group_size == 0 or k % group_size == 0,
@@ -69,7 +69,7 @@ def finished(y: Tensor, bias: Tensor | None, out: Grid) -> Tensor:
 
 def _check(a: Operands, out: Grid) -> None:
     q, scale, token_scale, correction = a.q, a.scale, a.token_scale, a.correction
-    require(q.dtype == torch.int8 and q.dim() >= 1, f"int8_linear takes int8 (..., K), not {q.dtype} {tuple(q.shape)}.")
+    require(q.dtype == torch.int8 and q.dim() >= 1, f"linear_rows takes int8 (..., K), not {q.dtype} {tuple(q.shape)}.")
     check_weight(q, a)
     if token_scale is not None:
         message = (
@@ -86,7 +86,7 @@ def _check(a: Operands, out: Grid) -> None:
             f"{tuple(correction.shape)}.",
         )
     if out.scale is not None:
-        check_grid("int8_linear: out", torch.int8, out)
+        check_grid("linear_rows: out", torch.int8, out)
 
 
 def _results(a: Operands) -> Tensor:
@@ -96,7 +96,7 @@ def _results(a: Operands) -> Tensor:
 
 
 @operator(results=_results)
-def int8_linear(
+def linear_rows(
     q: Tensor,
     token_scale: Tensor | None,
     weight: Tensor,
@@ -147,13 +147,13 @@ def _pieces(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
     n, sizes, out_scales, out_zero_points = a.weight.shape[0], a.sizes, a.out_scales, a.out_zero_points
     require(
         1 <= len(sizes) <= MOST_PIECES and len(sizes) == len(out_scales) == len(out_zero_points),
-        f"int8_linears gives 1 to {MOST_PIECES} pieces, each with a size, a scale and a zero point, not {len(sizes)}, "
+        f"linears_rows gives 1 to {MOST_PIECES} pieces, each with a size, a scale and a zero point, not {len(sizes)}, "
         f"{len(out_scales)} and {len(out_zero_points)} of these.",
     )
     require(min(sizes) > 0 and sum(sizes) == n, f"pieces of {sizes} outputs do not make up the {n} of the weight.")
     for out in map(Grid, out_scales, out_zero_points):
         if out.scale:
-            check_grid("int8_linears: out", torch.int8, out)
+            check_grid("linears_rows: out", torch.int8, out)
     _check(a, FLOATS)
     dtypes = [torch.int8 if out_scale else torch.float32 for out_scale in out_scales]
     given = [like(a.q, (*a.q.shape[:-1], size), dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
@@ -162,7 +162,7 @@ def _pieces(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @operator(results=_pieces)
-def int8_linears(
+def linears_rows(
     q: Tensor,
     token_scale: Tensor | None,
     weight: Tensor,
@@ -174,10 +174,10 @@ def int8_linears(
     out_zero_points: list[int],
     group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`int8_linear` with its outputs in pieces, each of which is rounded or not.
+    """`linear_rows` with its outputs in pieces, each of which is rounded or not.
 
     Args:
-        q, token_scale, weight, scale, correction, bias, group_size: as in `int8_linear`.
+        q, token_scale, weight, scale, correction, bias, group_size: as in `linear_rows`.
         sizes: outputs of each piece, at most three; they sum to N.
         out_scales: of each piece; 0: it stays float32.
         out_zero_points: of each piece, within -128..127.
@@ -188,7 +188,7 @@ def int8_linears(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    y = int8_linear.reference(q, token_scale, weight, scale, correction, bias, None, 0, group_size)
+    y = linear_rows.reference(q, token_scale, weight, scale, correction, bias, None, 0, group_size)
     given = [
         requantize(piece, torch.int8, Grid(out_scale or None, zero_point)).contiguous()
         for piece, out_scale, zero_point in zip(y.split(sizes, -1), out_scales, out_zero_points, strict=True)

@@ -1,6 +1,6 @@
-"""`mq_ao::weight_linear`: a linear layer of float activations with int8 or int4 row-major weights, as GPUs read them.
+"""`mq_ao::linear_rows_weight_only`: a linear layer of float activations with row-major weights, as GPUs read them.
 
-x86 has `wlinear`, on packed weights.
+x86 has `linear_packed_weight_only`, on packed weights.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops.int8_linear import check_weight, integers
 from mq_ao.ops.library import require
+from mq_ao.ops.linear_rows import check_weight, integers
 from mq_ao.ops.operator import Operands, like, operator
 
 
@@ -22,14 +22,16 @@ def dequantized(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
 def _results(a: Operands) -> Tensor:
     require(
         a.x.dtype in (torch.float32, torch.bfloat16) and a.x.dim() >= 1,
-        f"weight_linear takes float32 or bfloat16 activations (..., K), not {a.x.dtype} {tuple(a.x.shape)}.",
+        f"linear_rows_weight_only takes float32 or bfloat16 activations (..., K), not {a.x.dtype} {tuple(a.x.shape)}.",
     )
     check_weight(a.x, a)
     return like(a.x, (*a.x.shape[:-1], a.weight.shape[0]), torch.float32)
 
 
 @operator(results=_results)
-def weight_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0) -> Tensor:
+def linear_rows_weight_only(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, group_size: int = 0
+) -> Tensor:
     """`y = x @ (weight * scale).T + bias`.
 
     Args:

@@ -1,4 +1,4 @@
-"""`mq_ao::int8_linear` and `int8_linears` on CUDA: int8 products on tensor cores, with scales, bias and rounding.
+"""`mq_ao::linear_rows` and `linears_rows` on CUDA: int8 products on tensor cores, with scales, bias and rounding.
 
 Up to 16 rows (decode) it reads each weight once and is bound by that; a tile of 16 rows costs no more than one row,
 since tensor cores take 16 at least. Larger matrices go through it where `aten._int_mm` cannot take them.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mq_ao.ops.gpu_tuning import FEW_ROWS
 from mq_ao.ops.grids import Grid
-from mq_ao.ops.int8_linear import MOST_PIECES, int8_linear, int8_linears
+from mq_ao.ops.linear_rows import MOST_PIECES, linear_rows, linears_rows
 from mq_ao.ops.operator import Operands, implements
 from mq_ao.ops.triton.launch import Config, Kernel, blank
 from mq_ao.ops.triton.rounding import rounded, write
@@ -246,18 +246,18 @@ few_rows_grouped = Kernel(linear, _FEW_GROUPED, key=("n", "k"))
 many_rows_grouped = Kernel(linear, _MANY_GROUPED, key=("n", "k"))
 
 
-@implements(int8_linear)
+@implements(linear_rows)
 def run(a: Operands) -> Tensor:
-    """See `mq_ao.ops.int8_linear.int8_linear`."""
-    y = int8_linear.results(a)
+    """See `mq_ao.ops.linear_rows.linear_rows`."""
+    y = linear_rows.results(a)
     _run(a, [y], [Grid.of(a, "out")])
     return y
 
 
-@implements(int8_linears)
+@implements(linears_rows)
 def run_pieces(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mq_ao.ops.int8_linear.int8_linears`."""
-    pieces = int8_linears.results(a)
+    """See `mq_ao.ops.linear_rows.linears_rows`."""
+    pieces = linears_rows.results(a)
     _run(a, pieces[: len(a.sizes)], [*map(Grid, a.out_scales, a.out_zero_points)])
     return pieces
 

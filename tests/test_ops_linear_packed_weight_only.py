@@ -1,4 +1,4 @@
-"""`mq_ao::wlinear`: float activations with packed integer weights."""
+"""`mq_ao::linear_packed_weight_only`: float activations with packed integer weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mq_ao.errors import MqAoError
+from mq_ao.ops import linear_packed_weight_only as wl
 from mq_ao.ops import packing
-from mq_ao.ops import wlinear as wl
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 ops = torch.ops.mq_ao
@@ -35,7 +35,7 @@ def layer(n: int, k: int, bits: int, group_size: int, seed: int) -> tuple[Tensor
     groups = packing.group_count(k, group_size)
     scale = torch.rand((n, groups), generator=gen) * 0.02 + 1e-4
     wide = scale.double().repeat_interleave(group_size or k, 1)[:, :k]
-    packed = ops.qlinear_prepack(weight, bits, group_size)
+    packed = ops.linear_prepack(weight, bits, group_size)
     bias = torch.randn(n, generator=gen)
     return weight.double() * wide, packed, scale if group_size else scale[:, 0].contiguous(), bias
 
@@ -66,7 +66,7 @@ def test_accuracy(
     weight, packed, scale, bias = layer(n, k, bits, group_size, seed)
     x = torch.randn(*lead, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
     args = (x, packed, scale, bias if with_bias else None, bits, group_size)
-    y = ops.wlinear(*args)
+    y = ops.linear_packed_weight_only(*args)
     assert y.dtype == torch.float32 and y.shape == (*lead, n)
     assert_accurate(y, x, weight, args[3], packing.group_count(k, group_size))
     # The reference is a float32 product, whose error may grow with the number of additions; two more roundings are
@@ -74,7 +74,7 @@ def test_accuracy(
     exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
     if with_bias:
         exact, size = exact + bias.double(), size + bias.abs().double()
-    assert ((wl.wlinear.reference(*args).double() - exact).abs() <= 2**-24 * (k + 2) * size).all()
+    assert ((wl.linear_packed_weight_only.reference(*args).double() - exact).abs() <= 2**-24 * (k + 2) * size).all()
 
 
 @pytest.mark.parametrize(("outlier", "factor"), [(1.0, 1.0), (100.0, 4.0)])
@@ -83,8 +83,8 @@ def test_error_beside_that_of_a_float_product(outlier: float, factor: float) -> 
     x = torch.randn(50, 768, generator=torch.Generator().manual_seed(0))
     x[:, 5] *= outlier
     exact = x.double() @ weight.t()
-    error = (ops.wlinear(x, packed, scale).double() - exact).square().mean().sqrt()
-    of_floats = (wl.wlinear.reference(x, packed, scale).double() - exact).square().mean().sqrt()
+    error = (ops.linear_packed_weight_only(x, packed, scale).double() - exact).square().mean().sqrt()
+    of_floats = (wl.linear_packed_weight_only.reference(x, packed, scale).double() - exact).square().mean().sqrt()
     # One step for the whole row costs the others something where an outlier sets it: measured 2.7 for a factor of 100.
     assert error <= factor * of_floats
 
@@ -93,7 +93,7 @@ def test_error_beside_that_of_a_float_product(outlier: float, factor: float) -> 
 def test_rows_of_any_size(size: float) -> None:
     weight, packed, scale, _ = layer(70, 90, 8, 0, 2)
     x = torch.randn(7, 90) * size
-    assert_accurate(ops.wlinear(x, packed, scale), x, weight, None, 1)
+    assert_accurate(ops.linear_packed_weight_only(x, packed, scale), x, weight, None, 1)
 
 
 def test_whole_numbers_are_exact() -> None:
@@ -101,7 +101,7 @@ def test_whole_numbers_are_exact() -> None:
     weight[:, 0] = 0
     x = torch.randint(-100, 101, (9, 30)).float()
     x[:, 0] = 8388600.0  # the step is exactly 1
-    y = ops.wlinear(x, ops.qlinear_prepack(weight, 4), torch.ones(40), None, 4)
+    y = ops.linear_packed_weight_only(x, ops.linear_prepack(weight, 4), torch.ones(40), None, 4)
     assert torch.equal(y.long(), x.long() @ weight.long().t())
 
 
@@ -113,10 +113,16 @@ def test_special_rows_do_not_touch_their_neighbours() -> None:
     x[2, 49] = torch.nan
     x[3, 0] = torch.inf
     x[4, 7] = -torch.inf
-    y, want = ops.wlinear(x, packed, scale, bias), ops.wlinear(clean, packed, scale, bias)
+    y, want = (
+        ops.linear_packed_weight_only(x, packed, scale, bias),
+        ops.linear_packed_weight_only(clean, packed, scale, bias),
+    )
     assert torch.equal(y[1], bias)
     assert y[2:5].isnan().all()
-    assert wl.wlinear.reference(x, packed, scale, bias).isnan().any(1).tolist() == y.isnan().any(1).tolist()
+    assert (
+        wl.linear_packed_weight_only.reference(x, packed, scale, bias).isnan().any(1).tolist()
+        == y.isnan().any(1).tolist()
+    )
     rest = [0, 5, 6, 7, 8]
     assert torch.equal(y[rest], want[rest])
 
@@ -128,7 +134,9 @@ def test_strided_activations(k: int) -> None:
     args = (packed, scale, bias, 4, 16)
     for x in (wide[..., 3 : 3 + k], wide[..., : 2 * k : 2]):
         for rows in (x, x.transpose(0, 1), x[:, ::2], x[:, :1].expand(2, 9, k)):
-            assert torch.equal(ops.wlinear(rows, *args), ops.wlinear(rows.contiguous(), *args))
+            assert torch.equal(
+                ops.linear_packed_weight_only(rows, *args), ops.linear_packed_weight_only(rows.contiguous(), *args)
+            )
 
 
 @pytest.mark.parametrize("rows", [1, 70])
@@ -139,12 +147,12 @@ def test_number_of_threads_and_rows_does_not_change_results(rows: int) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = ops.wlinear(x, *args)
+        alone = ops.linear_packed_weight_only(x, *args)
         torch.set_num_threads(3)
-        assert torch.equal(ops.wlinear(x, *args), alone)
+        assert torch.equal(ops.linear_packed_weight_only(x, *args), alone)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(torch.cat([ops.wlinear(row[None], *args) for row in x]), alone)
+    assert torch.equal(torch.cat([ops.linear_packed_weight_only(row[None], *args) for row in x]), alone)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (4, 4)])
@@ -152,7 +160,7 @@ def test_opcheck(bits: int, group_size: int) -> None:
     _, packed, scale, bias = layer(20, 10, bits, group_size, 7)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 3, 10).to(dtype)
-        torch.library.opcheck(ops.wlinear.default, (x, packed, scale, bias, bits, group_size))
+        torch.library.opcheck(ops.linear_packed_weight_only.default, (x, packed, scale, bias, bits, group_size))
 
 
 def test_exports_and_compiles() -> None:
@@ -160,12 +168,12 @@ def test_exports_and_compiles() -> None:
 
     class Layer(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return wl.wlinear(x, packed, scale, bias, 4, 4)
+            return wl.linear_packed_weight_only(x, packed, scale, bias, 4, 4)
 
     dims = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
     program = torch.export.export(Layer(), (torch.randn(2, 3, 8),), dynamic_shapes=dims)
     x = torch.randn(5, 1, 8)
-    want = ops.wlinear(x, packed, scale, bias, 4, 4)
+    want = ops.linear_packed_weight_only(x, packed, scale, bias, 4, 4)
     assert torch.equal(program.module()(x), want)
     assert torch.equal(torch.compile(Layer())(x), want)
 
@@ -175,8 +183,8 @@ PACKED = torch.zeros(packing.packed_bytes(20, 8), dtype=torch.int8)
 BAD_CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("float32 or bfloat16", (X.double(), PACKED, SCALE)),
     ("not a scalar", (X[0, 0], PACKED, SCALE)),
-    ("make them with qlinear_prepack", (X[:, :4], PACKED, SCALE)),
-    ("make them with qlinear_prepack", (X, PACKED, SCALE, None, 4)),
+    ("make them with linear_prepack", (X[:, :4], PACKED, SCALE)),
+    ("make them with linear_prepack", (X, PACKED, SCALE, None, 4)),
     ("8 or 4 bits", (X, PACKED, SCALE, None, 16)),
     ("multiple of 4", (X, PACKED, SCALE, None, 8, 3)),
     ("weight_scale must be", (X, PACKED, SCALE[:, None])),
@@ -187,8 +195,8 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...]]] = [
 @pytest.mark.parametrize(("message", "args"), BAD_CALLS)
 def test_bad_calls_say_what_is_wrong(message: str, args: tuple[Any, ...]) -> None:
     with pytest.raises(MqAoError, match=message):
-        ops.wlinear(*args)
+        ops.linear_packed_weight_only(*args)
     with pytest.raises(MqAoError, match=message):
-        wl.wlinear.reference(*args)
+        wl.linear_packed_weight_only.reference(*args)
     with FakeTensorMode() as mode, pytest.raises(MqAoError, match=message):
-        ops.wlinear(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        ops.linear_packed_weight_only(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mq_ao.errors import MqAoError
+from mq_ao.ops import linear_packed as ql
 from mq_ao.ops import packing
-from mq_ao.ops import qlinear as ql
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 ops = torch.ops.mq_ao
@@ -36,7 +36,7 @@ class Layer:
         top = 2 ** (bits - 1)
         self.options = (bits, group_size)
         self.weight = torch.randint(-top, top, (n, k), dtype=torch.int8, generator=gen)
-        self.packed = ops.qlinear_prepack(self.weight, bits, group_size)
+        self.packed = ops.linear_prepack(self.weight, bits, group_size)
         shape = (n, packing.group_count(k, group_size)) if group_size else (n,)
         self.scale = torch.rand(shape, generator=gen) * 0.02 + 1e-4
         self.bias = torch.randn(n, generator=gen)
@@ -58,9 +58,9 @@ def activations(shape: tuple[int, ...], seed: int) -> Tensor:
 def test_packing_is_the_documented_one_and_comes_back(n: int, k: int, bits: int, group_size: int, seed: int) -> None:
     made = Layer(n, k, bits, group_size, seed)
     assert made.packed.shape == (packing.packed_bytes(n, k, bits, group_size),)
-    assert torch.equal(made.packed, packing.qlinear_prepack.reference(made.weight, bits, group_size))
-    assert torch.equal(ops.qlinear_unpack(made.packed, n, k, bits, group_size), made.weight)
-    assert torch.equal(packing.qlinear_unpack.reference(made.packed, n, k, bits, group_size), made.weight)
+    assert torch.equal(made.packed, packing.linear_prepack.reference(made.weight, bits, group_size))
+    assert torch.equal(ops.linear_unpack(made.packed, n, k, bits, group_size), made.weight)
+    assert torch.equal(packing.linear_unpack.reference(made.packed, n, k, bits, group_size), made.weight)
 
 
 def test_four_bits_take_half_the_bytes() -> None:
@@ -73,7 +73,7 @@ def test_four_bits_take_half_the_bytes() -> None:
 def test_integers_are_exact(lead: tuple[int, ...], n: int, k: int, zero_point: int, seed: int) -> None:
     made = Layer(n, k, 4, 0, seed)
     x = activations((*lead, k), seed)
-    y = ops.qlinear(x, 1.0, zero_point, made.packed, torch.ones(n), bits=4)
+    y = ops.linear_packed(x, 1.0, zero_point, made.packed, torch.ones(n), bits=4)
     # 512 products below 2^11 each: float32 holds their sums.
     assert torch.equal(y.long(), (x.long() - zero_point) @ made.weight.long().t())
 
@@ -82,8 +82,8 @@ def test_integers_are_exact(lead: tuple[int, ...], n: int, k: int, zero_point: i
 def test_extreme_values_do_not_saturate(rows: int) -> None:
     k = 65536
     for value in (-8, 7):
-        packed = ops.qlinear_prepack(torch.full((40, k), value, dtype=torch.int8), 4)
-        y = ops.qlinear(torch.full((rows, k), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(40), bits=4)
+        packed = ops.linear_prepack(torch.full((40, k), value, dtype=torch.int8), 4)
+        y = ops.linear_packed(torch.full((rows, k), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(40), bits=4)
         # One float32 rounding of an exact sum.
         assert (y == torch.tensor(255 * value * k, dtype=torch.float32)).all()
 
@@ -97,9 +97,9 @@ def test_static_follows_its_reference(
     x = activations((*lead, k), seed)
     out_scale = 0.7 if requantized else None
     args = (x, 0.0213, 101, made.packed, made.scale, made.bias if with_bias else None, out_scale, 13, *made.options)
-    y = ops.qlinear(*args)
+    y = ops.linear_packed(*args)
     assert y.dtype == (torch.uint8 if requantized else torch.float32) and y.shape == (*lead, n)
-    assert torch.equal(y, ql.qlinear.reference(*args))
+    assert torch.equal(y, ql.linear_packed.reference(*args))
 
 
 @drawn
@@ -111,8 +111,8 @@ def test_per_token_follows_its_reference(
     q, scale = ops.quantize_per_token(torch.randn(*lead, k, generator=torch.Generator().manual_seed(seed)))
     out_scale = 0.1 if requantized else None
     args = (q, scale, made.packed, made.scale, made.bias if with_bias else None, out_scale, 130, *made.options)
-    y = ops.qlinear_per_token(*args)
-    assert torch.equal(y, ql.qlinear_per_token.reference(*args))
+    y = ops.linear_packed_per_token(*args)
+    assert torch.equal(y, ql.linear_packed_per_token.reference(*args))
 
 
 @drawn
@@ -120,12 +120,12 @@ def test_per_token_follows_its_reference(
 def test_groups_are_what_they_say(m: int, n: int, k: int, bits: int, group_size: int, seed: int) -> None:
     made = Layer(n, k, bits, group_size, seed)
     x = activations((m, k), seed)
-    y = ops.qlinear(x, 0.0213, 101, made.packed, made.scale, made.bias, None, 0, *made.options)
+    y = ops.linear_packed(x, 0.0213, 101, made.packed, made.scale, made.bias, None, 0, *made.options)
     centred = (x.double() - 101) * 0.0213
     exact = centred @ made.dequantized().t() + made.bias.double()
     size = centred.abs() @ made.dequantized().abs().t() + made.bias.abs().double()
-    # Each group's product has 3 roundings (see test_ops_qlinear.test_float_epilogue), its sum one more if it is not
-    # exact, and each of the additions one, all at most 2^-24 of what `size` adds up.
+    # Each group's product has 3 roundings (see test_ops_linear_packed.test_float_epilogue), its sum one more if
+    # it is not exact, and each of the additions one, all at most 2^-24 of what `size` adds up.
     bound = 2**-24 * size * (4 + packing.group_count(k, group_size)) * 1.01
     assert ((y.double() - exact).abs() <= bound).all()
 
@@ -137,8 +137,8 @@ def test_scales_may_lie_group_by_group(bits: int) -> None:
     args = (None, None, 0, *made.options)
     by_group = made.scale.t().contiguous().t()
     assert by_group.stride() != made.scale.stride()
-    want = ops.qlinear(x, 0.02, 3, made.packed, made.scale, *args)
-    assert torch.equal(ops.qlinear(x, 0.02, 3, made.packed, by_group, *args), want)
+    want = ops.linear_packed(x, 0.02, 3, made.packed, made.scale, *args)
+    assert torch.equal(ops.linear_packed(x, 0.02, 3, made.packed, by_group, *args), want)
 
 
 @pytest.mark.parametrize("k", [48, 50])
@@ -149,8 +149,8 @@ def test_strided_activations_and_scales(k: int) -> None:
     args = (made.packed, made.scale, made.bias, None, 0, *made.options)
     for q in (wide[..., 3 : 3 + k], wide[..., : 2 * k : 2]):
         for rows, scale in ((q, scales), (q.transpose(0, 1), scales.transpose(0, 1)), (q[:, ::2], scales[:, ::2])):
-            want = ops.qlinear_per_token(rows.contiguous(), scale.contiguous(), *args)
-            assert torch.equal(ops.qlinear_per_token(rows, scale, *args), want)
+            want = ops.linear_packed_per_token(rows.contiguous(), scale.contiguous(), *args)
+            assert torch.equal(ops.linear_packed_per_token(rows, scale, *args), want)
 
 
 @pytest.mark.parametrize("group_size", [0, 64])
@@ -161,7 +161,7 @@ def test_number_of_threads_does_not_change_results(rows: int, group_size: int) -
 
     def run() -> Tensor:
         tokens = ops.quantize_per_token(x)
-        return ops.qlinear_per_token(*tokens, made.packed, made.scale, made.bias, None, 0, *made.options)
+        return ops.linear_packed_per_token(*tokens, made.packed, made.scale, made.bias, None, 0, *made.options)
 
     threads = torch.get_num_threads()
     try:
@@ -178,10 +178,10 @@ def test_opcheck(group_size: int) -> None:
     made = Layer(20, 10, 4, group_size)
     x = activations((2, 3, 10), 8)
     shared = (made.packed, made.scale, made.bias, None, 0, *made.options)
-    torch.library.opcheck(ops.qlinear_prepack.default, (made.weight, *made.options))
-    torch.library.opcheck(ops.qlinear_unpack.default, (made.packed, 20, 10, *made.options))
-    torch.library.opcheck(ops.qlinear.default, (x, 0.02, 3, *shared))
-    torch.library.opcheck(ops.qlinear_per_token.default, (x, torch.rand(2, 3, 1), *shared))
+    torch.library.opcheck(ops.linear_prepack.default, (made.weight, *made.options))
+    torch.library.opcheck(ops.linear_unpack.default, (made.packed, 20, 10, *made.options))
+    torch.library.opcheck(ops.linear_packed.default, (x, 0.02, 3, *shared))
+    torch.library.opcheck(ops.linear_packed_per_token.default, (x, torch.rand(2, 3, 1), *shared))
 
 
 class TwoProducts(torch.nn.Module):
@@ -197,8 +197,8 @@ class TwoProducts(torch.nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q, scale = ql.quantize_per_token(x)
         shared = (q, scale, self.packed, self.scale)
-        y = ql.qlinear_per_token(*shared, bits=4, group_size=8)
-        return y, ql.qlinear_per_token(*shared, out_scale=0.1, out_zero_point=128, bits=4, group_size=8)
+        y = ql.linear_packed_per_token(*shared, bits=4, group_size=8)
+        return y, ql.linear_packed_per_token(*shared, out_scale=0.1, out_zero_point=128, bits=4, group_size=8)
 
 
 def test_exports_and_compiles() -> None:
@@ -217,20 +217,20 @@ X, TOKEN_SCALE = torch.zeros(3, 8, dtype=torch.uint8), torch.ones(3, 1)
 PACKED = torch.zeros(packing.packed_bytes(20, 8, 4), dtype=torch.int8)
 PACKED_GROUPED = torch.zeros(packing.packed_bytes(20, 8, 4, 4), dtype=torch.int8)
 BAD_CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
-    ("qlinear_prepack", "8 or 4 bits, not 5", (WEIGHT, 5)),
-    ("qlinear_prepack", "multiple of 4", (WEIGHT, 4, 6)),
-    ("qlinear_prepack", "multiple of 4", (WEIGHT, 4, -4)),
-    ("qlinear_unpack", "make them with qlinear_prepack", (PACKED, 20, 8)),
-    ("qlinear_unpack", "make them with qlinear_prepack", (PACKED, 20, 8, 4, 4)),
-    ("qlinear_unpack", "multiple of 4", (PACKED, 20, 8, 4, 2)),
-    ("qlinear", "make them with qlinear_prepack", (X, 1.0, 0, PACKED, SCALE)),
-    ("qlinear", "8 or 4 bits, not 2", (X, 1.0, 0, PACKED, SCALE, None, None, 0, 2)),
-    ("qlinear", "make them with qlinear_prepack", (X, 1.0, 0, PACKED, GROUPED, None, None, 0, 4, 4)),
-    ("qlinear", "weight_scale must be", (X, 1.0, 0, PACKED, GROUPED, None, None, 0, 4)),
-    ("qlinear", r"float32 \(20, 2\)", (X, 1.0, 0, PACKED_GROUPED, SCALE, None, None, 0, 4, 4)),
-    ("qlinear", r"float32 \(20, 2\)", (X, 1.0, 0, PACKED_GROUPED, GROUPED.double(), None, None, 0, 4, 4)),
-    ("qlinear_per_token", "make them with qlinear_prepack", (X, TOKEN_SCALE, PACKED, SCALE)),
-    ("qlinear_per_token", "multiple of 4", (X, TOKEN_SCALE, PACKED, SCALE, None, None, 0, 4, 5)),
+    ("linear_prepack", "8 or 4 bits, not 5", (WEIGHT, 5)),
+    ("linear_prepack", "multiple of 4", (WEIGHT, 4, 6)),
+    ("linear_prepack", "multiple of 4", (WEIGHT, 4, -4)),
+    ("linear_unpack", "make them with linear_prepack", (PACKED, 20, 8)),
+    ("linear_unpack", "make them with linear_prepack", (PACKED, 20, 8, 4, 4)),
+    ("linear_unpack", "multiple of 4", (PACKED, 20, 8, 4, 2)),
+    ("linear_packed", "make them with linear_prepack", (X, 1.0, 0, PACKED, SCALE)),
+    ("linear_packed", "8 or 4 bits, not 2", (X, 1.0, 0, PACKED, SCALE, None, None, 0, 2)),
+    ("linear_packed", "make them with linear_prepack", (X, 1.0, 0, PACKED, GROUPED, None, None, 0, 4, 4)),
+    ("linear_packed", "weight_scale must be", (X, 1.0, 0, PACKED, GROUPED, None, None, 0, 4)),
+    ("linear_packed", r"float32 \(20, 2\)", (X, 1.0, 0, PACKED_GROUPED, SCALE, None, None, 0, 4, 4)),
+    ("linear_packed", r"float32 \(20, 2\)", (X, 1.0, 0, PACKED_GROUPED, GROUPED.double(), None, None, 0, 4, 4)),
+    ("linear_packed_per_token", "make them with linear_prepack", (X, TOKEN_SCALE, PACKED, SCALE)),
+    ("linear_packed_per_token", "multiple of 4", (X, TOKEN_SCALE, PACKED, SCALE, None, None, 0, 4, 5)),
 ]
 
 
@@ -249,4 +249,4 @@ def test_weights_of_more_than_four_bits_are_refused(value: int) -> None:
     weight = WEIGHT.clone()
     weight[7, 3] = value
     with pytest.raises(MqAoError, match=r"lie in -8\.\.7"):
-        ops.qlinear_prepack(weight, 4)
+        ops.linear_prepack(weight, 4)

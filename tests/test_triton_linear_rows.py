@@ -1,4 +1,4 @@
-"""`mq_ao::int8_linear` and `weight_linear`: the references, and the Triton kernels, interpreted, against them."""
+"""`mq_ao::linear_rows`, `linear_rows_weight_only`: the references, and the interpreted kernels against them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from mq_ao import MqAoError
 from mq_ao.ops import nibbles
 from mq_ao.ops.gpu_tuning import FEW_ROWS
-from mq_ao.ops.int8_linear import int8_linear
+from mq_ao.ops.linear_rows import linear_rows
 from tests.interpreter import bfloat16_as_on_chips
 
 mq = torch.ops.mq_ao
@@ -57,23 +57,23 @@ def test_the_reference_is_the_product_of_dequantized_values(case: dict[str, obje
     x = q.double() - (0 if case["correction"] is None else 5)
     expected = x @ values.t() * (1 if case["token_scale"] is None else case["token_scale"].double())
     expected = expected if case["bias"] is None else expected + case["bias"]
-    got = int8_linear.reference(**{**case, "out_scale": None})
+    got = linear_rows.reference(**{**case, "out_scale": None})
     # A few roundings of float32 for each of at most 6 groups.
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=2e-6 * float(expected.abs().max()))
     if case["out_scale"] is not None:
         rounded = quantize(got, 0.05, 3, -128, 127, torch.int8)
-        assert torch.equal(int8_linear.reference(**case), rounded)
+        assert torch.equal(linear_rows.reference(**case), rounded)
 
 
 @settings(max_examples=60, deadline=None)
 @given(operands(), st.integers(0, 2))
 def test_the_kernel_rounds_as_the_reference(case: dict[str, object], config: int) -> None:
-    from mq_ao.ops.triton import int8_linear as kernel
+    from mq_ao.ops.triton import linear_rows as kernel
     from mq_ao.ops.triton.launch import using
 
     with using(config):
         got = kernel.run(**case)
-    expected = int8_linear.reference(**case)
+    expected = linear_rows.reference(**case)
     assert got.dtype == expected.dtype and got.shape == expected.shape
     # Sums are exact, and the epilogue rounds in the same order; on a GPU fewer times, where it fuses additions.
     if not torch.cuda.is_available():
@@ -87,7 +87,7 @@ def test_the_kernel_rounds_as_the_reference(case: dict[str, object], config: int
 @settings(max_examples=40, deadline=None)
 @given(operands(), st.integers(0, 2), st.booleans())
 def test_pieces_are_those_of_the_whole(case: dict[str, object], config: int, three: bool) -> None:
-    from mq_ao.ops.triton import int8_linear as kernel
+    from mq_ao.ops.triton import linear_rows as kernel
     from mq_ao.ops.triton.launch import using
 
     n = case["weight"].shape[0]
@@ -97,8 +97,8 @@ def test_pieces_are_those_of_the_whole(case: dict[str, object], config: int, thr
     shared = [case[name] for name in ("q", "token_scale", "weight", "scale", "correction", "bias")]
     args = (*shared, sizes, scales, zero_points, case["group_size"])
     with using(config):
-        both = kernel.run_pieces(*args), mq.int8_linears(*args)
-    whole = int8_linear.reference(**{**case, "out_scale": None}).split(sizes, -1)
+        both = kernel.run_pieces(*args), mq.linears_rows(*args)
+    whole = linear_rows.reference(**{**case, "out_scale": None}).split(sizes, -1)
     for results in both:
         assert all(result.shape == (0,) for result in results[len(sizes) :])
         for got, expected, (scale, zero_point) in zip(results[: len(sizes)], whole, grids, strict=True):
@@ -113,7 +113,7 @@ def test_pieces_are_those_of_the_whole(case: dict[str, object], config: int, thr
 @settings(max_examples=40, deadline=None)
 @given(operands(), st.integers(0, 2), st.booleans())
 def test_float_activations_meet_integer_weights(case: dict[str, object], config: int, narrow: bool) -> None:
-    from mq_ao.ops.triton import weight_linear as kernel
+    from mq_ao.ops.triton import linear_rows_weight_only as kernel
     from mq_ao.ops.triton.launch import using
 
     q, weight, scale, group = case["q"], case["weight"], case["scale"], case["group_size"]
@@ -127,7 +127,7 @@ def test_float_activations_meet_integer_weights(case: dict[str, object], config:
     largest = float((x.double().abs() @ values.abs().t()).max())
     # Of many rows, activations are rounded to bfloat16, by half a unit of its 8 bits.
     bits = 9 if x[..., 0].numel() > FEW_ROWS and not narrow else 20
-    for result, off in ((mq.weight_linear(x, *rest), 2.0**-20), (got, 2.0**-bits)):
+    for result, off in ((mq.linear_rows_weight_only(x, *rest), 2.0**-20), (got, 2.0**-bits)):
         assert result.dtype == torch.float32 and result.shape == expected.shape
         torch.testing.assert_close(result.double(), expected, rtol=max(off, 1e-5), atol=off * largest)
 
@@ -141,27 +141,27 @@ def test_int4_weights_come_back() -> None:
 
 def test_the_operator_has_a_right_shape_function() -> None:
     q, weight = torch.ones(3, 8, dtype=torch.int8), torch.ones(5, 8, dtype=torch.int8)
-    torch.library.opcheck(mq.int8_linear.default, (q, torch.ones(3, 1), weight, torch.ones(5)))
+    torch.library.opcheck(mq.linear_rows.default, (q, torch.ones(3, 1), weight, torch.ones(5)))
     pieces = ([2, 3], [0.1, 0.0], [3, 0])
-    torch.library.opcheck(mq.int8_linears.default, (q, torch.ones(3, 1), weight, torch.ones(5), None, None, *pieces))
-    torch.library.opcheck(mq.weight_linear.default, (torch.ones(3, 8), weight, torch.ones(5)))
+    torch.library.opcheck(mq.linears_rows.default, (q, torch.ones(3, 1), weight, torch.ones(5), None, None, *pieces))
+    torch.library.opcheck(mq.linear_rows_weight_only.default, (torch.ones(3, 8), weight, torch.ones(5)))
 
 
 def test_bad_operands_are_refused() -> None:
     q, weight, scale = torch.ones(3, 96, dtype=torch.int8), torch.ones(5, 96, dtype=torch.int8), torch.ones(5)
     with pytest.raises(MqAoError, match=r"takes int8 \(..., K\), not torch.float32"):
-        mq.int8_linear(q.float(), None, weight, scale)
+        mq.linear_rows(q.float(), None, weight, scale)
     with pytest.raises(MqAoError, match="groups of 64 weights do not divide the 96 inputs"):
-        mq.int8_linear(q, None, weight, torch.ones(5, 1), group_size=64)
+        mq.linear_rows(q, None, weight, torch.ones(5, 1), group_size=64)
     with pytest.raises(MqAoError, match="the weight has 96 inputs and x has 95"):
-        mq.int8_linear(q[:, :95], None, weight, scale)
+        mq.linear_rows(q[:, :95], None, weight, scale)
     with pytest.raises(MqAoError, match="groups of 64 weights do not divide the 96 inputs into even parts"):
         nibbles.pack(weight, 64)
     with pytest.raises(MqAoError, match="int4 weights lie in"):
         nibbles.pack(weight * 9, 32)
     with pytest.raises(MqAoError, match=r"pieces of \[2, 2\] outputs do not make up the 5 of the weight"):
-        mq.int8_linears(q, None, weight, scale, None, None, [2, 2], [0.1, 0.1], [0, 0])
-    with pytest.raises(MqAoError, match="int8_linears gives 1 to 3 pieces"):
-        mq.int8_linears(q, None, weight, scale, None, None, [1, 1, 1, 2], [0.0] * 4, [0] * 4)
+        mq.linears_rows(q, None, weight, scale, None, None, [2, 2], [0.1, 0.1], [0, 0])
+    with pytest.raises(MqAoError, match="linears_rows gives 1 to 3 pieces"):
+        mq.linears_rows(q, None, weight, scale, None, None, [1, 1, 1, 2], [0.0] * 4, [0] * 4)
     with pytest.raises(MqAoError, match=r"token_scale must be float32 with one value for each token, \(3, 1\)"):
-        mq.int8_linear(q, torch.ones(3), weight, scale)
+        mq.linear_rows(q, torch.ones(3), weight, scale)

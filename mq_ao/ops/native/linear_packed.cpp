@@ -1,17 +1,17 @@
-// PyTorch operators on qgemm.h: mq_ao::qlinear, quantize_per_token, qlinear_per_token.
+// PyTorch operators on qgemm.h: mq_ao::linear_packed, quantize_per_token, linear_packed_per_token.
 // Bad input goes to the Python references, which say what is wrong with it.
 #include "linear_glue.h"
 
 namespace mq_ao {
 namespace {
 
-Tensor qlinear(const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& packed, const Tensor& weight_scale,
+Tensor linear_packed(const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& packed, const Tensor& weight_scale,
                const OptionalTensor& bias, std::optional<double> out_scale, int64_t out_zero_point, int64_t bits,
                int64_t group_size) {
   const Layout l = layout_of(x, weight_scale, bits, group_size);
   if (x.scalar_type() != at::kByte || !is_linear(l, packed, weight_scale, bias) || !is_zero_point(x_zero_point) ||
       !is_output(out_scale, out_zero_point)) {
-    return call_reference<decltype(qlinear)>("qlinear", x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale,
+    return call_reference<decltype(linear_packed)>("linear_packed", x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale,
                                              out_zero_point, bits, group_size);
   }
   at::DataPtr storage;
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
   return {q, scale};
 }
 
-Tensor qlinear_per_token(const Tensor& q, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
+Tensor linear_packed_per_token(const Tensor& q, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
                          const OptionalTensor& bias, std::optional<double> out_scale, int64_t out_zero_point,
                          int64_t bits, int64_t group_size) {
   const Layout l = layout_of(q, weight_scale, bits, group_size);
@@ -48,7 +48,7 @@ Tensor qlinear_per_token(const Tensor& q, const Tensor& scale, const Tensor& pac
   if (!scale_sizes.empty()) scale_sizes.back() = 1;
   if (q.scalar_type() != at::kByte || !is_linear(l, packed, weight_scale, bias) ||
       scale.scalar_type() != at::kFloat || scale.sizes() != scale_sizes || !is_output(out_scale, out_zero_point)) {
-    return call_reference<decltype(qlinear_per_token)>("qlinear_per_token", q, scale, packed, weight_scale, bias,
+    return call_reference<decltype(linear_packed_per_token)>("linear_packed_per_token", q, scale, packed, weight_scale, bias,
                                                        out_scale, out_zero_point, bits, group_size);
   }
   at::DataPtr storage;
@@ -63,9 +63,9 @@ Tensor qlinear_per_token(const Tensor& q, const Tensor& scale, const Tensor& pac
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mq_ao, CPU, m) {
-  m.impl("qlinear", qlinear);
+  m.impl("linear_packed", linear_packed);
   m.impl("quantize_per_token", quantize_per_token);
-  m.impl("qlinear_per_token", qlinear_per_token);
+  m.impl("linear_packed_per_token", linear_packed_per_token);
 }
 
 }  // namespace mq_ao

@@ -1,4 +1,4 @@
-// PyTorch operator on qgemm.h: mq_ao::wlinear, integer weights with float activations.
+// PyTorch operator on qgemm.h: mq_ao::linear_packed_weight_only, integer weights with float activations.
 //
 // Activations become 24-bit integers, row by row, in three planes of bytes: converting them costs little, while every
 // weight converted to a float would cost more than three integer products. The sums are exact.
@@ -8,11 +8,11 @@
 namespace mq_ao {
 namespace {
 
-Tensor wlinear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias,
+Tensor linear_packed_weight_only(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias,
                int64_t bits, int64_t group_size) {
   const Layout l = layout_of(x, weight_scale, bits, group_size);
   if (!is_native_dtype(x) || !is_linear(l, packed, weight_scale, bias)) {
-    return call_reference<decltype(wlinear)>("wlinear", x, packed, weight_scale, bias, bits, group_size);
+    return call_reference<decltype(linear_packed_weight_only)>("linear_packed_weight_only", x, packed, weight_scale, bias, bits, group_size);
   }
   constexpr int64_t kPlanes = 3;
   const Tensor rows = as_rows(x);
@@ -28,6 +28,6 @@ Tensor wlinear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mq_ao, CPU, m) { m.impl("wlinear", wlinear); }
+TORCH_LIBRARY_IMPL(mq_ao, CPU, m) { m.impl("linear_packed_weight_only", linear_packed_weight_only); }
 
 }  // namespace mq_ao

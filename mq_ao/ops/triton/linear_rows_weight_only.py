@@ -1,4 +1,4 @@
-"""`mq_ao::weight_linear` on CUDA: for few rows each weight is read once and becomes a float in registers.
+"""`mq_ao::linear_rows_weight_only` on CUDA: for few rows each weight is read once and becomes a float in registers.
 
 Many rows are bound by arithmetic, not by weights: there activations are rounded to bfloat16, and tensor cores take them
 and the integers, which bfloat16 holds exactly; scales multiply their float32 sums.
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mq_ao.ops.gpu_tuning import FEW_ROWS
 from mq_ao.ops.grids import FLOATS
+from mq_ao.ops.linear_rows_weight_only import linear_rows_weight_only
 from mq_ao.ops.operator import Operands, implements
-from mq_ao.ops.triton.int8_linear import ALIGNMENT, halves, launch, linear
 from mq_ao.ops.triton.launch import Config, Kernel, blank
-from mq_ao.ops.weight_linear import weight_linear
+from mq_ao.ops.triton.linear_rows import ALIGNMENT, halves, launch, linear
 
 
 @triton.jit
-def _weight_linear(
+def _linear_rows_weight_only(
     x, weight, scale, bias, out, n, k, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """A row of x (m, k) times weight (n, k), with one scale a channel."""
@@ -45,7 +45,7 @@ def _weight_linear(
 
 
 @triton.jit
-def _grouped_weight_linear(
+def _grouped_linear_rows_weight_only(
     x,
     weight,
     scale,
@@ -99,7 +99,7 @@ many_rows_grouped = Kernel(
 )
 odd_rows = Kernel(linear, (Config(4, 1, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32),), key=("n", "k"))
 few_rows = Kernel(
-    _weight_linear,
+    _linear_rows_weight_only,
     (
         Config(4, 3, BLOCK_N=16, BLOCK_K=256),
         Config(4, 3, BLOCK_N=8, BLOCK_K=512),
@@ -108,16 +108,16 @@ few_rows = Kernel(
     key=("n", "k"),
 )
 few_rows_grouped = Kernel(
-    _grouped_weight_linear,
+    _grouped_linear_rows_weight_only,
     (Config(4, 3, BLOCK_N=32), Config(4, 3, BLOCK_N=16), Config(2, 4, BLOCK_N=16)),
     key=("n", "k"),
 )
 
 
-@implements(weight_linear)
+@implements(linear_rows_weight_only)
 def run(a: Operands) -> Tensor:
-    """See `mq_ao.ops.weight_linear.weight_linear`."""
-    y = weight_linear.results(a)
+    """See `mq_ao.ops.linear_rows_weight_only.linear_rows_weight_only`."""
+    y = linear_rows_weight_only.results(a)
     k, n = a.x.shape[-1], a.weight.shape[0]
     m = a.x.numel() // max(k, 1)
     if m == 0:
