@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
+from mq_ao.ops.cached_attention import cached_attention
 from mq_ao.ops.causal_conv1d import causal_conv1d
 from mq_ao.ops.native import build
 from mq_ao.ops.selective_scan import selective_scan, selective_scan_backward
 from mq_ao.ops.ssd_scan import ssd_scan
 
 SHIM = r"""
+#include "attention.h"
 #include "conv.h"
 #include "scan.h"
 #include "scan_backward.h"
@@ -76,6 +78,15 @@ extern "C" void ssd(const long* s, const float** p, float* y, float* last_state)
                             rows(p[3], s, matrix), rows(p[4], s, matrix), p[2], p[5], p[6], p[7], nullptr, false, true,
                             0.0f, 2.0f};
   run_ssd(in, rows(y, s, columns), last_state, [](long count, long, auto&& part) { part(0, count); });
+}
+
+// s: batch, length, heads, groups, width, past. p: query, past key and value, key and value.
+extern "C" void attention(const long* s, const float** p, float* y) {
+  const long group = s[4], row = s[3] * group, token = s[0] * row, head = s[1] * s[4];
+  const auto cached = [&](const float* rows) { return Cached<float>{rows, token, row, group, nullptr, 0, 0, 0}; };
+  const AttentionOperands<float, float> in{{s[0], s[1], s[2], s[3], s[4], s[5]}, p[0], s[2] * head, head, s[4],
+                                           cached(p[1]), cached(p[2]), cached(p[3]), cached(p[4]), nullptr, 0.5f, y};
+  run_attention(in, [](long count, long, auto&& part) { part(0, count); });
 }
 """
 X86 = platform.machine() == "x86_64"
@@ -217,3 +228,20 @@ def test_ssd_core_matches_the_reference(core: ctypes.CDLL, shape: tuple[int, ...
     expected = ssd_scan.reference(*exact, True, 0.0, 2.0, exact_state)
     for actual, wanted in zip((y, last), expected, strict=True):
         close(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1, 16, 5), (2, 1, 4, 2, 32, 70), (1, 1, 8, 2, 48, 2500), (1, 2, 8, 1, 20, 3), (2, 30, 6, 2, 64, 100)],
+)
+def test_attention_core_matches_the_reference(core: ctypes.CDLL, shape: tuple[int, ...]) -> None:
+    batch, length, heads, groups, width, past = shape
+    gen = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, heads, length, width, generator=gen)
+    past_key, past_value = torch.randn(2, past, batch, groups, width, generator=gen)
+    key, value = torch.randn(2, length, batch, groups, width, generator=gen)
+    operands = [query, past_key, past_value, key, value]
+    y = torch.empty(batch, length, heads, width)
+    core.attention((ctypes.c_long * 6)(*shape), pointers(operands), ctypes.c_void_p(y.data_ptr()))
+    exact = [t.double() for t in operands]
+    close(y, cached_attention.reference(exact[0], exact[3], exact[4], 0.5, exact[1], exact[2]))

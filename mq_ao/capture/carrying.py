@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mq_ao.capture.examples import signed
 from mq_ao.errors import MqAoError
+from mq_ao.ops.cached_attention import cached_attention
 
 _CURRENT: ContextVar[Carried | None] = ContextVar("carried", default=None)
 _CACHES = ("past_key_values", "cache_params")
@@ -44,6 +45,10 @@ class Carried:
     def given(self, kind: str) -> Tensor | None:
         """A state of the layer that runs."""
         return self._given.get(f"{kind}_{self._layer}")
+
+    def kept(self, kind: str) -> Tensor:
+        """What is kept of the layer that runs."""
+        return self.new[f"{kind}_{self._layer}"]
 
     def keep(self, kind: str, value: Tensor) -> None:
         """Keeps a state of the layer that runs."""
@@ -116,14 +121,13 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of new tokens to those before them and to each other; the cache is read where it lies.
+    """Causal attention of new tokens to those before them and to each other: `mq_ao::cached_attention`.
 
     Args:
         module: that calls it.
         query: (batch, heads, length, width).
-        key: (batch, groups, length, width): that of the new tokens, as is value. Head h reads group
-            `h // (heads // groups)`.
-        value: like key.
+        key: that of the new tokens, as `Carried.update` returned it.
+        value: likewise.
         attention_mask: None.
         scaling: of the scores; None: width to the power of -1/2.
 
@@ -139,27 +143,14 @@ def attention(
         raise MqAoError(f"attention with {what} ({type(module).__name__}) is not supported in a model with states.")
     carried = current()
     assert carried is not None
-    batch, heads, length, width = query.shape
-    groups = key.shape[1]
-    # Heads that share keys are rows of one product: keys are not repeated.
-    rows = query.reshape(batch, groups, heads // groups * length, width) * (width**-0.5 if scaling is None else scaling)
-    places = torch.arange(length, device=query.device)
-    ahead = places > places.repeat(heads // groups)[:, None]
-    scores = (rows @ key.mT).masked_fill(ahead, -torch.inf)
-    past = carried.given("key"), carried.given("value")
-    if past[0] is None or past[1] is None:
-        result = _softmax(scores) @ value
-    else:
-        keys, values = past[0].permute(1, 2, 3, 0), past[1].permute(1, 2, 0, 3)
-        count = keys.shape[-1]
-        weights = _softmax(torch.cat([rows @ keys, scores], dim=-1))
-        result = weights[..., :count] @ values + weights[..., count:] @ value
-    return result.unflatten(2, (heads // groups, length)).flatten(1, 2).transpose(1, 2), None
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """In float32 at least, as the library's own."""
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return cached_attention(
+        query,
+        carried.kept("key"),
+        carried.kept("value"),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        carried.given("key"),
+        carried.given("value"),
+    ), None
 
 
 class Stateful(nn.Module):

@@ -4,6 +4,7 @@ Native kernels are used at once if they were built before; otherwise the first c
 """
 
 from mq_ao.ops import (
+    cached_attention,
     causal_conv1d,
     gate,
     gpu,
@@ -36,6 +37,7 @@ from mq_ao.ops.library import load_cached, load_native, native_available
 load_cached()
 
 __all__ = [
+    "cached_attention",
     "causal_conv1d",
     "gate",
     "gpu",
