@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 from torch.fx import Node
@@ -68,6 +68,12 @@ class Annotator:
         """Annotates a carried state where it enters the scan and where it leaves it."""
         for node in (state.initial, state.last):
             qspec = state_spec(scale)
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(output_qspec=qspec, _annotated=True)
+
+    def cache(self, rows: Iterable[Node], spec: RoleSpec) -> None:
+        """Annotates new keys and values: attention reads, and the graph gives, what is held in integers."""
+        for node in rows:
+            qspec = activation_spec(spec, self._kernels)
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(output_qspec=qspec, _annotated=True)
 
     def describe(self, node: Node, spec: RoleSpec) -> str:

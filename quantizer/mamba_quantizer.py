@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from mq_ao.graph import Match, Rejection, Role, match, walk
 from mq_ao.graph.views import Layer
 from mq_ao.graph.walk import module_path
 from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
+from mq_ao.quantizer.cached_rows import cached_rows
 from mq_ao.quantizer.carried_states import CarriedState, carried_states
 from mq_ao.quantizer.kernels import Kernels, check_executable
 from mq_ao.quantizer.planning import plan_state, plan_weight
 from mq_ao.quantizer.report import Decision, QuantizationReport
-from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding
+from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding, in_words
 from mq_ao.quantizer.weights import QuantizedWeight
 from mq_ao.statistics import ChannelStatistics, Request
 from mq_ao.statistics.probe import flat_states_name
@@ -148,6 +149,8 @@ class MambaQuantizer(Quantizer):
         decisions = [self._decide(annotator, *part) for part in sorted(parts, key=lambda part: part[1])]
         for scan, state in self._carried_states(self._match).items():
             decisions.append(self._decide_state(annotator, scan, state))
+        for node, rows in cached_rows(model).items():
+            decisions += self._decide_cache(annotator, node, rows)
         decisions += [Decision(item.node, "", None, False, item.reason) for item in self._match.rejected]
         if self.kernels.integer_outputs:
             for role, node in pairs:
@@ -225,6 +228,20 @@ class MambaQuantizer(Quantizer):
             return Decision(scan.name, path, role, False, "already annotated by another quantizer")
         annotator.state(state, self._scales[scan])
         return Decision(scan.name, path, role, True, CARRIED)
+
+    def _decide_cache(
+        self, annotator: Annotator, node: Node, rows: tuple[Node, Node] | Rejection
+    ) -> Iterator[Decision]:
+        role, path, spec = Role.KV_CACHE, module_path(node), self._spec(Role.KV_CACHE, node)
+        if spec is None:
+            return
+        if isinstance(rows, Rejection):
+            yield Decision(node.name, path, role, False, rows.reason)
+        elif any(map(is_annotated, rows)):
+            yield Decision(node.name, path, role, False, "already annotated by another quantizer")
+        else:
+            annotator.cache(rows, spec)
+            yield Decision(node.name, path, role, True, in_words(role, spec))
 
 
 def _check_dtype(node: Node) -> None:

@@ -95,7 +95,9 @@ class RoleSpec:
 
 
 LINEAR_ROLES = (Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ, Role.LINEAR, Role.HEAD)
-WEIGHTLESS_ROLES = (Role.SCAN, Role.GATE, Role.STATE, Role.CARRIED_STATE)
+CACHED_ROLES = (Role.CARRIED_STATE, Role.KV_CACHE)
+"""What is held from call to call."""
+WEIGHTLESS_ROLES = (Role.SCAN, Role.GATE, Role.STATE, *CACHED_ROLES)
 
 CARRIED = "static int8, one scale a channel and state (largest magnitude)"
 """A carried state in words: there is nothing to choose."""
@@ -105,6 +107,8 @@ def in_words(role: Role, spec: RoleSpec) -> str:
     """What a spec says of a role."""
     if role is Role.CARRIED_STATE:
         return CARRIED
+    if role is Role.KV_CACHE:
+        return f"{spec.input} and head"
     return spec.input if role in WEIGHTLESS_ROLES else str(spec)
 
 

@@ -23,7 +23,7 @@ from mq_ao.graph import match
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.lowering.language_graphs import states_of
 from mq_ao.models.generate import generate
-from mq_ao.models.states import tensors
+from mq_ao.models.states import States, tensors
 from tests.captured import difference
 from tests.test_capture_transformers import MODELS, VOCAB, build
 
@@ -43,8 +43,8 @@ def captured(name: str) -> tuple[nn.Module, GraphModule]:
 class Steps:
     """A graph with states as something that generates."""
 
-    def __init__(self, graph: GraphModule) -> None:
-        self.graph, self.states = graph, states_of(graph)
+    def __init__(self, graph: GraphModule, states: States | None = None) -> None:
+        self.graph, self.states = graph, states or states_of(graph)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, *states: Any) -> tuple[Any, ...]:

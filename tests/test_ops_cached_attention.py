@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mq_ao.errors import MqAoError
 from mq_ao.ops.cached_attention import cached_attention
-from mq_ao.ops.linear_packed import int8_per_token
+from mq_ao.ops.linear_packed import quantize_per_token
 from tests.conftest import assert_same_bits_for_any_threads
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -57,7 +57,7 @@ class Case:
                 continue
             rows = torch.randn(tokens, self.batch, self.groups + extra, self.width, generator=gen)[:, :, : self.groups]
             if self.integers:
-                given[name], scale = int8_per_token(rows)
+                given[name], scale = quantize_per_token(rows)
                 given[f"{name}_scale"] = scale[..., 0]
             else:
                 given[name] = rows.to(dtype)
@@ -107,7 +107,7 @@ def bound(given: dict[str, Any], of_a_value: float) -> float:
     sizes = {"key": 0.0, "value": 0.0}
     for name in CACHED:
         if name in given and given[name].numel():
-            rows = given[name].double().abs()
+            rows = (given[name].double() - 128 * (given[name].dtype == torch.uint8)).abs()
             rows = rows * given[f"{name}_scale"][..., None] if f"{name}_scale" in given else rows
             sizes[name.removeprefix("past_")] = max(sizes[name.removeprefix("past_")], rows.max().item())
     width, keys = given["query"].shape[-1], given["key"].shape[0] + given.get("past_key", given["key"][:0]).shape[0]
@@ -221,9 +221,9 @@ def test_lengths_stay_symbols() -> None:
     [
         ({"query": torch.zeros(2, 3)}, "query must have 4 dimensions, it has 2"),
         ({"query": torch.zeros(1, 3, 4, 8)}, "3 heads cannot share the keys of 2"),
-        ({"query": torch.zeros(1, 4, 4, 8, dtype=torch.int8)}, "the query must be floating point"),
-        ({"key": torch.zeros(4, 1, 2, 8, dtype=torch.bfloat16)}, "keys must be torch.float32 like the query or int8"),
-        ({"key": torch.zeros(4, 1, 2, 8, dtype=torch.int8)}, "key is int8, so its scale must be float32"),
+        ({"query": torch.zeros(1, 4, 4, 8, dtype=torch.uint8)}, "the query must be floating point"),
+        ({"key": torch.zeros(4, 1, 2, 8, dtype=torch.bfloat16)}, "keys must be torch.float32 like the query or uint8"),
+        ({"key": torch.zeros(4, 1, 2, 8, dtype=torch.uint8)}, "key is uint8, so its scale must be float32"),
         ({"value": torch.zeros(3, 1, 2, 8)}, "value must be torch.float32 .4, 1, 2, 8. like the query"),
         ({"past_value": None}, "past_key and past_value come together"),
         ({"past_value": torch.zeros(3, 2, 2, 8)}, "past_value must be"),

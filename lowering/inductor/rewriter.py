@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from mq_ao.graph import walk
 from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, each
 from mq_ao.lowering.inductor.kernels import KERNELS
+from mq_ao.lowering.inductor.kv_cache import hold_integers
 from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, per_token_source
 
 aten = torch.ops.aten
@@ -44,7 +46,8 @@ class Rewriter(LinearRewriter):
     @property
     def steps(self) -> Sequence[Step]:
         """A gate is known by what reads it."""
-        return (*super().steps, each({Q_STATIC, mq.quantize_per_token.default}, self._gate))
+        gates = each({Q_STATIC, mq.quantize_per_token.default}, self._gate)
+        return (*super().steps, gates, each(walk.ATTENTION, self._cache))
 
     def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
         """A product for each piece, if all begin with a panel."""
@@ -84,6 +87,10 @@ class Rewriter(LinearRewriter):
             else:
                 new = self.graph.call_function(mq.qgate_per_token.default, args)
         self.replace(quantize, new)
+
+    def _cache(self, node: Node) -> None:
+        """Keys and values in 8 bits."""
+        hold_integers(node, lambda value, before: self.per_token(value, before, mq.quantize_per_token.default))
 
     def _scale(self, weight: Weight) -> Node:
         """Scales as the linear kernels read them: those of one group next to each other."""

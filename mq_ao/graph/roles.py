@@ -27,6 +27,8 @@ class Role(StrEnum):
     """h and C where they are multiplied, if that is a node of its own (pass `expose_state`)."""
     CARRIED_STATE = "carried_state"
     """The scan's state where a graph takes it as an input and gives it back as an output."""
+    KV_CACHE = "kv_cache"
+    """Keys and values of attention where a graph takes those of the tokens before, and gives new ones."""
 
     @classmethod
     def parse(cls, name: str | Role) -> Role:

@@ -119,3 +119,21 @@ class Scan(View):
     dt_max = Argument[float | None]()
     initial_state = Argument[Node | None]()
     seq_idx = Argument[Node | None]()
+
+
+class Attention(View):
+    """Attention to a cache, in float or in int8."""
+
+    operators = walk.ATTENTION
+
+    query = Argument[Node]()
+    key = Argument[Node]()
+    value = Argument[Node]()
+    scaling = Argument[float]()
+    past_key = Argument[Node | None]()
+    past_value = Argument[Node | None]()
+    key_scale = Argument[Node | None]()
+    value_scale = Argument[Node | None]()
+    past_key_scale = Argument[Node | None]()
+    past_value_scale = Argument[Node | None]()
+    starts = Argument[Node | None]()

@@ -22,6 +22,7 @@ CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, at
 EMBEDDING = frozenset({aten.embedding.default})
 SCAN = frozenset({torch.ops.mq_ao.selective_scan.default})
 SSD = frozenset({torch.ops.mq_ao.ssd_scan.default})
+ATTENTION = frozenset({torch.ops.mq_ao.cached_attention.default})
 SCAN_STATES = frozenset({torch.ops.mq_ao.scan_states.default})
 ANY_SCAN = SCAN | SCAN_STATES | SSD
 ACTIVATION = frozenset({aten.silu.default, aten.silu_.default})

@@ -1,6 +1,6 @@
 """`mq_ao::cached_attention`: causal attention of new tokens to a cache of keys and values, and to each other.
 
-The cache is read where it lies, as float or as int8 with a scale a token and head: neither copied, repeated for heads
+The cache is read where it lies, as float or in 8 bits with a scale a token and head: neither copied, repeated for heads
 that share keys, nor joined with the new rows. For inference: there is no gradient.
 """
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops.library import require
+from mq_ao.ops.linear_packed import TOKEN_ZERO_POINT
 from mq_ao.ops.operator import Operands, like, operator
 
 _PAIRS = ("key", "value", "past_key", "past_value")
@@ -25,12 +26,12 @@ def _check_rows(a: Operands, name: str, shape: tuple[int, ...]) -> None:
         f"cached_attention: {name} must be {a.key.dtype} {shape} like the query and the key, it is {rows.dtype} "
         f"{tuple(rows.shape)}.",
     )
-    if rows.dtype != torch.int8:
+    if rows.dtype != torch.uint8:
         require(scale is None, f"cached_attention: {name} is {rows.dtype}, so it takes no scale.")
         return
     require(
         scale is not None and scale.dtype == torch.float32 and tuple(scale.shape) == shape[:3],
-        f"cached_attention: {name} is int8, so its scale must be float32 {shape[:3]}.",
+        f"cached_attention: {name} is uint8, so its scale must be float32 {shape[:3]}.",
     )
 
 
@@ -40,8 +41,8 @@ def _results(a: Operands) -> Tensor:
         require(dim == 4, f"cached_attention: {name} must have 4 dimensions, it has {dim}.")
     require(a.query.is_floating_point(), f"cached_attention: the query must be floating point, it is {a.query.dtype}.")
     require(
-        a.key.dtype in (a.query.dtype, torch.int8),
-        f"cached_attention: keys must be {a.query.dtype} like the query or int8, they are {a.key.dtype}.",
+        a.key.dtype in (a.query.dtype, torch.uint8),
+        f"cached_attention: keys must be {a.query.dtype} like the query or uint8, they are {a.key.dtype}.",
     )
     batch, heads, length, width = a.query.shape
     groups = a.key.shape[2]
@@ -83,15 +84,15 @@ def cached_attention(
 
     Args:
         query: (batch, heads, length, width), floating point.
-        key: (length, batch, groups, width), of the new tokens, the query's dtype or int8; head h reads group
-            `h // (heads // groups)`.
+        key: (length, batch, groups, width), of the new tokens, the query's dtype, or uint8 as from
+            `quantize_per_token`; head h reads group `h // (heads // groups)`.
         value: like key.
         scaling: of the scores, usually width to the power of -1/2.
         past_key: (tokens before, batch, groups, width), of key's dtype; None: there are none.
         past_value: likewise.
-        key_scale: float32 (length, batch, groups), with int8: a row is `key * key_scale`.
+        key_scale: float32 (length, batch, groups), with uint8: a row is `(key - 128) * key_scale`.
         value_scale: likewise.
-        past_key_scale: float32 (tokens before, batch, groups), with int8.
+        past_key_scale: float32 (tokens before, batch, groups), with uint8.
         past_value_scale: likewise.
         starts: int64 (batch,), where a sequence begins, counted from the first token before; no token sees what lies
             before it. None: all begin at 0.
@@ -109,7 +110,9 @@ def cached_attention(
     def joined(past: Tensor | None, past_scale: Tensor | None, rows: Tensor, scale: Tensor | None) -> Tensor:
         """(batch, groups, tokens, width)."""
         parts = [(rows, scale)] if past is None else [(past, past_scale), (rows, scale)]
-        floats = [part.to(dtype) if by is None else part.to(dtype) * by[..., None] for part, by in parts]
+        floats = [
+            part.to(dtype) if by is None else (part.to(dtype) - TOKEN_ZERO_POINT) * by[..., None] for part, by in parts
+        ]
         return torch.cat(floats).permute(1, 2, 0, 3)
 
     keys = joined(past_key, past_key_scale, key, key_scale)

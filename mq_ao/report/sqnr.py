@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import Role
 from mq_ao.quantizer.report import Decision
+from mq_ao.quantizer.specs import CACHED_ROLES
 from mq_ao.report.data import NodeQuality
 
 _CHUNK = 2**20  # values that are in float64 at once
@@ -34,7 +34,7 @@ def node_qualities(
     Raises:
         MqAoError: a quantized node is missing in either graph.
     """
-    quantized = {item.node: item for item in decisions if item.accepted and item.role is not Role.CARRIED_STATE}
+    quantized = {item.node: item for item in decisions if item.accepted and item.role not in CACHED_ROLES}
     pairs = zip(values(reference, batch, quantized), values(converted, batch, quantized), strict=True)
     return tuple(_quality(quantized[name], before, after) for (name, before), (_, after) in pairs)
 

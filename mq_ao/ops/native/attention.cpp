@@ -9,7 +9,7 @@ namespace {
 // Whether keys or values, with their scales, are ones that the core takes.
 bool fits(const OptionalTensor& t, const OptionalTensor& scale, at::ScalarType dtype, at::IntArrayRef shape) {
   if (!t) return !scale;
-  const bool integers = dtype == at::kChar;
+  const bool integers = dtype == at::kByte;
   return t->scalar_type() == dtype && t->sizes() == shape && scale.has_value() == integers &&
          (!scale || (scale->scalar_type() == at::kFloat && scale->sizes() == shape.slice(0, 3)));
 }
@@ -36,7 +36,7 @@ Tensor cached_attention(
     const int64_t batch = query.size(0), length = query.size(2), groups = key.size(2), width = query.size(3);
     const at::DimVector now{length, batch, groups, width};
     const at::DimVector before{past_key ? past_key->size(0) : 0, batch, groups, width};
-    return is_native_dtype(query) && (dtype == at::kChar || dtype == query.scalar_type()) &&
+    return is_native_dtype(query) && (dtype == at::kByte || dtype == query.scalar_type()) &&
            query.size(1) % groups == 0 && fits(key, key_scale, dtype, now) && fits(value, value_scale, dtype, now) &&
            fits(past_key, past_key_scale, dtype, before) && fits(past_value, past_value_scale, dtype, before) &&
            (!starts || (starts->scalar_type() == at::kLong && starts->sizes() == at::DimVector{batch}));
@@ -64,7 +64,7 @@ Tensor cached_attention(
         TorchThreads());
   };
   const auto with_query = [&](auto query_type) {
-    dtype == at::kChar ? run(query_type, int8_t{}) : run(query_type, query_type);
+    dtype == at::kByte ? run(query_type, uint8_t{}) : run(query_type, query_type);
   };
   query.scalar_type() == at::kFloat ? with_query(float{}) : with_query(BFloat16{});
   return out;

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 
+#include "qrows.h"
 #include "tasks.h"
 
 namespace mq_ao {
@@ -29,7 +30,8 @@ struct AttentionShape {
   int64_t keys() const { return past + length; }
 };
 
-// Keys or values (tokens, batch, groups, width), the last axis dense; `scale` (tokens, batch, groups) of 8-bit ones.
+// Keys or values (tokens, batch, groups, width), the last axis dense; `scale` (tokens, batch, groups) of
+// 8-bit ones, whose zero point is 128.
 template <typename T>
 struct Cached {
   const T* data;
@@ -53,15 +55,6 @@ struct AttentionOperands {
   float scaling;
   Query* out;  // (batch, length, heads, width), contiguous
 };
-
-inline Vec load_vector(const float* p, int lanes) { return load(p, lanes); }
-inline Vec load_vector(const BFloat16* p, int lanes) { return load(p, lanes); }
-inline Vec load_vector(const int8_t* p, int lanes) {
-  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  Bytes bytes{};
-  std::memcpy(&bytes, p, size_t(lanes));
-  return __builtin_convertvector(bytes, Vec);
-}
 
 // S floats, repeated in all lanes.
 template <int S>
@@ -187,7 +180,7 @@ class AttentionTask {
   }
 
  private:
-  // Rows of `cached` as floats without their scales; `stride` is what they are apart.
+  // Rows of `cached` as floats; `stride` is what they are apart.
   const float* floats(const Cached<T>& cached, int64_t first, int count, int64_t* stride) {
     if constexpr (std::is_same_v<T, float>) {
       *stride = cached.token;
@@ -196,7 +189,10 @@ class AttentionTask {
       for (int j = 0; j < count; ++j) {
         const T* from = cached.at(first + j, b_, g_);
         float* to = floats_ + j * width_;
-        for_vectors(width_, [&](int64_t d, auto lanes) { store(load_vector(from + d, lanes), to + d, lanes); });
+        if constexpr (std::is_same_v<T, uint8_t>)
+          dequantize(from, Grid(false, cached.scale_at(first + j, b_, g_), 128), width_, to);
+        else
+          for_vectors(width_, [&](int64_t d, auto lanes) { store(load(from + d, lanes), to + d, lanes); });
       }
       *stride = width_;
       return floats_;
@@ -210,20 +206,11 @@ class AttentionTask {
     for_groups<kAttentionTile>(count, [&](auto R, int64_t j) {
       Vec acc[R][V] = {};
       Lanes::accumulate(acc, key + j * stride, stride, S, query_, numbers_);
-      for (int r = 0; r < R; ++r) {
-        const float scale = keys.scale ? keys.scale_at(k - offset + j + r, b_, g_) : 1.0f;
-        for (int v = 0; v < V; ++v)
-          store(sum_neighbours<S>(acc[r][v]) * scale, scores_ + (j + r) * kPanel + v * kLanes);
-      }
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(sum_neighbours<S>(acc[r][v]), scores_ + (j + r) * kPanel + v * kLanes);
     });
     Vec factor[V];
     for (int v = 0; v < V; ++v) factor[v] = weigh(k, count, v * kLanes, sums);
-    if (values.scale)
-      for (int j = 0; j < count; ++j)
-        for (int v = 0; v < V; ++v) {
-          float* at = scores_ + j * kPanel + v * kLanes;
-          store(load(at) * values.scale_at(k - offset + j, b_, g_), at);
-        }
     const float* value = floats(values, k - offset, count, &stride);
     for_groups<kAttentionTile>(numbers_, [&](auto R, int64_t i) {
       float* result = sums.result + i * kPanel;
