@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from mq_ao import models, passes
+from mq_ao import tokenizer as tokenizers
 from mq_ao.backends import BACKENDS, backend_of, get_backend
 from mq_ao.calibration import Calibration, calibrate
 from mq_ao.calibration.calls import Call
@@ -72,6 +73,7 @@ def quantize(
     *,
     backend: str = "inductor",
     scans: Scans | None = None,
+    tokenizer: Any = None,
     progress: bool = False,
 ) -> QuantizedModel:
     """Captures, rewrites, calibrates and converts a trained model.
@@ -88,6 +90,8 @@ def quantize(
         backend: what runs the result: "inductor" (this machine's CPU), "executorch" (a `.pte` for edge devices) or
             "cuda" (a GPU). Activations become the integers that its kernels take.
         scans: the model's own functions that compute a scan; see `mq_ao.export`.
+        tokenizer: of transformers, or its folder or hub id, for programs of a language model to keep, so that they
+            read text. None: the one in the folder that the model comes from, if there is one.
         progress: show progress bars on stderr.
 
     Returns:
@@ -103,7 +107,9 @@ def quantize(
     with ExitStack() as settings:
         settings.enter_context(plain())
         settings.enter_context(using_scans(scans or {}))
-        return _quantized(_opened(model), calibration, chosen, quantizer, progress)
+        kept = _tokenizer(model, tokenizer)
+        quantized = _quantized(_opened(model), calibration, chosen, quantizer, progress)
+        return quantized.keeping(kept) if kept else quantized
 
 
 def _quantized(
@@ -182,6 +188,20 @@ def _batches(inputs: Iterator[Batch], *, keep: bool) -> tuple[Batch, Iterable[Ba
     first = next(inputs)
     batches = chain([first], inputs)
     return first, [*batches] if keep else batches
+
+
+def _tokenizer(model: Any, named: Any) -> dict[str, str]:
+    """Files of the tokenizer that is named, or found where a model comes from; empty if there is none."""
+    if named is not None:
+        return tokenizers.files(named)
+    source = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "name_or_path", None)
+    if not source or not tokenizers.is_beside(source):
+        return {}
+    try:
+        return tokenizers.files(source)
+    except MqAoError as error:
+        logger.warning("programs will not keep the tokenizer: %s", error)
+        return {}
 
 
 def _info(model: nn.Module, graph: GraphModule) -> dict[str, Any]:

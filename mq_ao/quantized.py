@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from mq_ao import tokenizer as tokenizers
 from mq_ao.backends import get_backend
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
@@ -34,6 +35,11 @@ class QuantizedModel:
         self._report = report
         self._info = info
         self._source = source
+
+    def keeping(self, tokenizer: Mapping[str, str]) -> QuantizedModel:
+        """The same, whose programs keep a tokenizer, if they are of a language model."""
+        said = {**self._info, tokenizers.INFO: dict(tokenizer)} if "vocab_size" in self._info else self._info
+        return QuantizedModel(self.converted, self._report, said, self._source)
 
     def report(self, html: str | Path | None = None, *, title: str | None = None) -> Report:
         """What was matched, rewritten, quantized and left out, and why; `print` it.

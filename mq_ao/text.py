@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mq_ao import tokenizer as tokenizers
 from mq_ao.errors import MqAoError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 BYTE_VOCABULARY = 256
 SEPARATOR = 0
 """Byte between documents, and the context of a document's first byte."""
+_CONTEXT = 8
+"""Tokens behind which others are decoded: the longest character has 4 bytes."""
 TOKEN_FILES = frozenset({".npy", ".safetensors"})
 _LONGEST_NAME = 255
 """Characters of a file's name; a longer string without such a file is text."""
@@ -45,8 +48,8 @@ class Codec(Protocol):
     def documents(self, text: bytes) -> list[list[int]]:
         """The text's documents as tokens, each behind the token that starts a document."""
 
-    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of `tokens`, as soon as each piece of it is certain."""
+    def pieces(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """The text of `tokens` that follow those `before`, as soon as each piece of it is certain."""
 
 
 class ByteCodec:
@@ -58,7 +61,7 @@ class ByteCodec:
         """See `Codec`: documents are separated by 0 bytes."""
         return [[SEPARATOR, *document] for document in split_documents(text)]
 
-    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+    def pieces(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
         """See `Codec`: bytes that are no UTF-8 become U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in tokens:
@@ -93,18 +96,33 @@ class TokenizerCodec:
         tokens = self._tokenizer.encode(decoded, add_special_tokens=False)
         return [tokens if start is None else [start, *tokens]]
 
-    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """See `Codec`."""
-        seen: list[int] = []
-        written = 0
+    def pieces(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """See `Codec`.
+
+        A token's text may depend on what it follows: at the start many lose their leading space. So each is decoded
+        behind the last tokens whose text was given.
+        """
+        known = list(before)[-_CONTEXT:]
+        new: list[int] = []
         for token in tokens:
-            seen.append(token)
-            text = self._tokenizer.decode(seen)
+            new.append(token)
+            piece = self._after(known, new)
             # A character may need several tokens; until the last of them it decodes as U+FFFD.
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[written:]
-                written = len(text)
-        yield self._tokenizer.decode(seen)[written:]
+            if piece and not piece.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield piece
+                known, new = (known + new)[-_CONTEXT:], []
+        if new:
+            yield self._after(known, new)
+
+    def _after(self, known: list[int], new: list[int]) -> str:
+        text: str = self._tokenizer.decode(known + new)
+        return text[len(self._tokenizer.decode(known)) :]
+
+
+def codec_of_program(program: Any) -> Codec | None:
+    """That of the tokenizer that a program keeps, or None if it keeps none."""
+    kept = getattr(program, "info", {}).get(tokenizers.INFO)
+    return None if kept is None else TokenizerCodec(tokenizers.restored(kept))
 
 
 def codec_for(vocab_size: int, tokenizer: str | Path | None = None, source: str | Path | None = None) -> Codec | None:
@@ -119,24 +137,10 @@ def codec_for(vocab_size: int, tokenizer: str | Path | None = None, source: str 
         MqAoError: the tokenizer cannot be loaded.
     """
     if tokenizer is not None:
-        return TokenizerCodec(_load_tokenizer(tokenizer))
-    if source is not None and any((Path(source) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return TokenizerCodec(_load_tokenizer(source))
+        return TokenizerCodec(tokenizers.load(tokenizer))
+    if source is not None and tokenizers.is_beside(source):
+        return TokenizerCodec(tokenizers.load(source))
     return ByteCodec() if vocab_size == BYTE_VOCABULARY else None
-
-
-def _load_tokenizer(source: str | Path) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MqAoError('a tokenizer needs transformers: run pip install "mq-ao[hf]".') from error
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # its errors have no base class in common
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MqAoError(
-            f"the tokenizer {source} cannot be loaded ({reason}): give the folder or hub id of one."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,7 @@ def calibration(
             text, or an iterable of texts or of rows that have one (as those of `datasets`), which is read until there
             are enough tokens. A string that names no file is text if it has several lines or over 255 characters.
         reader: the model's tokenizer (transformers'), or a folder or hub id of it; or the model, where it is byte-level
-            or transformers loaded it from a folder with its tokenizer.
+            or transformers loaded it from a folder with its tokenizer; or a program that keeps one.
         tokens: how many tokens to take, rounded up to a whole window; fewer, with a warning, where there are no more.
         length: tokens in a window; a shorter text is one window.
         batch: windows in a batch.
@@ -313,12 +317,14 @@ _NO_CODEC = "the model's {} tokens are not bytes, and its tokenizer is not besid
 def _codec_of(reader: Any) -> tuple[Codec | None, int | None]:
     """The codec, and the size of the vocabulary where `reader` is a model."""
     if isinstance(reader, str | Path):
-        return TokenizerCodec(_load_tokenizer(reader)), None
+        return TokenizerCodec(tokenizers.load(reader)), None
     config: Any = getattr(reader, "config", None)
     if isinstance(reader, nn.Module) and hasattr(config, "vocab_size"):
         return codec_for(config.vocab_size, source=getattr(config, "name_or_path", None) or None), config.vocab_size
     if hasattr(reader, "documents"):
         return reader, None
+    if (codec := codec_of_program(reader)) is not None:
+        return codec, reader.info.get("vocab_size")
     if hasattr(reader, "encode"):
         return TokenizerCodec(reader), None
     raise MqAoError(f"{type(reader).__name__} cannot read text: give the model's tokenizer, or a byte-level model.")

@@ -132,7 +132,10 @@ def kernel_name(operator: str) -> str:
 
 def said(info: Mapping[str, Any]) -> dict[str, Any]:
     """What a program says of itself, for a table of properties: how it is called in words, without what is counted."""
-    shown = {key: value for key, value in info.items() if key not in ("integer_kernels", "methods", "signature")}
+    unsaid = ("integer_kernels", "methods", "signature", "tokenizer")
+    shown = {key: value for key, value in info.items() if key not in unsaid}
+    if "tokenizer" in info:
+        shown["tokenizer"] = "kept"
     if "signature" in info:
         from mq_ao.lowering.signature import Signature
 

@@ -50,7 +50,7 @@ def generate(
     run = getattr(opened.run, "prefill", opened.step)
     sys.stdout.write(prompt)
     tokens = (int(token) for token in stream(run, ids, max_new_tokens, sampling))
-    for piece in codec.pieces(tokens):
+    for piece in codec.pieces(tokens, ids[0].tolist()):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

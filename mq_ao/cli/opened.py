@@ -55,8 +55,10 @@ class Opened:
     @cached_property
     def codec(self) -> Codec | None:
         """How it reads text; None if there is no way to tell."""
-        from mq_ao.text import codec_for
+        from mq_ao.text import codec_for, codec_of_program
 
+        if self.tokenizer is None and (kept := codec_of_program(self.run)) is not None:
+            return kept
         return codec_for(self.vocab_size, self.tokenizer, self.source)
 
     @property

@@ -68,6 +68,7 @@ def quantize(
         from mq_ao.models import demo
         from mq_ao.recipes import get_recipe
         from mq_ao.text import TOKEN_FILES, calibration_batches, read_tokens
+        from mq_ao.tokenizer import is_beside
 
         if report is not None:
             import_module("mq_ao.report.page")  # before anything takes long: it says what it lacks
@@ -81,7 +82,8 @@ def quantize(
     opened = Opened(model, loaded, loaded.config.vocab_size, tokenizer)
     codec = None if calibration.suffix in TOKEN_FILES else opened.codec
     batches = calibration_batches(read_tokens(calibration, opened.vocab_size, codec), tokens)
-    quantized = api.quantize(loaded, batches, chosen, backend=backend, progress=True)
+    named = tokenizer or (model if is_beside(model) else None)
+    quantized = api.quantize(loaded, batches, chosen, backend=backend, tokenizer=named, progress=True)
     err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
     if report is not None:
         with step("writing the report"):
