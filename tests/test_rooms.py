@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 HOMES = {"mq_ao": ROOT / "mq_ao", "mq_ao.quantizer": ROOT / "quantizer", "mq_ao.lowering": ROOT / "lowering"}
 
-ANYWHERE = "arrays backends compat errors extras checks files logs memory modes progress turns version"
+ANYWHERE = "arrays backends compat errors extras checks files logs memory modes progress tokenizer turns version"
 """Files that know nothing of models and graphs: all may import them, and they import none of ours but `errors`."""
 GRAPHS = "ops graph statistics passes quantizer"
 MAY_IMPORT = {
