@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mq_ao.models.generate import Sampling, generate, stream
-from mq_ao.models.token_inputs import refuse_mask
+from mq_ao.models.states import States
 
 
 class LoweredProgram(ABC):
@@ -50,9 +50,17 @@ class GeneratingProgram(LoweredProgram):
     def step(self, ids: Tensor, *states: Any) -> tuple[Any, ...]:
         """Logits of the last of some tokens, and the states after them; without states, the tokens are a prompt."""
 
-    def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
+    @property
+    def carried(self) -> States | None:
+        """The states that `step` takes and gives, where rows of several calls can be put together."""
+        return None
+
+    def stream(
+        self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None, *, attention_mask: Any = None
+    ) -> Iterator[Tensor]:
         """Yields the next tokens one by one; see `models.generate.stream`."""
-        return stream(self.step, input_ids, max_new_tokens, self._within(sampling))
+        mask: dict[str, Any] = {"attention_mask": attention_mask, "states": self.carried}
+        return stream(self.step, input_ids, max_new_tokens, self._within(sampling), **mask)
 
     def generate(
         self,
@@ -60,11 +68,11 @@ class GeneratingProgram(LoweredProgram):
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         *,
-        attention_mask: None = None,
+        attention_mask: Any = None,
     ) -> Tensor:
         """Prompt and continuation; see `models.generate.generate`."""
-        refuse_mask(attention_mask)
-        return generate(self.step, input_ids, max_new_tokens, self._within(sampling))
+        mask: dict[str, Any] = {"attention_mask": attention_mask, "states": self.carried}
+        return generate(self.step, input_ids, max_new_tokens, self._within(sampling), **mask)
 
     def _within(self, sampling: Sampling | None) -> Sampling:
         """Sampling that keeps to the tokens that a tokenizer knows, where the program tells their number."""

@@ -93,6 +93,11 @@ class StatefulProgram(GeneratingProgram):
         logits, given = self._call("decode", ids, self.states.check(len(ids), states))
         return logits, *given
 
+    @property
+    def carried(self) -> States:
+        """See `GeneratingProgram.carried`."""
+        return self.states
+
     def step(self, ids: Tensor, *states: Any) -> Result:
         """See `GeneratingProgram.step`: after the prompt, tokens and states came from here and are not checked."""
         if not states:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mq_ao.errors import MqAoError
-from mq_ao.models.generate import Step
+from mq_ao.models.prompts import Step
 from mq_ao.text import TokenText, byte_text
 
 

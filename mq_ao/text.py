@@ -45,6 +45,10 @@ class Codec(Protocol):
     def known_tokens(self) -> int:
         """Tokens that have a text: the ids below this number. A model's vocabulary may be padded to more."""
 
+    @property
+    def end_token(self) -> int | None:
+        """The token with which what a model writes ends; None: there is none."""
+
     def documents(self, text: bytes) -> list[list[int]]:
         """The text's documents as tokens, each behind the token that starts a document."""
 
@@ -56,6 +60,7 @@ class ByteCodec:
     """Tokens are bytes; a 0 byte starts a document and ends it."""
 
     known_tokens = BYTE_VOCABULARY
+    end_token = None
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: documents are separated by 0 bytes."""
@@ -83,6 +88,12 @@ class TokenizerCodec:
     def known_tokens(self) -> int:
         """See `Codec`."""
         return 1 + max(self._tokenizer.get_vocab().values())
+
+    @property
+    def end_token(self) -> int | None:
+        """See `Codec`."""
+        end: int | None = self._tokenizer.eos_token_id
+        return end
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: the whole text is one document."""

@@ -404,3 +404,18 @@ def test_generate_writes_no_tokens_that_the_tokenizer_does_not_know(mq_ao: Comma
     assert run.code == 0, run.err
     assert run.out.startswith("a b") and run.out.endswith("\n")
     assert len(run.out.removeprefix("a b").split()) == 30  # ids that it does not know have no text
+
+
+def test_generate_stops_at_the_end_of_the_text(mq_ao: CommandLine, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<e>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(vocab_size=4, d_model=16, n_layer=1, d_state=4, tie_embeddings=False))
+    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>").save_pretrained(tmp_path)
+    run = mq_ao("generate", tmp_path, "--prompt", "a b", "-n", "200", "--temperature", "2")
+    assert run.code == 0, run.err
+    assert "<e>" not in run.out
+    assert 2 <= len(run.out.split()) < 100

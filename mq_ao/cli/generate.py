@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -23,7 +24,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
 ) -> None:
-    """Continue a prompt; the text is written to stdout as it is made.
+    """Continue a prompt until the tokenizer's end of text; the text is written to stdout as it is made.
 
     [bold]Examples[/bold]
 
@@ -40,7 +41,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_any(model, tokenizer, states=True)
     codec = opened.needed_codec
-    sampling = sampling.within(opened.known_tokens).within(codec.known_tokens)
+    sampling = replace(sampling.within(opened.known_tokens).within(codec.known_tokens), eos_token_id=codec.end_token)
     ids = torch.tensor(codec.documents(prompt.encode())[-1:])
     if int(ids.max()) >= opened.vocab_size:
         raise MqAoError(
@@ -49,7 +50,7 @@ def generate(
     # A program computes one row of logits for the prompt, the float model all of them.
     run = getattr(opened.run, "prefill", opened.step)
     sys.stdout.write(prompt)
-    tokens = (int(token) for token in stream(run, ids, max_new_tokens, sampling))
+    tokens = (int(token) for token in stream(run, ids, max_new_tokens, sampling) if int(token) != codec.end_token)
     for piece in codec.pieces(tokens, ids[0].tolist()):
         sys.stdout.write(piece)
         sys.stdout.flush()

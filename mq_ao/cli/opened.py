@@ -12,8 +12,8 @@ from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
     from mq_ao.models import Logits, MambaLM
-    from mq_ao.models.generate import Step
     from mq_ao.models.program_interface import LanguageProgram, Program
+    from mq_ao.models.prompts import Step
     from mq_ao.text import Codec
 
 MODEL_HELP = '"demo", a folder (transformers, mamba_ssm or mq-ao layout), or a hub id.'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,14 @@ from torch import Tensor
 
 from mq_ao import checks
 from mq_ao.errors import MqAoError
+from mq_ao.models.prompts import Ragged, Step, lengths
+from mq_ao.models.states import States
 from mq_ao.models.token_inputs import token_ids
-
-Step = Callable[..., tuple[Any, ...]]
-"""`(input_ids, *states) -> (logits, *states)`; without states, the tokens are a prompt."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The default is greedy.
+    """How the next token is chosen, and where a sequence ends. The default is greedy, and has no end.
 
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it.
@@ -29,6 +28,8 @@ class Sampling:
         seed: seed of the draw; None draws a fresh one.
         known_tokens: only ids below it are chosen; None: any that there is a logit for. Vocabularies are padded to
             sizes that hardware likes, and a tokenizer does not know the ids beyond its own.
+        eos_token_id: a sequence ends with this token, or one of these; None: none ends.
+        pad_token_id: what follows in a batch whose other sequences have not ended; None: the first `eos_token_id`.
     """
 
     temperature: float = 0.0
@@ -36,6 +37,8 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = 0
     known_tokens: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         checks.number(self.temperature, "temperature", 0, sys.float_info.max)
@@ -46,6 +49,17 @@ class Sampling:
             checks.whole(self.seed, "seed", -(2**63), 2**64 - 1)  # what torch takes
         if self.known_tokens is not None:
             checks.whole(self.known_tokens, "known_tokens", 1)
+        for token in self.ends:
+            checks.whole(token, "eos_token_id", 0)
+        if self.pad_token_id is not None:
+            checks.whole(self.pad_token_id, "pad_token_id", 0)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens with which a sequence ends."""
+        if self.eos_token_id is None:
+            return ()
+        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, Iterable) else (self.eos_token_id,)
 
     def within(self, known_tokens: int | None) -> Sampling:
         """The same, that keeps to so many tokens too; None: to none more."""
@@ -85,35 +99,65 @@ def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 @torch.no_grad()
-def stream(step: Step, input_ids: Tensor, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
-    """Yields the next tokens one by one, each (batch, 1) int64.
+def stream(
+    step: Step,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    attention_mask: Any = None,
+    states: States | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next tokens one by one, each (batch, 1) int64, until every sequence has ended.
 
     Args:
         step: the model or lowered program.
         input_ids: prompt, (batch, length) integers, length at least 1; see `token_inputs.token_ids`.
-        max_new_tokens: how many tokens to yield.
+        max_new_tokens: how many tokens to yield at most.
         sampling: greedy if None.
+        attention_mask: of the prompt's shape, 0 for padding on the left; each row goes on as it would alone. None:
+            there is no padding.
+        states: what `step` carries, so that rows of different lengths can go on as one batch.
 
     Raises:
-        MqAoError: the prompt is empty or not (batch, length) integers, or max_new_tokens is negative.
+        MqAoError: the prompt is empty or not (batch, length) integers, max_new_tokens is negative, or the mask is not
+            as above.
     """
     input_ids = token_ids(input_ids, what="the prompt")
     if max_new_tokens < 0:
         raise MqAoError(f"max_new_tokens is {max_new_tokens}: give 0 or a positive number.")
+    counts = lengths(input_ids, attention_mask)
+    run = Ragged(step, counts, states) if len(set(counts)) > 1 else step
     sampling = sampling or Sampling()
     generator: torch.Generator | None = None
-    states: list[Any] = []
-    tokens = input_ids
+    carried: list[Any] = []
+    tokens = input_ids[:, -max(counts) :]
+    ended = torch.zeros(len(tokens), 1, dtype=torch.bool)
     for _ in range(max_new_tokens):
-        logits, *states = step(tokens, *states)
+        logits, *carried = run(tokens, *carried)
         # A program may give its logits on another device than that of the prompt.
         generator = generator or sampling.generator(logits.device)
         tokens = sampling.choose(logits[:, -1], generator)
+        if sampling.ends:
+            ended = ended.to(tokens.device)
+            fill = sampling.ends[0] if sampling.pad_token_id is None else sampling.pad_token_id
+            tokens = torch.where(ended, fill, tokens)
+            ended = ended | torch.isin(tokens, torch.tensor(sampling.ends, device=tokens.device))
         yield tokens
+        if sampling.ends and ended.all():
+            return
 
 
-def generate(step: Step, input_ids: Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None) -> Tensor:
-    """Prompt and continuation: (batch, length) -> (batch, length + max_new_tokens) int64; see `stream`."""
+def generate(
+    step: Step,
+    input_ids: Tensor,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    *,
+    attention_mask: Any = None,
+    states: States | None = None,
+) -> Tensor:
+    """Prompt and continuation: (batch, length) -> (batch, length + at most max_new_tokens) int64; see `stream`."""
     input_ids = token_ids(input_ids, what="the prompt")
-    following = [tokens.to(input_ids.device) for tokens in stream(step, input_ids, max_new_tokens, sampling)]
-    return torch.cat([input_ids, *following], dim=1)
+    following = stream(step, input_ids, max_new_tokens, sampling, attention_mask=attention_mask, states=states)
+    return torch.cat([input_ids, *(tokens.to(input_ids.device) for tokens in following)], dim=1)

@@ -242,16 +242,17 @@ class MambaLM(nn.Module):
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         *,
-        attention_mask: None = None,
+        attention_mask: Any = None,
     ) -> Tensor:
         """Continues `input_ids` (batch, length); see `models.generate.generate`.
 
         Raises:
-            MqAoError: the prompt is empty, not (batch, length) integers, or outside the vocabulary; or there is a mask.
+            MqAoError: the prompt is empty, not (batch, length) integers, or outside the vocabulary; or the mask does
+                not say what is padding on the left.
         """
-        refuse_mask(attention_mask)
         ids = token_ids(input_ids, self.config.vocab_size, "the prompt")
-        return generate(self, ids, max_new_tokens, (sampling or Sampling()).within(self.known_tokens))
+        chosen = (sampling or Sampling()).within(self.known_tokens)
+        return generate(self, ids, max_new_tokens, chosen, attention_mask=attention_mask, states=self._states)
 
     @property
     def known_tokens(self) -> int | None:

@@ -37,7 +37,7 @@ class LanguageProgram(Program, Protocol):
     """A lowered language model with states; see `InductorProgram`, `CudaProgram` and `ExecutorchProgram`.
 
     Token ids are (batch, length) integers: a tensor of any width, a numpy array, or lists. All sequences of a batch
-    have one length: there is no padding, and an attention mask is refused.
+    have one length; `generate` and `stream` alone take prompts that are padded on the left, with their mask.
     """
 
     def __call__(self, input_ids: Any, *states: Any, attention_mask: None = None) -> tuple[Any, ...]:
@@ -49,7 +49,9 @@ class LanguageProgram(Program, Protocol):
     def decode(self, input_ids: Any, *states: Any) -> tuple[Any, ...]:
         """One token a sequence: (batch, 1) -> logits (batch, 1, vocab_size), and the states."""
 
-    def stream(self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[Tensor]:
+    def stream(
+        self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None, *, attention_mask: Any = None
+    ) -> Iterator[Tensor]:
         """Yields the next tokens one by one."""
 
     def generate(
@@ -58,7 +60,7 @@ class LanguageProgram(Program, Protocol):
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         *,
-        attention_mask: None = None,
+        attention_mask: Any = None,
     ) -> Tensor:
         """Prompt and continuation."""
 

@@ -160,6 +160,19 @@ class States:
         triples = zip(self.items, before, given, strict=True)
         return tuple(item.after(old, new) for item, old, new in triples)
 
+    def joined(self, parts: Sequence[Sequence[Tensor]], places: Tensor) -> tuple[Tensor, ...]:
+        """States of several batches as one; none may grow.
+
+        Args:
+            parts: the states of each.
+            places: where each row of the result is, when the batches are put one behind the other.
+        """
+        result = []
+        for item, pieces in zip(self.items, zip(*parts, strict=True), strict=True):
+            together = torch.cat(pieces, dim=item.batch_axis)
+            result.append(together.index_select(item.batch_axis, places.to(together.device)))
+        return tuple(result)
+
 
 def tensors(states: Sequence[Value]) -> list[Tensor]:
     """States as tensors."""

@@ -70,7 +70,7 @@ def refuse_mask(attention_mask: Any) -> None:
     if attention_mask is not None:
         raise MqAoError(
             "this model takes no attention_mask: padding would change its states. Give sequences of one length, or one "
-            "after the other, and leave the mask out."
+            "after the other, and leave the mask out; generate takes prompts that are padded on the left."
         )
 
 
