@@ -56,6 +56,7 @@ class Kernels:
         group_scale: dtype in which it keeps the scales of groups.
         scans: the scans that it has an operator for.
         any_states: whether its programs carry whatever states a language model has; if not, those of a `MambaLM`.
+        experts: activations that it has a kernel for where each row has a weight of its own.
     """
 
     backend: str
@@ -68,6 +69,7 @@ class Kernels:
     group_scale: torch.dtype = torch.float32
     scans: frozenset[object] = walk.ANY_SCAN
     any_states: bool = False
+    experts: frozenset[Activation] = frozenset()
 
 
 def check_executable(kernels: Kernels, role: Role, spec: RoleSpec) -> None:

@@ -190,8 +190,16 @@ class MambaQuantizer(Quantizer):
                 )
 
     def _spec(self, role: Role, node: Node) -> RoleSpec | None:
-        if node.target in _WITHOUT_KERNEL:
-            return None
+        asked = self._asked(role, node)
+        return None if self._lack(node, asked) else asked
+
+    def _lack(self, node: Node, spec: RoleSpec | None) -> str | None:
+        """Why a node stays in float whatever was asked for."""
+        if spec is not None and node.target in walk.EXPERTS and spec.activation not in self.kernels.experts:
+            return f"backend {self.kernels.backend!r} has no integer kernel for experts with {spec.input}"
+        return _WITHOUT_KERNEL.get(node.target)
+
+    def _asked(self, role: Role, node: Node) -> RoleSpec | None:
         path = module_path(node)
         names = [name for name in self._modules if _inside(path, name)]
         if names:
@@ -206,7 +214,7 @@ class MambaQuantizer(Quantizer):
     ) -> Decision:
         path, spec = module_path(node), self._spec(role, node)
         if spec is None:
-            return Decision(node.name, path, role, False, _WITHOUT_KERNEL.get(node.target, _OFF))
+            return Decision(node.name, path, role, False, self._lack(node, self._asked(role, node)) or _OFF)
         if is_annotated(node):
             return Decision(node.name, path, role, False, "already annotated by another quantizer")
         if operands is not None:

@@ -16,4 +16,9 @@ ROLES = {
     Role.STATE: frozenset({Activation.STATIC}),
     Role.CARRIED_STATE: frozenset({Activation.STATIC}),
 }
-KERNELS = Kernels("inductor", {**ROLES, Role.KV_CACHE: frozenset({Activation.PER_TOKEN})}, any_states=True)
+KERNELS = Kernels(
+    "inductor",
+    {**ROLES, Role.KV_CACHE: frozenset({Activation.PER_TOKEN})},
+    any_states=True,
+    experts=frozenset({Activation.STATIC, Activation.PER_TOKEN}),
+)

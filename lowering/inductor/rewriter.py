@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
+from mq_ao.graph.views import Experts
 from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, each
 from mq_ao.lowering.inductor.kernels import KERNELS
 from mq_ao.lowering.inductor.kv_cache import hold_integers
@@ -22,6 +23,8 @@ INTEGER_KERNELS = frozenset(
         mq.linear_packed.default,
         mq.linear_packed_per_token.default,
         mq.linear_packed_weight_only.default,
+        mq.expert_linear_packed.default,
+        mq.expert_linear_packed_per_token.default,
         mq.qcausal_conv1d.default,
         mq.qselective_scan.default,
         mq.qssd_scan.default,
@@ -47,7 +50,7 @@ class Rewriter(LinearRewriter):
     def steps(self) -> Sequence[Step]:
         """A gate is known by what reads it."""
         gates = each({Q_STATIC, mq.quantize_per_token.default}, self._gate)
-        return (*super().steps, gates, each(walk.ATTENTION, self._cache))
+        return (each(walk.EXPERTS, self._experts), *super().steps, gates, each(walk.ATTENTION, self._cache))
 
     def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
         """A product for each piece, if all begin with a panel."""
@@ -87,6 +90,24 @@ class Rewriter(LinearRewriter):
             else:
                 new = self.graph.call_function(mq.qgate_per_token.default, args)
         self.replace(quantize, new)
+
+    def _experts(self, node: Node) -> None:
+        """Integer products of the rows of each expert."""
+        given = Experts.of(node)
+        weight, operand, source = Weight.of(self.module, given.weight), self.operand(given.x), per_token_source(given.x)
+        if weight is None or (source is None and not operand.static):
+            return
+        tokens = None if source is None else self.per_token(source, given.x, mq.quantize_per_token.default)
+        experts = given.ends.meta["val"].shape[0]
+        values, scale = (part.unflatten(0, (experts, -1)) for part in (weight.values, weight.scale))
+        layout = (weight.bits, weight.group_size)
+        with self.graph.inserting_before(node):
+            packed = self.store("packed", torch.stack([mq.linear_prepack(each, *layout) for each in values]))
+            stored = self.store("scale", scale.mT if weight.group_size else scale)
+            kernel = mq.expert_linear_packed if tokens is None else mq.expert_linear_packed_per_token
+            inputs = operand.arguments if tokens is None else tokens
+            product = self.graph.call_function(kernel.default, (*inputs, packed, stored, given.ends, *layout))
+        self.replace(node, product)
 
     def _cache(self, node: Node) -> None:
         """Keys and values in 8 bits."""

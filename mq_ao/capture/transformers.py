@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mq_ao.capture import carrying, norm_functions, scans
 from mq_ao.capture.replacing import Replacement, imported
 from mq_ao.errors import MqAoError
+from mq_ao.ops.expert_linear import expert_linear
 
 
 def replacements(module: nn.Module) -> Iterator[Replacement]:
@@ -34,6 +35,8 @@ def replacements(module: nn.Module) -> Iterator[Replacement]:
     for config in configs.values():
         if getattr(config, "use_cache", False):
             yield Replacement(config, "use_cache", False)
+    if (experts := sys.modules.get("transformers.integrations.moe")) is not None:
+        yield Replacement(experts, "_grouped_mm", grouped_mm)
     if isinstance(module, carrying.Stateful):
         yield from _attention()
     yield from norm_functions.replacements(module, "transformers")
@@ -64,6 +67,11 @@ def _require_functions(name: str, part: nn.Module) -> None:
             f"{name or 'the model'} ({type(part).__name__}) cannot be captured: transformers {version} has no function "
             "for its scan that could be replaced; install transformers 5.15 or newer."
         )
+
+
+def grouped_mm(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """input (rows, K) sorted by expert, weight (experts, K, N), offs (experts,): where the rows of each end."""
+    return expert_linear(input.to(weight.dtype), weight.mT.flatten(0, 1), offs)
 
 
 def causal_conv1d_fn(

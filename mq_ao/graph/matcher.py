@@ -15,7 +15,7 @@ from mq_ao.graph.block import Block, Direction
 from mq_ao.graph.edit import is_constant
 from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.roles import Role
-from mq_ao.graph.views import Conv, Linear, Scan
+from mq_ao.graph.views import Conv, Layer, Linear, Scan
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,10 @@ def match(module: GraphModule) -> Match:
             heads.append(node)
         else:
             linears.append(node)
+    linears += [node for node in walk.calls(module, walk.EXPERTS) if is_constant(Layer.of(node).weight)]
     for node in module.graph.nodes:
         if outside.is_product(node):
-            reason = "a product with constant weights that is no linear, as of experts: it stays in float"
+            reason = "a product with constant weights that is no linear: it stays in float"
             rejected.append(Rejection(node.name, reason))
     embeddings = walk.calls(module, walk.EMBEDDING)
     convolutions = [node for node in walk.calls(module, {torch.ops.mq_ao.causal_conv1d.default}) if node not in taken]

@@ -16,7 +16,7 @@ class Role(StrEnum):
     DT_PROJ = "dt_proj"
     OUT_PROJ = "out_proj"
     LINEAR = "linear"
-    """Any linear outside Mamba blocks but the head: patch embeddings, attention, MLPs."""
+    """Any linear outside Mamba blocks but the head: patch embeddings, attention, MLPs, experts."""
     HEAD = "head"
     EMBEDDING = "embedding"
     SCAN = "scan"

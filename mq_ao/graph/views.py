@@ -68,7 +68,7 @@ class View:
 class Layer(View):
     """Whatever has a weight and one input: indices of rows, for an embedding."""
 
-    operators = walk.LINEAR | walk.CONV | walk.EMBEDDING
+    operators = walk.LINEAR | walk.EXPERTS | walk.CONV | walk.EMBEDDING
 
     x = Argument[Node]("input", "x", "indices")
     weight = Argument[Node]()
@@ -79,6 +79,14 @@ class Linear(Layer):
     """x W^T + b."""
 
     operators = walk.LINEAR
+
+
+class Experts(Layer):
+    """Linears of which each row has one; the weight is (experts * outputs, inputs)."""
+
+    operators = walk.EXPERTS
+
+    ends = Argument[Node]()
 
 
 class Conv(Layer):

@@ -18,6 +18,7 @@ aten = torch.ops.aten
 getitem = operator.getitem
 
 LINEAR = frozenset({aten.linear.default})
+EXPERTS = frozenset({torch.ops.mq_ao.expert_linear.default})
 CONV = frozenset({torch.ops.mq_ao.causal_conv1d.default, aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default})
 EMBEDDING = frozenset({aten.embedding.default})
 SCAN = frozenset({torch.ops.mq_ao.selective_scan.default})

@@ -6,6 +6,7 @@ Native kernels are used at once if they were built before; otherwise the first c
 from mq_ao.ops import (
     cached_attention,
     causal_conv1d,
+    expert_linear,
     gate,
     gpu,
     grids,
@@ -39,6 +40,7 @@ load_cached()
 __all__ = [
     "cached_attention",
     "causal_conv1d",
+    "expert_linear",
     "gate",
     "gpu",
     "grids",

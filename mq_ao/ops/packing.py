@@ -34,7 +34,8 @@ def packed_bytes(n: int, k: int, bits: int = 8, group_size: int = 0) -> int:
     return padded_n * padded_k * bits // 8 + padded_n * 4 * group_count(k, group_size)
 
 
-def _check_layout(n: int, k: int, bits: int, group_size: int) -> None:
+def check_layout(n: int, k: int, bits: int, group_size: int) -> None:
+    """Raises MqAoError unless a linear with `n` outputs and `k` inputs can be packed so."""
     require(
         n >= 1 and 1 <= k <= _MAX_INPUTS,
         f"a quantized linear layer has 1 to {_MAX_INPUTS} inputs and at least 1 output, not {k} and {n}.",
@@ -47,7 +48,7 @@ def _check_layout(n: int, k: int, bits: int, group_size: int) -> None:
 
 
 def _check_packed(packed: Tensor, n: int, k: int, bits: int, group_size: int) -> None:
-    _check_layout(n, k, bits, group_size)
+    check_layout(n, k, bits, group_size)
     size = packed_bytes(n, k, bits, group_size)
     require(
         packed.dtype == torch.int8 and packed.is_contiguous() and packed.numel() == size,
@@ -92,7 +93,7 @@ def _packed(a: Operands) -> Tensor:
         f"linear_prepack takes an int8 weight of shape (outputs, inputs), not {weight.dtype} {tuple(weight.shape)}.",
     )
     n, k = weight.shape
-    _check_layout(n, k, a.bits, a.group_size)
+    check_layout(n, k, a.bits, a.group_size)
     return like(weight, (packed_bytes(n, k, a.bits, a.group_size),))
 
 
