@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mq_ao
 from mq_ao.capture.stateful_export import export_with_states
-from mq_ao.graph import match
+from mq_ao.graph import match, walk
 from mq_ao.graph.residual import streams
 from mq_ao.lowering import inductor
 from mq_ao.lowering.language_graphs import states_of
@@ -39,6 +39,7 @@ class Family:
         linears: linears that run in int8, of `all_linears`.
         all_linears: linears in the graph.
         left_out: reasons why parts stay in float, each once.
+        in_float: number of these parts.
         decodes: how its programs decode with states, or "no".
         capture_error: largest difference of the captured graph to the library's own forward, relative.
         integer_error: relative L2 distance of the integer program to the q/dq simulation.
@@ -51,6 +52,7 @@ class Family:
     linears: int
     all_linears: int
     left_out: tuple[str, ...]
+    in_float: int
     decodes: str
     capture_error: float
     integer_error: float
@@ -106,8 +108,9 @@ def measure(name: str, model: nn.Module, eager: Callable[[Tensor], Tensor], *, d
         simulated, got = quantized.converted(probe), integer.module(probe)
         capture_error = captured.difference(graph(probe), eager(probe))
     decisions = quantized.report().quantization.decisions
-    remaining = integer.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    linears = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    reasons = [item.detail for item in decisions if not item.accepted and item.detail != OFF]
+    remaining = walk.calls(integer.module, walk.LINEAR | walk.EXPERTS)
+    linears = walk.calls(graph, walk.LINEAR | walk.EXPERTS)
     return Family(
         name=name,
         blocks=len(found.blocks),
@@ -115,7 +118,8 @@ def measure(name: str, model: nn.Module, eager: Callable[[Tensor], Tensor], *, d
         rotated=next((_short(problem) for problem in problems if problem), None),
         linears=len(linears) - len(remaining),
         all_linears=len(linears),
-        left_out=tuple(dict.fromkeys(item.detail for item in decisions if not item.accepted and item.detail != OFF)),
+        left_out=tuple(dict.fromkeys(reasons)),
+        in_float=len(reasons),
         decodes=decodes,
         capture_error=capture_error,
         integer_error=float((got - simulated).norm() / simulated.norm()),

@@ -105,7 +105,7 @@ def quantized(name: str, recipe: str = "mambaquant-w8a8") -> Any:
     return mq_ao.quantize(build(name), batches, recipe)
 
 
-@pytest.fixture(scope="module", params=["Bamba", "Jamba, experts", "FalconMamba"])
+@pytest.fixture(scope="module", params=["Bamba", "GraniteMoeHybrid, experts", "FalconMamba"])
 def program(request: pytest.FixtureRequest) -> Iterator[tuple[Any, InductorProgram]]:
     model = quantized(request.param)
     yield model, model.lower()

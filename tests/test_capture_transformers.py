@@ -34,6 +34,39 @@ JAMBA = {
 SSD = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 4}
 MULTIPLIERS = {"ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "ssm_in_multiplier": 1.3, "lm_head_multiplier": 0.5}
 FALCON_H1 = {**HYBRID, **SSD, **MULTIPLIERS, "num_hidden_layers": 2, "mamba_d_ssm": 64, "head_dim": 8}
+GRANITE = {
+    **HYBRID,
+    **SSD,
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "mamba_n_groups": 1,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 48,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+NEMOTRON = {
+    **HYBRID,
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+    "head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 8,
+    "chunk_size": 4,
+}
+NEMOTRON_EXPERTS = {
+    "layers_block_type": ["mamba", "attention", "moe", "mamba"],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 32,
+}
 
 # Name of the model: configuration, and the nodes that the graph must have.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
@@ -50,7 +83,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "Jamba, experts": (
         {**JAMBA, "num_experts": 4},
-        {"selective_scan": 2, "causal_conv1d": 2, "rms_norm": 13, "scaled_dot_product_attention": 1},
+        {"selective_scan": 2, "causal_conv1d": 2, "rms_norm": 13, "expert_linear": 2},
     ),
     # One more norm a block: the gated one.
     "Mamba2": (
@@ -81,34 +114,20 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"ssd_scan": 2, "causal_conv1d": 2, "rms_norm": 7, "scaled_dot_product_attention": 2},
     ),
     "GraniteMoeHybrid": (
-        {
-            **HYBRID,
-            **SSD,
-            "num_hidden_layers": 3,
-            "layer_types": ["mamba", "attention", "mamba"],
-            "mamba_n_groups": 1,
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": 48,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.5,
-            "logits_scaling": 2.0,
-        },
+        GRANITE,
         {"ssd_scan": 2, "causal_conv1d": 2, "rms_norm": 9, "scaled_dot_product_attention": 1},
     ),
+    "GraniteMoeHybrid, experts": (
+        {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"ssd_scan": 2, "causal_conv1d": 2, "rms_norm": 9, "expert_linear": 6},
+    ),
     "NemotronH": (
-        {
-            **HYBRID,
-            "num_hidden_layers": 4,
-            "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
-            "head_dim": 8,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 16,
-            "n_groups": 2,
-            "ssm_state_size": 8,
-            "chunk_size": 4,
-        },
+        NEMOTRON,
         {"ssd_scan": 2, "causal_conv1d": 2, "rms_norm": 7, "scaled_dot_product_attention": 1},
+    ),
+    "NemotronH, experts": (
+        {**NEMOTRON, **NEMOTRON_EXPERTS},
+        {"ssd_scan": 2, "causal_conv1d": 2, "rms_norm": 7, "expert_linear": 2},
     ),
 }
 SCANS = {"selective_scan", "ssd_scan"}

@@ -26,7 +26,7 @@ def measured() -> list[families.Family]:
 def test_every_block_of_every_model_is_matched_and_quantized(measured: list[families.Family]) -> None:
     for family in measured:
         assert family.blocks == family.scans > 0, family.name
-        assert family.linears >= family.all_linears - len(family.left_out), family.name
+        assert family.linears >= family.all_linears - family.in_float, family.name
 
 
 def test_captured_models_equal_the_library_and_integers_equal_their_simulation(

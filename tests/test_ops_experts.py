@@ -109,6 +109,15 @@ def test_floats(case: Case, dtype: torch.dtype, cut: bool) -> None:
     assert ((y.double() - exact).abs() <= (case.k + 1) * torch.finfo(dtype).eps * size).all()
 
 
+@pytest.mark.parametrize("counts", [(3, 0, 5), (0, 2)])
+def test_gradients(counts: tuple[int, ...]) -> None:
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(counts), 4, dtype=torch.float64, generator=gen, requires_grad=True)
+    weight = torch.randn(len(counts) * 3, 4, dtype=torch.float64, generator=gen, requires_grad=True)
+    ends = torch.tensor(counts).cumsum(0)
+    assert torch.autograd.gradcheck(lambda x, weight: ops.expert_linear(x, weight, ends), (x, weight))
+
+
 def test_results_do_not_depend_on_threads() -> None:
     case = Case((40, 0, 1, 70), 200, 96, 8, 0, long=False, seed=1)
     shared, x = case.integers(), case.rows()

@@ -62,6 +62,13 @@ def is_product(node: Node) -> bool:
     return bool(_PRODUCT.search(name)) and any(weights) and not is_constant(node)
 
 
+def _corrects(node: Node) -> bool:
+    """Whether a node adds a constant to scores, as to balance experts, or leaves some out."""
+    if node.target in walk.ADD:
+        return any(map(is_constant, walk.inputs(node)))
+    return node.target in walk.MASKED
+
+
 def _is_router(scores: Node, *, choice: bool = False) -> bool:
     """Whether what some scores choose is more than a result of the graph: it says what is computed next.
 
@@ -73,7 +80,7 @@ def _is_router(scores: Node, *, choice: bool = False) -> bool:
         if user.target in _ORDERED:
             if any(_is_router(part, choice=choice or walk.is_result(part, 1)) for part in user.users):
                 return True
-        elif user.target in _SCORES or walk.is_scaling(user):
+        elif user.target in _SCORES or walk.is_scaling(user) or _corrects(user):
             if _is_router(user, choice=choice or user.target in _CHOICES):
                 return True
         elif choice and user.op != "output":

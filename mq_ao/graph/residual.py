@@ -16,7 +16,7 @@ from mq_ao.graph import walk
 from mq_ao.graph.block import Block
 from mq_ao.graph.edit import channels, is_constant
 from mq_ao.graph.rows import channel_source
-from mq_ao.graph.views import Linear, Norm
+from mq_ao.graph.views import Layer, Linear, Norm
 
 aten = walk.aten
 
@@ -61,6 +61,7 @@ on."""
 
 _SHAPE_ONLY = frozenset(
     {
+        aten._assert_tensor_metadata.default,
         aten.new_empty.default,
         aten.new_full.default,
         aten.new_ones.default,
@@ -79,10 +80,10 @@ class Stream:
 
     Attributes:
         width: number of channels.
-        writers: linears and embeddings whose outputs are in the stream.
+        writers: linears, experts and embeddings whose outputs are in the stream.
         constants: (node, argument's name) of parameters that are added or concatenated, such as position embeddings.
         norms: norms that read the stream; their outputs are in it too.
-        readers: linears whose inputs are in the stream.
+        readers: linears and experts whose inputs are in the stream.
         problem: why the stream cannot be rotated, or None.
     """
 
@@ -97,7 +98,7 @@ class Stream:
     @property
     def inputs(self) -> list[Node]:
         """The values that the readers read, each once."""
-        return list(dict.fromkeys(Linear.of(reader).x for reader in self.readers))
+        return list(dict.fromkeys(Layer.of(reader).x for reader in self.readers))
 
     @property
     def name(self) -> str:
@@ -143,7 +144,7 @@ def _end(stream: Stream, node: Node, why: str) -> list[Node]:
 
 def _backward(stream: Stream, value: Node) -> list[Node]:
     """What `value` is made of, as far as it lies in the stream."""
-    if value.target in walk.LINEAR | walk.EMBEDDING:
+    if value.target in walk.LINEAR | walk.EXPERTS | walk.EMBEDDING:
         stream.writers.append(value)
         return []
     if value.target in NORM:
@@ -185,9 +186,9 @@ def _operands(stream: Stream, value: Node) -> list[Node]:
 
 def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
     """What `user` makes of `value`, as far as it lies in the stream."""
-    if user in stream._values or user.target in _SHAPE_ONLY:
+    if user in stream._values or looks_only(user, value):
         return []
-    if user.target in walk.LINEAR and Linear.of(user).x is value:
+    if user.target in walk.LINEAR | walk.EXPERTS and Layer.of(user).x is value:
         if user not in stream.readers:
             stream.readers.append(user)
         return []
@@ -202,6 +203,12 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
             return _end(stream, user, _misplaced(user))
         return [user]
     return _end(stream, user, f"{user.target} is not understood")
+
+
+def looks_only(user: Node, value: Node) -> bool:
+    """Whether a user of a value reads its shape or dtype, and no numbers."""
+    as_pattern = user.target == aten.type_as.default and user.args[0] is not value
+    return as_pattern or user.target in _SHAPE_ONLY
 
 
 def _misplaced(node: Node) -> str:

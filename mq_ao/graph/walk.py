@@ -35,7 +35,7 @@ JOINING = frozenset({aten.cat.default, aten.concatenate.default, aten.stack.defa
 NORM = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 SUM = frozenset({aten.sum.dim_IntList})
 PADDED = frozenset({aten.constant_pad_nd.default, aten.pad.default})
-_MASKED = frozenset({aten.masked_fill.Scalar})
+MASKED = frozenset({aten.masked_fill.Scalar})
 
 COPYING = frozenset(
     {
@@ -175,7 +175,7 @@ def is_tokenwise(node: Node) -> bool:
     if node.target in MUL:
         x, factor = node.args[:2]
         return isinstance(x, Node) and isinstance(factor, Node) and _is_of_tokens(factor, x)
-    if node.target in _MASKED:
+    if node.target in MASKED:
         given = arguments(node)
         return not given["value"] and _is_of_tokens(given["mask"], given["self"])
     if node.target in PADDED:

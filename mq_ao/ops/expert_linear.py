@@ -7,11 +7,12 @@ that no row has chosen is not read.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mq_ao.ops.library import require
+from mq_ao.ops.library import require, schemas
 from mq_ao.ops.linear_packed import linear_packed, linear_packed_per_token
 from mq_ao.ops.operator import Operands, like, operator
 from mq_ao.ops.packing import check_layout, group_count, packed_bytes
@@ -71,6 +72,27 @@ def expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     for expert, begin, end in _experts(ends, len(x)):
         y[begin:end] = x[begin:end] @ each[expert].t()
     return y
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
+    each = weight.unflatten(0, (len(ends), -1))
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx = expert_linear(dy, each.mT.flatten(0, 1), ends)
+    if ctx.needs_input_grad[1]:
+        dweight = torch.zeros_like(each)
+        for expert, begin, end in _experts(ends, len(x)):
+            dweight[expert] = dy[begin:end].t() @ x[begin:end]
+        dweight = dweight.flatten(0, 1)
+    return dx, dweight, None
+
+
+torch.library.register_autograd("mq_ao::expert_linear", _backward, setup_context=_setup_context, lib=schemas)
 
 
 def _packed(x: Tensor, a: Operands) -> Tensor:

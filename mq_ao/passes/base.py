@@ -17,7 +17,7 @@ from mq_ao.errors import MqAoError, Unsuitable
 from mq_ao.graph import Block, Direction, edit, match, walk
 from mq_ao.graph.residual import Stream, streams
 from mq_ao.graph.rows import Rows
-from mq_ao.graph.views import Layer, Linear
+from mq_ao.graph.views import Layer
 from mq_ao.memory import release
 from mq_ao.ops import hadamard_matrix
 from mq_ao.passes.options import checked
@@ -197,7 +197,7 @@ class Rewrite:
 
     def largest_by_column(self, linear: Node) -> Tensor:
         """Largest magnitude of every input channel of a linear's weight, (inputs,) float64."""
-        weight = edit.constant(self.module, Linear.of(linear).weight)
+        weight = edit.constant(self.module, Layer.of(linear).weight)
         low, high = torch.aminmax(weight, dim=0)
         return torch.maximum(-low, high).double()
 

@@ -6,10 +6,10 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
 from mq_ao.graph.edit import channels
-from mq_ao.graph.residual import MOVING, NORM, SELECTING, keeps_channels, normalised
+from mq_ao.graph.residual import MOVING, NORM, SELECTING, keeps_channels, looks_only, normalised
 from mq_ao.graph.views import Norm
 
-_ONWARD = SELECTING | MOVING | {walk.aten.mean.dim, walk.aten.flip.default}
+_ONWARD = SELECTING | MOVING | {walk.aten.mean.dim, walk.aten.flip.default, walk.aten.index.Tensor}
 """With these along other axes than the channels, weight and bias of a norm may still be applied afterwards."""
 
 
@@ -19,15 +19,20 @@ def norms(module: GraphModule) -> list[Node]:
 
 
 def readers_of(norm: Node) -> list[Node] | str:
-    """The linears that read the norm's output, perhaps in part; or the reason why something else does."""
+    """The linears and experts that read the norm's output, perhaps in part; or the reason why something else does."""
     readers: dict[Node, None] = {}
     # A bias would have to be scaled on its way into the linear.
     biased = Norm.of(norm).bias is not None
     pending = [norm]
     while pending:
-        for reader in pending.pop().users:
+        value = pending.pop()
+        for reader in value.users:
+            if looks_only(reader, value):
+                continue
             moves = reader.target in _ONWARD and keeps_channels(reader, channels(norm))
-            if reader.target in walk.LINEAR:
+            if reader.target in walk.EXPERTS and biased:
+                return f"{norm.name} has a bias, and is also read by {reader.name}, which takes none"
+            if reader.target in walk.LINEAR | walk.EXPERTS:
                 readers[reader] = None
             elif moves or ((walk.is_scaling(reader) or walk.is_tokenwise(reader)) and not biased):
                 pending.append(reader)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mq_ao.graph import edit, walk
 from mq_ao.graph.residual import Stream
 from mq_ao.graph.rows import Rows
-from mq_ao.graph.views import Norm
+from mq_ao.graph.views import Layer, Norm
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.klt import Basis, rotation
 from mq_ao.statistics import ChannelStatistics, Request
@@ -60,8 +60,10 @@ class RotateResidual(Pass):
 def change_basis(rewrite: Rewrite, stream: Stream, matrix: Tensor) -> None:
     """Multiplies everything that writes into a stream by `matrix`."""
     for writer in stream.writers:
-        if writer.target in walk.LINEAR:
-            rewrite.rotate_rows(Rows(writer, 0, stream.width), matrix)
+        if writer.target in walk.LINEAR | walk.EXPERTS:
+            outputs = edit.constant(rewrite.module, Layer.of(writer).weight).shape[0]
+            for first in range(0, outputs, stream.width):  # of each expert
+                rewrite.rotate_rows(Rows(writer, first, first + stream.width), matrix)
             continue
         rewrite.change_rows(writer, lambda rows: rows @ matrix)
     for node, name in stream.constants:
