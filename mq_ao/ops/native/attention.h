@@ -3,8 +3,9 @@
 // Query rows lie in the vector lanes, those of heads that share keys side by side. Keys and values then are what each
 // product reads one number at a time, so they are used as they lie in memory: nothing is transposed. Where rows do not
 // fill a vector, as of a single token, each takes S lanes: lane s of them has the numbers s, S + s, 2 S + s, ... of a
-// row, and S numbers of a key are read at a time. Scores exist for kAttentionBlock keys only; the greatest score of a row, the
-// sum of its weights and its result are carried from block to block (Milakov and Gimelshein 2018; Dao and others 2022).
+// row, and S numbers of a key are read at a time. Scores exist for kAttentionBlock keys only; the greatest score of a
+// row, the sum of its weights and its result are carried from block to block (Milakov and Gimelshein 2018; Dao and
+// others 2022).
 // Where few rows meet many keys, ranges of keys are tasks of their own, and their results are added up at the end. How
 // work is cut depends on shapes alone, so results do not depend on the number of threads.
 #pragma once
@@ -94,7 +95,7 @@ struct AttentionLanes {
   static constexpr int kVectors = V, kShare = S;
   static constexpr int64_t kPanel = V * kLanes, kRows = kPanel / S;
 
-  // acc[i][v] += sum_k left[i * row + k * step ...] right[k][v] over `count` k.
+  // acc[i][v] += sum_k left[i * row + k * step] right[k][v] over `count` k, where a row of `left` has S numbers.
   template <int R>
   static void accumulate(Vec (&acc)[R][V], const float* left, int64_t row, int64_t step, const float* right,
                          int64_t count) {

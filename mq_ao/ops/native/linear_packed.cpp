@@ -5,14 +5,16 @@
 namespace mq_ao {
 namespace {
 
-Tensor linear_packed(const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& packed, const Tensor& weight_scale,
-               const OptionalTensor& bias, std::optional<double> out_scale, int64_t out_zero_point, int64_t bits,
-               int64_t group_size) {
+Tensor linear_packed(
+    const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& packed, const Tensor& weight_scale,
+    const OptionalTensor& bias, std::optional<double> out_scale, int64_t out_zero_point, int64_t bits,
+    int64_t group_size) {
   const Layout l = layout_of(x, weight_scale, bits, group_size);
   if (x.scalar_type() != at::kByte || !is_linear(l, packed, weight_scale, bias) || !is_zero_point(x_zero_point) ||
       !is_output(out_scale, out_zero_point)) {
-    return call_reference<decltype(linear_packed)>("linear_packed", x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale,
-                                             out_zero_point, bits, group_size);
+    return call_reference<decltype(linear_packed)>(
+        "linear_packed", x, x_scale, x_zero_point, packed, weight_scale, bias, out_scale, out_zero_point, bits,
+        group_size);
   }
   at::DataPtr storage;
   const Tensor rows = as_rows(x);
@@ -40,16 +42,16 @@ std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
   return {q, scale};
 }
 
-Tensor linear_packed_per_token(const Tensor& q, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
-                         const OptionalTensor& bias, std::optional<double> out_scale, int64_t out_zero_point,
-                         int64_t bits, int64_t group_size) {
+Tensor linear_packed_per_token(
+    const Tensor& q, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias,
+    std::optional<double> out_scale, int64_t out_zero_point, int64_t bits, int64_t group_size) {
   const Layout l = layout_of(q, weight_scale, bits, group_size);
   at::DimVector scale_sizes(q.sizes());
   if (!scale_sizes.empty()) scale_sizes.back() = 1;
   if (q.scalar_type() != at::kByte || !is_linear(l, packed, weight_scale, bias) ||
       scale.scalar_type() != at::kFloat || scale.sizes() != scale_sizes || !is_output(out_scale, out_zero_point)) {
-    return call_reference<decltype(linear_packed_per_token)>("linear_packed_per_token", q, scale, packed, weight_scale, bias,
-                                                       out_scale, out_zero_point, bits, group_size);
+    return call_reference<decltype(linear_packed_per_token)>(
+        "linear_packed_per_token", q, scale, packed, weight_scale, bias, out_scale, out_zero_point, bits, group_size);
   }
   at::DataPtr storage;
   const Tensor rows = as_rows(q), scales = scale.contiguous();

@@ -8,11 +8,13 @@
 namespace mq_ao {
 namespace {
 
-Tensor linear_packed_weight_only(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias,
-               int64_t bits, int64_t group_size) {
+Tensor linear_packed_weight_only(
+    const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias, int64_t bits,
+    int64_t group_size) {
   const Layout l = layout_of(x, weight_scale, bits, group_size);
   if (!is_native_dtype(x) || !is_linear(l, packed, weight_scale, bias)) {
-    return call_reference<decltype(linear_packed_weight_only)>("linear_packed_weight_only", x, packed, weight_scale, bias, bits, group_size);
+    return call_reference<decltype(linear_packed_weight_only)>(
+        "linear_packed_weight_only", x, packed, weight_scale, bias, bits, group_size);
   }
   constexpr int64_t kPlanes = 3;
   const Tensor rows = as_rows(x);
