@@ -35,6 +35,7 @@ from mq_ao.graph.buffers import written
 from mq_ao.graph.partial import Batch
 from mq_ao.lowering.language_graphs import find_states, head_of
 from mq_ao.lowering.patterns import DEQUANTIZE
+from mq_ao.lowering.stateful_graph import StatefulGraph
 from mq_ao.memory import release
 from mq_ao.models import Logits, MambaLM
 from mq_ao.models.program_interface import LanguageProgram
@@ -176,6 +177,21 @@ def _with_states(model: nn.Module, first: Call) -> GraphModule | None:
     except MqAoError as error:
         logger.warning("captured without states, so that programs cannot decode token by token: %s", error)
         return None
+
+
+@in_turn
+@plain()
+def generating(model: nn.Module) -> StatefulGraph:
+    """A float language model of transformers that goes on from its states, captured.
+
+    Raises:
+        MqAoError: it carries none, or such as cannot be captured.
+    """
+    inner = _inner(model)
+    if not carries_states(inner):
+        raise MqAoError(f"{type(inner).__name__} has no states that it could go on from, and cannot generate.")
+    with in_float32(inner):
+        return StatefulGraph(export_with_states(inner).module(check_guards=False))
 
 
 def _inner(model: nn.Module) -> nn.Module:

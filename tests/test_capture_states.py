@@ -21,9 +21,8 @@ from mq_ao.capture.carrying import Carried
 from mq_ao.capture.stateful_export import export_with_states
 from mq_ao.graph import match
 from mq_ao.lowering.inductor import InductorProgram
-from mq_ao.lowering.language_graphs import states_of
+from mq_ao.lowering.stateful_graph import StatefulGraph
 from mq_ao.models.generate import generate
-from mq_ao.models.states import States, tensors
 from tests.captured import difference
 from tests.test_capture_transformers import MODELS, VOCAB, build
 
@@ -38,19 +37,6 @@ FLIPPED_STEPS = 2e-2
 def captured(name: str) -> tuple[nn.Module, GraphModule]:
     model = build(name)
     return model, export_with_states(model).module(check_guards=False)
-
-
-class Steps:
-    """A graph with states as something that generates."""
-
-    def __init__(self, graph: GraphModule, states: States | None = None) -> None:
-        self.graph, self.states = graph, states or states_of(graph)
-
-    @torch.no_grad()
-    def __call__(self, ids: Tensor, *states: Any) -> tuple[Any, ...]:
-        given = states or self.states.zeros(len(ids))
-        logits, *new = self.graph(ids, *tensors(given))
-        return logits, *self.states.after(given, new)
 
 
 def ids_of(*shape: int, seed: int = 0) -> Tensor:
@@ -76,7 +62,7 @@ def test_any_pieces_of_a_sequence_give_what_the_model_gives(name: str, data: st.
     ids = ids_of(data.draw(st.integers(1, 3)), sum(lengths), seed=data.draw(st.integers(0, 9)))
     with torch.no_grad():
         wanted = model(ids, use_cache=False).logits
-    assert difference(in_pieces(Steps(graph), ids, lengths), wanted) < CLOSE
+    assert difference(in_pieces(StatefulGraph(graph), ids, lengths), wanted) < CLOSE
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,7 +72,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     # With its cache, transformers 5.23's NemotronH gives other logits than without: what it computes is the latter.
     cached = name != "NemotronH"
     wanted = model.generate(prompt, max_new_tokens=64, do_sample=False, use_cache=cached, eos_token_id=None)
-    assert torch.equal(generate(Steps(graph), prompt, 64), wanted)
+    assert torch.equal(generate(StatefulGraph(graph), prompt, 64), wanted)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,7 +100,7 @@ def program(request: pytest.FixtureRequest) -> Iterator[tuple[Any, InductorProgr
 def test_integer_programs_decode_as_the_simulation(program: tuple[Any, InductorProgram]) -> None:
     model, lowered = program
     ids = ids_of(2, 20, seed=3)
-    wanted = in_pieces(Steps(model.converted), ids, [20])
+    wanted = in_pieces(StatefulGraph(model.converted), ids, [20])
     got = in_pieces(lowered, ids, [9, *[1] * 11])
     assert float((got - wanted).norm() / wanted.norm()) < FLIPPED_STEPS
     assert sum(lowered.integer_kernels.values()) >= 5
@@ -177,7 +163,7 @@ def test_states_that_do_not_fit_are_refused(program: tuple[Any, InductorProgram]
 
 def test_keys_of_another_call_than_the_values_are_refused() -> None:
     _, graph = captured("Bamba")
-    step = Steps(graph)
+    step = StatefulGraph(graph)
     (_, *states), (_, *more) = step(ids_of(2, 5)), step(ids_of(2, 6))
     place = [item.name for item in step.states.items].index("key_1")
     states[place] = more[place]

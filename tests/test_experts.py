@@ -17,9 +17,10 @@ from mq_ao.graph.residual import streams
 from mq_ao.graph.views import Experts
 from mq_ao.lowering import inductor
 from mq_ao.lowering.language_graphs import states_of
+from mq_ao.lowering.stateful_graph import StatefulGraph
 from mq_ao.quantizer import Activation, QuantizationConfig, RoleSpec
 from mq_ao.recipes import get_recipe
-from tests.test_capture_states import Steps, ids_of, in_pieces
+from tests.test_capture_states import ids_of, in_pieces
 from tests.test_capture_transformers import build
 
 NAMES = ("Jamba, experts", "GraniteMoeHybrid, experts", "NemotronH, experts")
@@ -68,8 +69,8 @@ def test_integers_are_those_of_the_simulation(spec: RoleSpec) -> None:
     assert not integer.simulated
     states = states_of(export_with_states(model).module(check_guards=False))
     ids = ids_of(2, 12, seed=3)
-    wanted = in_pieces(Steps(quantized.converted, states), ids, [12])
-    got = in_pieces(Steps(integer.module, states), ids, [5, 1, 6])
+    wanted = in_pieces(StatefulGraph(quantized.converted, states), ids, [12])
+    got = in_pieces(StatefulGraph(integer.module, states), ids, [5, 1, 6])
     # An activation on the border between two integers may fall to either side.
     assert float((got - wanted).norm() / wanted.norm()) < 2e-2
 

@@ -18,13 +18,14 @@ from mq_ao.capture.stateful_export import export_with_states
 from mq_ao.graph import Role
 from mq_ao.lowering.inductor import InductorProgram, rewrite
 from mq_ao.lowering.language_graphs import flat, states_of
+from mq_ao.lowering.stateful_graph import StatefulGraph
 from mq_ao.models.rows import Rows
 from mq_ao.models.states import tensors
 from mq_ao.quantizer import Activation, MambaQuantizer, QuantizationConfig, RoleSpec
 from mq_ao.quantizer.cached_rows import cached_rows
 from mq_ao.recipe_files import from_dict, to_dict
 from mq_ao.recipes import get_recipe
-from tests.test_capture_states import Steps, ids_of, in_pieces
+from tests.test_capture_states import ids_of, in_pieces
 from tests.test_capture_transformers import build
 
 PER_TOKEN = RoleSpec(Activation.PER_TOKEN)
@@ -46,7 +47,7 @@ def test_programs_decode_as_the_simulation(program: tuple[str, Any, InductorProg
     name, model, lowered = program
     ids = ids_of(2, 20, seed=3)
     states = states_of(export_with_states(build(name)).module(check_guards=False))
-    wanted = in_pieces(Steps(model.converted, states), ids, [20])
+    wanted = in_pieces(StatefulGraph(model.converted, states), ids, [20])
     got = in_pieces(lowered, ids, [9, *[1] * 11])
     # An activation on the border between two integers may fall to either side.
     assert float((got - wanted).norm() / wanted.norm()) < 2e-2
@@ -71,16 +72,16 @@ def test_the_cache_is_held_in_8_bits(program: tuple[str, Any, InductorProgram], 
     assert torch.equal(loaded.generate(ids_of(2, 5), 6), lowered.generate(ids_of(2, 5), 6))
 
 
-def captured() -> Steps:
-    return Steps(export_with_states(build("Bamba")).module(check_guards=False))
+def captured() -> StatefulGraph:
+    return StatefulGraph(export_with_states(build("Bamba")).module(check_guards=False))
 
 
-def converted(scheme: QuantizationConfig) -> Steps:
+def converted(scheme: QuantizationConfig) -> StatefulGraph:
     """The simulation."""
     floats = captured()
     graph = prepare_pt2e(floats.graph, MambaQuantizer().set_global(scheme))
-    Steps(graph, floats.states)(ids_of(4, 16, seed=4))
-    return Steps(convert_pt2e(graph, fold_quantize=True), floats.states)
+    StatefulGraph(graph, floats.states)(ids_of(4, 16, seed=4))
+    return StatefulGraph(convert_pt2e(graph, fold_quantize=True), floats.states)
 
 
 def test_the_cache_alone_errs_by_half_a_step_of_each_row() -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import mq_ao
 from mq_ao import MqAoError
+from mq_ao.lowering.stateful_graph import StatefulGraph
 from mq_ao.models import Mamba2Config, Mamba2LM, MambaConfig, MambaLM, Sampling
 from mq_ao.models.generate import generate
 from mq_ao.models.prompts import lengths
-from tests.test_capture_states import Steps, captured, ids_of
+from tests.test_capture_states import captured, ids_of
 from tests.test_capture_transformers import VOCAB
 
 NEW = 6
@@ -95,7 +96,7 @@ def test_rows_without_a_cache_go_on_as_one_batch() -> None:
 @pytest.mark.parametrize("name", ["Bamba", "FalconMamba", "Zamba2"])
 def test_transformers_gives_the_same_tokens(name: str) -> None:
     model, graph = captured(name)
-    run = Steps(graph)
+    run = StatefulGraph(graph)
     ids, mask, rows = padded([3, 8, 5])
     got = generate(run, ids, NEW, attention_mask=mask, states=run.states)
     for row, alone in enumerate(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -193,10 +194,19 @@ def test_eval_starts_every_window_from_nothing(mq_ao: CommandLine, folder: Path)
     assert "the window is 0" in error(mq_ao("eval", folder, "--text", folder / "ids.npy", "--window", "0"))
 
 
-def test_generate_of_the_float_folder_says_that_it_cannot(mq_ao: CommandLine, folder: Path) -> None:
-    assert '"falcon_mamba", which runs without states and cannot generate yet' in error(
-        mq_ao("generate", folder, "-p", "x")
+def test_the_float_folder_generates(mq_ao: CommandLine, folder: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    shutil.copytree(folder, tmp := folder.parent / "with words")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"?": 0, **{f"w{i}": i for i in range(1, source.VOCAB)}}, unk_token="?")
     )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    source.transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp)
+    run = mq_ao("generate", tmp, "-p", "w3 w5", "-n", "4")
+    assert run.code == 0, run.err
+    with torch.no_grad():
+        wanted = load(folder).generate(torch.tensor([[3, 5]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert run.out.split() == [f"w{token}" for token in wanted[0].tolist()]
 
 
 def test_quantize(mq_ao: CommandLine, folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from mq_ao.cli.console import ready_kernels, step
 from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
+    from mq_ao.lowering.stateful_graph import StatefulGraph
     from mq_ao.models import Logits, MambaLM
     from mq_ao.models.program_interface import LanguageProgram, Program
     from mq_ao.models.prompts import Step
@@ -35,7 +36,7 @@ class Opened:
     """
 
     source: str
-    run: MambaLM | Logits | LanguageProgram | Program
+    run: MambaLM | Logits | StatefulGraph | LanguageProgram | Program
     vocab_size: int
     tokenizer: str | None
     has_states: bool = True
@@ -78,11 +79,11 @@ class Opened:
     @property
     def known_tokens(self) -> int | None:
         """Tokens of its vocabulary before it was padded, where it tells."""
-        from mq_ao.models import Logits, MambaLM
+        from mq_ao.models import MambaLM
 
         if isinstance(self.run, MambaLM):
             return self.run.known_tokens
-        return None if isinstance(self.run, Logits) else self.run.info.get("known_tokens")
+        return getattr(self.run, "info", {}).get("known_tokens")
 
     @property
     def weight_bytes(self) -> int:
@@ -140,10 +141,16 @@ def open_any(source: str, tokenizer: str | None = None, *, states: bool = False)
         MqAoError: it cannot be loaded, or has no states.
     """
     if not is_program(source):
-        model = open_float(source) if states else open_model(source)
+        model = open_model(source)
         from mq_ao.models import MambaLM
 
-        return Opened(source, model, model.config.vocab_size, tokenizer, isinstance(model, MambaLM))
+        vocab_size, has_states = model.config.vocab_size, isinstance(model, MambaLM)
+        if has_states or not states:
+            return Opened(source, model, vocab_size, tokenizer, has_states)
+        with step("capturing"):
+            from mq_ao.api import generating
+
+            return Opened(source, generating(model), vocab_size, tokenizer)
     if backend_of(source) is INDUCTOR:
         ready_kernels()
     with step(f"loading {source}"):

@@ -94,7 +94,7 @@ def _config(values: dict[str, Any]) -> MambaConfig | Mamba2Config:
         raise MqAoError('neither "model_type" nor the d_model and n_layer of mamba_ssm are there: is it a Mamba model?')
     if family in TRANSFORMERS_FAMILIES:
         raise MqAoError(
-            f'model_type is "{family}", which runs without states and cannot generate yet: mq_ao.models.load loads it '
+            f'model_type is "{family}", which is no MambaLM: mq_ao.models.load loads it '
             "through transformers, to be quantized."
         )
     if family in (Vim.model_type, MambaND.model_type):
