@@ -69,7 +69,8 @@ class Ragged:
             for count in sorted(set(counts))
         ]
         # Where each row is when the groups are put one behind the other.
-        self._places = torch.cat([rows for _, rows in self._groups]).argsort()
+        order = torch.cat([rows for _, rows in self._groups])
+        self._places = order.argsort()
 
     def __call__(self, ids: Tensor, *states: Any) -> tuple[Any, ...]:
         """Logits of the last token (batch, 1, vocab_size), and what to give with the next tokens."""
