@@ -59,8 +59,7 @@ class GeneratingProgram(LoweredProgram):
         self, input_ids: Any, max_new_tokens: int, sampling: Sampling | None = None, *, attention_mask: Any = None
     ) -> Iterator[Tensor]:
         """Yields the next tokens one by one; see `models.generate.stream`."""
-        mask: dict[str, Any] = {"attention_mask": attention_mask, "states": self.carried}
-        return stream(self.step, input_ids, max_new_tokens, self._within(sampling), **mask)
+        return stream(self.step, input_ids, max_new_tokens, self._within(sampling), **self._masked(attention_mask))
 
     def generate(
         self,
@@ -71,8 +70,11 @@ class GeneratingProgram(LoweredProgram):
         attention_mask: Any = None,
     ) -> Tensor:
         """Prompt and continuation; see `models.generate.generate`."""
-        mask: dict[str, Any] = {"attention_mask": attention_mask, "states": self.carried}
-        return generate(self.step, input_ids, max_new_tokens, self._within(sampling), **mask)
+        return generate(self.step, input_ids, max_new_tokens, self._within(sampling), **self._masked(attention_mask))
+
+    def _masked(self, attention_mask: Any) -> dict[str, Any]:
+        """How rows are told that begin later than others."""
+        return {"attention_mask": attention_mask, "states": self.carried}
 
     def _within(self, sampling: Sampling | None) -> Sampling:
         """Sampling that keeps to the tokens that a tokenizer knows, where the program tells their number."""

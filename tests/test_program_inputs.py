@@ -179,6 +179,18 @@ def test_a_mask_is_refused(any_program: Any) -> None:
             call(ids_of(1, 3), attention_mask=mask)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generation_takes_the_mask_of_a_prompt(backend: str) -> None:
+    run, ids = program(backend), ids_of(1, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    if backend == "executorch":
+        for call in (run.generate, run.stream):
+            with pytest.raises(MqAoError, match="keeps the state of one batch, whose sequences have one length"):
+                call(ids, 3, attention_mask=mask)
+        return
+    assert torch.equal(run.generate(ids, 3, attention_mask=mask)[:, -3:], run.generate(ids[:, 2:], 3)[:, -3:])
+
+
 def test_the_model_itself_checks_states() -> None:
     eager = model()
     _, conv, ssm = eager(ids_of(3, 2))

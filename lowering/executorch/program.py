@@ -143,6 +143,14 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
         self._run("reset")
         self._state = KeptState()
 
+    def _masked(self, attention_mask: Any) -> dict[str, Any]:
+        if attention_mask is not None:
+            raise MqAoError(
+                "a .pte program keeps the state of one batch, whose sequences have one length: generate from one "
+                "prompt after the other, and leave attention_mask out."
+            )
+        return super()._masked(attention_mask)
+
     def step(self, ids: Tensor, *states: Any) -> States:
         """See `GeneratingProgram.step`."""
         return self.prefill(ids, *states)
