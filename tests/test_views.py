@@ -21,6 +21,9 @@ aten, mq = torch.ops.aten, torch.ops.mq_ao
 _LAYER = {"x": "input", "weight": "weight", "bias": "bias"}
 _OURS = {**_LAYER, "x": "x"}
 _ATENS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default)
+_EXPERTS = {"x": "x", "weight": "weight"}
+_ROWS = ("key", "value", "past_key", "past_value")
+_ATTENTION = {name: name for name in ("query", *_ROWS, *(f"{name}_scale" for name in _ROWS), "scaling", "starts")}
 _NORM = {"x": "input", "shape": "normalized_shape", "weight": "weight", "eps": "eps"}
 _STATES = {
     "u": "u",
@@ -50,6 +53,9 @@ TABLE: list[tuple[type[View], Any, dict[str, str]]] = [
     (views.Linear, aten.linear.default, _LAYER),
     (views.Conv, mq.causal_conv1d.default, {**_OURS, "initial_state": "initial_state", "activation": "activation"}),
     *((views.Conv, target, _LAYER) for target in _ATENS),
+    (views.Layer, mq.expert_linear.default, _EXPERTS),
+    (views.Experts, mq.expert_linear.default, {**_EXPERTS, "ends": "ends"}),
+    (views.Attention, mq.cached_attention.default, _ATTENTION),
     (views.Norm, aten.rms_norm.default, _NORM),
     (views.Norm, aten.layer_norm.default, {**_NORM, "bias": "bias"}),
     (views.Scan, mq.selective_scan.default, {**_STATES, **_READ}),

@@ -81,11 +81,13 @@ class Linear(Layer):
     operators = walk.LINEAR
 
 
-class Experts(Layer):
-    """Linears of which each row has one; the weight is (experts * outputs, inputs)."""
+class Experts(View):
+    """Linears of which each row has one, without biases; the weight is (experts * outputs, inputs)."""
 
     operators = walk.EXPERTS
 
+    x = Argument[Node]()
+    weight = Argument[Node]()
     ends = Argument[Node]()
 
 
