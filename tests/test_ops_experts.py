@@ -118,19 +118,33 @@ def test_gradients(counts: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(lambda x, weight: ops.expert_linear(x, weight, ends), (x, weight))
 
 
-def test_results_do_not_depend_on_threads() -> None:
-    case = Case((40, 0, 1, 70), 200, 96, 8, 0, long=False, seed=1)
+@pytest.mark.parametrize(
+    "counts", [(40, 0, 1, 70), (300,), (7,) * 60, (1, 0) * 40, (200, 1, 1, 1, 1)], ids=lambda counts: str(len(counts))
+)
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (4, 32)])
+def test_results_do_not_depend_on_threads(counts: tuple[int, ...], bits: int, group_size: int) -> None:
+    case = Case(counts, 200, 256, bits, group_size, long=False, seed=1)
     shared, x = case.integers(), case.rows()
-    assert_same_bits_for_any_threads(lambda: [ops.expert_linear_packed(x, 0.1, 3, **shared)])
+    scale = torch.rand(len(x), 1, generator=torch.Generator().manual_seed(1))
+    assert_same_bits_for_any_threads(
+        lambda: [
+            ops.expert_linear_packed(x, 0.1, 3, **shared),
+            ops.expert_linear_packed_per_token(x, scale, **shared),
+        ]
+    )
 
 
-def test_rows_stay_a_symbol() -> None:
+@pytest.mark.parametrize("per_token", [False, True])
+def test_rows_stay_a_symbol(per_token: bool) -> None:
     case = Case((2, 3), 8, 16, 8, 0, long=False, seed=2)
     shared = case.integers()
 
     class Module(torch.nn.Module):
         def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-            return ops.expert_linear_packed(x, 0.1, 3, shared["packed"], shared["weight_scale"], ends)
+            weight = (shared["packed"], shared["weight_scale"], ends)
+            if per_token:
+                return ops.expert_linear_packed_per_token(x, torch.ones_like(x[:, :1], dtype=torch.float), *weight)
+            return ops.expert_linear_packed(x, 0.1, 3, *weight)
 
     example = (case.rows(), case.ends())
     program = torch.export.export(Module(), example, dynamic_shapes=({0: torch.export.Dim("rows", min=1)}, None))
@@ -146,6 +160,7 @@ def test_rows_stay_a_symbol() -> None:
         ({"x": torch.zeros(5, dtype=torch.uint8)}, r"rows of experts are \(rows, inputs\), not \(5,\)"),
         ({"x_zero_point": 256}, "a uint8 zero point lies in 0..255"),
         ({"ends": torch.tensor([2.0, 5.0])}, "ends must be int32 or int64"),
+        ({"ends": torch.tensor([2, 5], dtype=torch.uint8)}, "ends must be int32 or int64"),
         ({"ends": torch.tensor([5])}, r"weight_scale must be contiguous float32 \(1, outputs\)"),
         ({"packed": torch.zeros(2, 8, dtype=torch.int8)}, "are contiguous int8 .*: stack what linear_prepack gives"),
         ({"weight_scale": torch.ones(8)}, "weight_scale must be contiguous float32"),

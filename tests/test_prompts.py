@@ -136,6 +136,23 @@ def test_a_sequence_ends(several: bool) -> None:
     assert set(filled[3:].tolist()) <= {end}, "without pad_token_id the end itself follows"
 
 
+@pytest.mark.parametrize("integers", [False, True])
+def test_padding_may_be_outside_the_vocabulary(integers: bool) -> None:
+    """What a mask hides, and what fills a row that has ended, are for the caller: no model reads them."""
+    run = program("Mamba") if integers else mamba("Mamba")
+    ids, mask, _ = padded([2, 6, 4])
+    free = run.generate(ids, 8, attention_mask=mask)[:, ids.shape[1] :]
+    outside = ids.where(mask == 1, -100)
+    end = int(free[0, 1])
+    got = run.generate(outside, 8, Sampling(eos_token_id=end, pad_token_id=10**6), attention_mask=mask)
+    assert torch.equal(got[:, : ids.shape[1]], outside)
+    count = free[0].tolist().index(end) + 1
+    first = got[0, ids.shape[1] :]
+    assert torch.equal(first[:count], free[0, :count]) and (first[count:] == 10**6).all()
+    with pytest.raises(MqAoError, match="outside the vocabulary"):
+        run.generate(outside, 8)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [

@@ -138,13 +138,15 @@ def stream(
         # A program may give its logits on another device than that of the prompt.
         generator = generator or sampling.generator(logits.device)
         tokens = sampling.choose(logits[:, -1], generator)
-        if sampling.ends:
-            ended = ended.to(tokens.device)
-            fill = sampling.ends[0] if sampling.pad_token_id is None else sampling.pad_token_id
-            tokens = torch.where(ended, fill, tokens)
-            ended = ended | torch.isin(tokens, torch.tensor(sampling.ends, device=tokens.device))
-        yield tokens
-        if sampling.ends and ended.all():
+        if not sampling.ends:
+            yield tokens
+            continue
+        ended = ended.to(tokens.device)
+        fill = sampling.ends[0] if sampling.pad_token_id is None else sampling.pad_token_id
+        # What fills a row is for the caller: the model may know no such token, and goes on with those that it chose.
+        yield torch.where(ended, fill, tokens)
+        ended = ended | torch.isin(tokens, torch.tensor(sampling.ends, device=tokens.device))
+        if ended.all():
             return
 
 

@@ -250,9 +250,8 @@ class MambaLM(nn.Module):
             MqAoError: the prompt is empty, not (batch, length) integers, or outside the vocabulary; or the mask does
                 not say what is padding on the left.
         """
-        ids = token_ids(input_ids, self.config.vocab_size, "the prompt")
         chosen = (sampling or Sampling()).within(self.known_tokens)
-        return generate(self, ids, max_new_tokens, chosen, attention_mask=attention_mask, states=self._states)
+        return generate(self, input_ids, max_new_tokens, chosen, attention_mask=attention_mask, states=self._states)
 
     @property
     def known_tokens(self) -> int | None:

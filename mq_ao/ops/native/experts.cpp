@@ -1,6 +1,8 @@
-// mq_ao::expert_linear, expert_linear_packed, expert_linear_packed_per_token: the rows of one expert after another.
+// mq_ao::expert_linear, expert_linear_packed, expert_linear_packed_per_token: rows of which each belongs to an expert.
 // Bad input goes to the Python references, which say what is wrong with it.
 #include <ATen/ops/mm.h>
+
+#include <cmath>
 
 #include "linear_glue.h"
 
@@ -9,7 +11,8 @@ namespace {
 
 // Ends as int64, or nothing where they do not rise from 0 or more to `rows`.
 OptionalTensor ends_of(const Tensor& ends, int64_t rows) {
-  if (ends.dim() != 1 || ends.size(0) < 1 || !c10::isIntegralType(ends.scalar_type(), false)) return {};
+  if (ends.dim() != 1 || ends.size(0) < 1) return {};
+  if (ends.scalar_type() != at::kInt && ends.scalar_type() != at::kLong) return {};
   const Tensor wide = ends.to(at::kLong).contiguous();
   const int64_t* data = wide.const_data_ptr<int64_t>();
   int64_t before = 0;
@@ -59,21 +62,37 @@ struct Experts {
     ends = ends_of(given, x.size(0));
   }
 
+  // Threads take equal shares of the line of all experts' columns, in units, whether experts are many or few.
   Tensor multiply(const Tensor& x, const Activations& a, const Tensor& packed, const Tensor& scale) const {
     const Layout& l = layout;
     Tensor y = at::empty({x.size(0), l.n}, x.options().dtype(at::kFloat));
     float* out = y.mutable_data_ptr<float>();
-    for_experts(*ends, [&](int64_t e, int64_t begin, int64_t end) {
-      const Linear w{l, packed.const_data_ptr<int8_t>() + e * l.bytes(),
-                     scale.const_data_ptr<float>() + e * l.n * l.groups(), nullptr};
-      Activations rows = a;
-      rows.data += begin * a.stride;
-      rows.scale += begin * a.scale_step;
-      const qgemm::Plan plan = qgemm::plan(end - begin, l, at::get_num_threads(), a.planes);
-      at::parallel_for(0, plan.parts(), 1, [&](int64_t first, int64_t last) {
-        for (int64_t part = first; part < last; ++part)
-          qgemm::run_part(rows, w, Output{out + begin * l.n}, end - begin, plan, part);
+    const int64_t units = l.outputs() / l.unit();
+    double all = 0;
+    for_experts(*ends, [&](int64_t, int64_t begin, int64_t end) { all += qgemm::cost(end - begin, l.n, l); });
+    const auto shares = int64_t(std::clamp(all / qgemm::kThreadCost, 1.0, double(at::get_num_threads())));
+    const auto run_share = [&](double first, double last) {
+      double before = 0;
+      for_experts(*ends, [&](int64_t e, int64_t begin, int64_t end) {
+        const double own = qgemm::cost(end - begin, l.n, l);
+        const auto column = [&](double at) {
+          return std::min(l.n, l.unit() * int64_t(std::ceil(std::clamp((at - before) / own, 0.0, 1.0) * double(units))));
+        };
+        const int64_t from = column(first), to = column(last);
+        before += own;
+        if (from == to) return;
+        const Linear w{l, packed.const_data_ptr<int8_t>() + e * l.bytes(),
+                       scale.const_data_ptr<float>() + e * l.n * l.groups(), nullptr};
+        Activations rows = a;
+        rows.data += begin * a.stride;
+        rows.scale += begin * a.scale_step;
+        qgemm::block(rows, w, Output{out + begin * l.n}, 0, end - begin, from, to);
       });
+    };
+    at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+      // The last share ends with the line, however sums were rounded.
+      const double last = end == shares ? 2 * all : all * double(end) / double(shares);
+      run_share(all * double(begin) / double(shares), last);
     });
     return y;
   }

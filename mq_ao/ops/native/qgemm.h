@@ -268,9 +268,11 @@ inline double cost(int64_t m, int64_t n, const Layout& l) {
   return static_cast<double>(n) * static_cast<double>(l.k) * (bytes / 40 + static_cast<double>(m) / 500);
 }
 
+// Waking a thread costs a microsecond or two; it should have as much to do.
+constexpr double kThreadCost = 2000;
+
 inline Plan plan(int64_t m, const Layout& l, int64_t threads, int64_t planes = 1) {
-  // Waking a thread costs a microsecond or two; it should have as much to do.
-  threads = std::clamp<int64_t>(static_cast<int64_t>(cost(m * planes, l.n, l) / 2000), 1, threads);
+  threads = std::clamp<int64_t>(static_cast<int64_t>(cost(m * planes, l.n, l) / kThreadCost), 1, threads);
   const int64_t together = tile_rows(planes);
   const int64_t strips = (m + together - 1) / together, units = l.outputs() / l.unit();
   Plan best;
