@@ -182,6 +182,68 @@ def test_qselective_scan(dtypes: Sequence[torch.dtype], d_state: int, int8_state
     check(make, "qselective_scan", ROWS, {"initial_state"}, delta_softplus=True, **GRIDS, **zero_points, **out)
 
 
+def ssd_operands(
+    batch: int, length: int, shape: tuple[int, int, int, int], dtypes: Sequence[torch.dtype] = (F32,) * 4
+) -> dict[str, Tensor]:
+    """Of (heads, headdim, groups, d_state)."""
+    heads, headdim, groups, d_state = shape
+    x, dt, B, C = dtypes
+    return {
+        "x": drawn(x, batch, length, heads, headdim),
+        "dt": drawn(dt, batch, length, heads),
+        "A": -torch.rand(heads) * 4,
+        "B": drawn(B, batch, length, groups, d_state),
+        "C": drawn(C, batch, length, groups, d_state),
+        "D": randn(heads),
+        "dt_bias": randn(heads),
+        "initial_state": randn(batch, heads, headdim, d_state),
+    }
+
+
+SSD_ROWS = {"x", "dt", "B", "C"}
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 1, 16), (6, 5, 2, 24), (24, 64, 1, 128)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_ssd_scan(shape: tuple[int, int, int, int], packed: bool) -> None:
+    torch.manual_seed(0)
+
+    def make(batch: int, length: int) -> dict[str, Tensor]:
+        operands = ssd_operands(batch, length, shape)
+        if packed:
+            operands |= {"D": randn(*shape[:2]), "seq_idx": torch.randint(0, 2, (batch, length))}
+        return operands
+
+    limits = {"dt_softplus": True, "dt_min": 0.01, "dt_max": 1.5 if packed else None}
+    check(make, "ssd_scan", SSD_ROWS | {"seq_idx"}, {"initial_state"}, **limits)
+
+
+def test_ssd_scan_without_options() -> None:
+    torch.manual_seed(0)
+
+    def make(batch: int, length: int) -> dict[str, Tensor]:
+        every = ssd_operands(batch, length, (4, 8, 2, 16))
+        return {n: every[n].abs() if n == "dt" else every[n] for n in ("x", "dt", "A", "B", "C")}
+
+    check(make, "ssd_scan", SSD_ROWS, set())
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "shape", "out_scale"),
+    [
+        ((I8, I8, I8, I8), (4, 16, 1, 16), 0.05),
+        ((I8, F32, F32, F32), (24, 64, 1, 128), 0.05),
+        ((U8, I8, U8, I8), (6, 5, 2, 24), None),
+        ((F32, I8, I8, F32), (4, 16, 1, 16), 0.05),
+    ],
+)
+def test_qssd_scan(dtypes: Sequence[torch.dtype], shape: tuple[int, int, int, int], out_scale: float | None) -> None:
+    torch.manual_seed(0)
+    grids = {f"{name}_{kind}": value for name in SSD_ROWS for kind, value in (("scale", 0.01), ("zero_point", 7))}
+    rest = {"dt_softplus": True, "dt_max": 2.0, "out_scale": out_scale, "out_zero_point": 9}
+    check(lambda b, t: ssd_operands(b, t, shape, dtypes), "qssd_scan", SSD_ROWS, {"initial_state"}, **grids, **rest)
+
+
 def conv_operands(batch: int, length: int, channels: int, taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
     weight = {"weight": randn(channels, taps)}
     if dtype != F32:
@@ -247,6 +309,13 @@ def test_operands_that_do_not_fit_are_errors() -> None:
             ROWS,
             {"initial_state"},
             [("delta", 1, 5), ("B", 1, 1), ("C", 0, 1), ("initial_state", 0, 1)],
+        ),
+        (
+            "ssd_scan",
+            ssd_operands(2, 6, (4, 8, 2, 16)),
+            SSD_ROWS,
+            {"initial_state"},
+            [("dt", 1, 5), ("B", 1, 1), ("C", 0, 1), ("initial_state", 0, 1)],
         ),
         ("causal_conv1d", conv, {"x"}, {"initial_state"}, [("initial_state", 0, 1)]),
         ("gate", gate, {"y", "z"}, set(), [("z", 1, 3)]),
