@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import ExportedProgram
@@ -28,15 +27,15 @@ from mq_ao.errors import MqAoError, first_line
 from mq_ao.graph import edit, walk
 from mq_ao.graph.views import Linear
 from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals
-from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_LENGTH, VOCAB_SIZE, versions
+from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_CONTEXT, MAX_LENGTH, VOCAB_SIZE, versions
 from mq_ao.lowering.executorch.kernels import KERNELS
 from mq_ao.lowering.executorch.methods import export_methods
 from mq_ao.lowering.executorch.options import Options, Scan
+from mq_ao.lowering.executorch.partitioner import StagedPartitioner
 from mq_ao.lowering.executorch.portable import OPERATORS
 from mq_ao.lowering.executorch.program import ExecutorchModule, ExecutorchProgram, load
 from mq_ao.lowering.executorch.rewriter import Rewriter
-from mq_ao.lowering.executorch.state_buffers import buffers
-from mq_ao.lowering.language_graphs import layered_states
+from mq_ao.lowering.language_graphs import states_of
 from mq_ao.lowering.module_export import export_module, refuse_memory
 from mq_ao.lowering.patterns import DEQUANTIZE, DQ_STATIC, Q_STATIC, grid_of, simulated_nodes
 
@@ -98,17 +97,17 @@ def rewrite(module: GraphModule, options: Options) -> GraphModule:
 
 def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:
     graph = rewrite(module, options)
-    states = layered_states(graph, KERNELS.backend)
+    states = states_of(graph)
     vocab_size = int(info["vocab_size"])
     max_count = options.max_count(vocab_size)
-    programs = export_methods(graph, buffers(states, options.batch), options, max_count)
-    described = {
-        **info,
-        "max_count": max_count,
-        "states": states.described,
-    }
+    programs = export_methods(graph, states, options, max_count)
+    constants = {MAX_LENGTH: options.max_length, VOCAB_SIZE: vocab_size}
+    described = {**info, "max_count": max_count, "states": states.described}
+    if any(item.grows for item in states.items):
+        constants[MAX_CONTEXT] = options.max_context
+        described["max_context"] = options.max_context
     made = _partition(programs, "prefill", graph, described, options)
-    program = _write(*made, {MAX_LENGTH: options.max_length, VOCAB_SIZE: vocab_size})
+    program = _write(*made, constants)
     assert isinstance(program, ExecutorchProgram)
     return program
 
@@ -126,7 +125,7 @@ def _partition(
         options: what they were made for.
     """
     with refusals() as refused, _no_operator():
-        edge = to_edge_transform_and_lower(dict(programs), partitioner=[XnnpackPartitioner()])
+        edge = to_edge_transform_and_lower(dict(programs), partitioner=[StagedPartitioner()])
     methods = {name: delegation(edge.exported_program(name), refused) for name in programs}
     for name, item in methods.items():
         if item.linears_outside:
@@ -166,7 +165,7 @@ def _digest(tensor: torch.Tensor) -> str:
 def _in_float(graph: GraphModule) -> list[str]:
     """Names of scans and convolutions whose operands were quantized, and that run in float all the same."""
     simulated = set(simulated_nodes(graph))
-    return [node.name for node in walk.calls(graph, walk.SCAN | walk.CONV) if node.name in simulated]
+    return [node.name for node in walk.calls(graph, walk.SCAN | walk.SSD | walk.CONV) if node.name in simulated]
 
 
 def _integer_kernels(method: Delegation) -> dict[str, int]:

@@ -8,6 +8,8 @@ INFO = "mq_ao_info"
 """Everything, as JSON."""
 MAX_LENGTH = "get_max_seq_len"
 """Longest prefill, under the name that ExecuTorch's own runners look for."""
+MAX_CONTEXT = "get_max_context_len"
+"""Tokens of a conversation, likewise; of programs that have such a limit."""
 VOCAB_SIZE = "get_vocab_size"
 FORMAT = 2
 

@@ -23,5 +23,5 @@ KERNELS = Kernels(
     integer_outputs=True,
     group_multiple=32,
     group_scale=torch.bfloat16,
-    scans=walk.ANY_SCAN - walk.SSD,
+    any_states=True,
 )

@@ -28,18 +28,21 @@ class Options:
         batch: sequences in every call; of a model that is no language model, the first axis of its first input.
         max_length: tokens that prefill takes at most in one call; longer prompts are fed in pieces. Memory is planned
             for that many, and decode has it too. Of another model: the largest of all sizes that vary.
+        max_context: tokens of a conversation, of models with attention: its keys and values are planned for that many.
+            Others have no such limit.
         scan: what runs convolution, scan and rotation.
 
     Raises:
-        MqAoError: batch or max_length is no whole number of at least 1, or scan is not known.
+        MqAoError: batch, max_length or max_context is no whole number of at least 1, or scan is not known.
     """
 
     batch: int = 1
     max_length: int = 256
+    max_context: int = 2048
     scan: Scan = Scan.NATIVE
 
     def __post_init__(self) -> None:
-        for name in ("batch", "max_length"):
+        for name in ("batch", "max_length", "max_context"):
             object.__setattr__(self, name, checks.whole(getattr(self, name), name, 1))
         object.__setattr__(self, "scan", checks.member(self.scan, "scan", Scan))
 

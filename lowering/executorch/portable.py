@@ -11,9 +11,11 @@ from torch.nn import functional
 
 from mq_ao.compat.executorch import scan
 from mq_ao.errors import MqAoError
+from mq_ao.ops.attention_into_cache import attention_into_cache as attention
 from mq_ao.ops.causal_conv1d import causal_conv1d as convolution
 from mq_ao.ops.operator import Operands, implements
 from mq_ao.ops.selective_scan import selective_scan as recurrence
+from mq_ao.ops.ssd_scan import ssd_scan as head_recurrence
 
 mq = torch.ops.mq_ao
 
@@ -35,10 +37,7 @@ def selective_scan(a: Operands) -> tuple[Tensor, Tensor]:
     u, A = a.u, a.A
     if a.B.dim() != 3:
         raise MqAoError("the portable scan has one group of B and C: choose the native one.")
-    dt = a.delta if a.delta_bias is None else a.delta + a.delta_bias
-    if a.delta_softplus:
-        # log(1 + e^x) in operators that XNNPACK has.
-        dt = torch.relu(dt) + torch.log(torch.exp(-torch.abs(dt)) + 1)
+    dt = _step_sizes(a.delta, a.delta_bias, a.delta_softplus)
     h = u.new_zeros(u.shape[0], *A.shape) if a.initial_state is None else a.initial_state
 
     def step(state: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -46,23 +45,80 @@ def selective_scan(a: Operands) -> tuple[Tensor, Tensor]:
         state = torch.exp(dt_t.unsqueeze(-1) * A) * state + dtu_t.unsqueeze(-1) * b_t.unsqueeze(1)
         return state, torch.matmul(state, c_t.unsqueeze(-1)).squeeze(-1)
 
+    h, y = _stepped(step, h, (dt, dt * u, a.B, a.C))
+    return (y if a.D is None else y + a.D * u), h
+
+
+@implements(head_recurrence)
+def ssd_scan(a: Operands) -> tuple[Tensor, Tensor]:
+    """See `mq_ao.ops.ssd_scan`; without `seq_idx`."""
+    if a.seq_idx is not None:
+        raise MqAoError("the portable scan takes no packed sequences: choose the native one.")
+    x, (batch, length, heads, headdim), (groups, d_state) = a.x, a.x.shape, a.B.shape[2:]
+    dt = torch.clamp(_step_sizes(a.dt, a.dt_bias, a.dt_softplus), a.dt_min, a.dt_max)
+    zeros = x.new_zeros(batch, heads, headdim, d_state)
+    h = zeros if a.initial_state is None else a.initial_state
+
+    def step(state: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        decay, dtx, b, c = now
+        state = decay[..., None, None] * state + dtx.unsqueeze(-1) * b.unsqueeze(2)
+        return state, torch.matmul(state, c.unsqueeze(-1)).squeeze(-1)
+
+    def of_heads(m: Tensor) -> Tensor:
+        """Of the groups, for every head."""
+        each = m.unsqueeze(3).expand(batch, length, groups, heads // groups, d_state)
+        return each.reshape(batch, length, heads, d_state)
+
+    h, y = _stepped(step, h, (torch.exp(dt * a.A), dt.unsqueeze(-1) * x, of_heads(a.B), of_heads(a.C)))
+    if a.D is not None:
+        y = y + x * (a.D.unsqueeze(-1) if a.D.dim() == 1 else a.D)
+    return y, h
+
+
+@implements(attention)
+def attention_into_cache(a: Operands) -> Tensor:
+    """See `mq_ao.ops.attention_into_cache`; the scores of all rows of the cache are computed."""
+    batch, heads, length, width = a.query.shape
+    most, groups = a.key_cache.shape[0], a.key.shape[2]
+    places = torch.arange(length) + a.position
+    for cache, rows in ((a.key_cache, a.key), (a.value_cache, a.value)):
+        cache.index_copy_(0, places, rows)
+    keys, values = (cache.permute(1, 2, 0, 3) for cache in (a.key_cache, a.value_cache))
+    rows = a.query.reshape(batch, groups, heads // groups * length, width)
+    hidden = (torch.arange(most) > places.unsqueeze(1)).repeat(heads // groups, 1)
+    scores = torch.matmul(rows, keys.transpose(-1, -2)) * a.scaling
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
+    return torch.matmul(weights, values).reshape(batch, heads, length, width).transpose(1, 2).contiguous()
+
+
+def _step_sizes(raw: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    dt = raw if bias is None else raw + bias
+    # log(1 + e^x) in operators that XNNPACK has.
+    return torch.relu(dt) + torch.log(torch.exp(-torch.abs(dt)) + 1) if softplus else dt
+
+
+def _stepped(
+    step: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]], h: Tensor, operands: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The last state and all outputs (batch, length, ...) of steps over operands (batch, length, ...)."""
+
     def copied(state: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         # What a step gives must not share memory with what it carries.
         state, y = step(state, now)
         return state.clone(), y.clone()
 
-    operands = (dt, dt * u, a.B, a.C)
-    if isinstance(u.shape[1], int) and u.shape[1] == 1:
+    length = operands[0].shape[1]
+    if isinstance(length, int) and length == 1:
         h, y = step(h, tuple(value.squeeze(1) for value in operands))
-        y = y.unsqueeze(1)
-    else:
-        h, outputs = scan(copied, h, tuple(value.transpose(0, 1).contiguous() for value in operands))
-        y = outputs.transpose(0, 1)
-    return (y if a.D is None else y + a.D * u), h
+        return h, y.unsqueeze(1)
+    h, outputs = scan(copied, h, tuple(value.transpose(0, 1).contiguous() for value in operands))
+    return h, outputs.transpose(0, 1)
 
 
 OPERATORS: Mapping[Any, Callable[..., Any]] = {
     mq.causal_conv1d.default: causal_conv1d,
     mq.selective_scan.default: selective_scan,
+    mq.ssd_scan.default: ssd_scan,
+    mq.attention_into_cache.default: attention_into_cache,
 }
 """What takes the place of each of our operators."""

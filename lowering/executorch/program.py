@@ -30,7 +30,8 @@ class KeptState:
     """Stands for a state that a program keeps itself: what its last call gave, to be given to the next."""
 
 
-States = tuple[Tensor, KeptState, KeptState]
+Result = tuple[Any, ...]
+"""Logits, and what stands for each state after them."""
 
 
 class _Loaded(LoweredProgram):
@@ -86,9 +87,9 @@ class _Loaded(LoweredProgram):
 class ExecutorchProgram(_Loaded, GeneratingProgram):
     """A language model in a `.pte` file, with the interface of a compiled one.
 
-    Callable like the model: `(input_ids, conv_state=None, ssm_state=None) -> (logits, conv_state, ssm_state)`. The
-    program keeps its states in its own memory: without a state a call starts from zeros, and the state that a call
-    gives stands for what the program keeps. It can be given to the very next call alone.
+    Callable like the model: `(input_ids, *states) -> (logits, *states)`. The program keeps its states in its own
+    memory: without one a call starts from zeros, and what a call gives stands for what the program keeps. It can be
+    given to the very next call alone.
 
     Args:
         path: the file, which stays open as long as the program lives.
@@ -99,6 +100,7 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
     def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
         super().__init__(path, program, info)
         self._state = KeptState()
+        self._tokens = 0
 
     @classmethod
     def load(cls, path: str | Path) -> ExecutorchProgram:
@@ -113,35 +115,32 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
             raise MqAoError(f"{path} is not the program of a language model: load it with mq_ao.load.")
         return program
 
-    def __call__(
-        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
-    ) -> States:
-        """Logits of all tokens: (batch, length, vocab_size) float32, and what stands for the state after the last."""
+    def __call__(self, input_ids: Any, *states: Any, attention_mask: None = None) -> Result:
+        """Logits of all tokens: (batch, length, vocab_size) float32, and what stands for the states after the last."""
         refuse_mask(attention_mask)
-        ids = self._enter(input_ids, conv_state, ssm_state)
+        ids = self._enter(input_ids, states)
         pieces = [self._prefill(piece, torch.arange(piece.shape[1])) for piece in ids.split(self._info["max_count"], 1)]
         return self._leave(torch.cat(pieces, dim=1))
 
-    def prefill(
-        self, input_ids: Any, conv_state: Any = None, ssm_state: Any = None, *, attention_mask: None = None
-    ) -> States:
-        """Logits of the last token only: (batch, 1, vocab_size), and what stands for the state after it."""
+    def prefill(self, input_ids: Any, *states: Any, attention_mask: None = None) -> Result:
+        """Logits of the last token only: (batch, 1, vocab_size), and what stands for the states after it."""
         refuse_mask(attention_mask)
-        for piece in self._enter(input_ids, conv_state, ssm_state).split(self._info["max_length"], 1):
+        for piece in self._enter(input_ids, states).split(self._info["max_length"], 1):
             logits = self._prefill(piece, torch.tensor([piece.shape[1] - 1]))
         return self._leave(logits)
 
-    def decode(self, input_ids: Any, conv_state: Any, ssm_state: Any = None) -> States:
-        """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and the state."""
+    def decode(self, input_ids: Any, *states: Any) -> Result:
+        """One token a sequence: input_ids (batch, 1) -> logits (batch, 1, vocab_size), and the states."""
         one_token(token_ids(input_ids))
-        if conv_state is None:
+        if not states or states[0] is None:
             raise MqAoError("the state is missing: give what the last call returned, or start with prefill.")
-        return self._leave(self._run("decode", self._enter(input_ids, conv_state, ssm_state)))
+        return self._leave(self._run("decode", self._enter(input_ids, states)))
 
     def reset(self) -> None:
         """Sets the states to zero; every prompt that is given without a state does."""
         self._run("reset")
         self._state = KeptState()
+        self._tokens = 0
 
     def _masked(self, attention_mask: Any) -> dict[str, Any]:
         if attention_mask is not None:
@@ -151,7 +150,7 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
             )
         return super()._masked(attention_mask)
 
-    def step(self, ids: Tensor, *states: Any) -> States:
+    def step(self, ids: Tensor, *states: Any) -> Result:
         """See `GeneratingProgram.step`."""
         return self.prefill(ids, *states)
 
@@ -160,8 +159,10 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
             return self._run("decode", ids)
         return self._run("prefill", ids, positions)
 
-    def _enter(self, input_ids: Any, *states: Any) -> Tensor:
+    def _enter(self, input_ids: Any, states: Sequence[Any]) -> Tensor:
         """Token ids as they are given, checked; starts from zeros where no state is given."""
+        if len(states) > len(self._info["states"]):
+            raise MqAoError(f"{len(states)} states are given: this program carries {len(self._info['states'])}.")
         batch = self._info["batch"]
         ids = token_ids(input_ids, self._info["vocab_size"])
         if len(ids) != batch:
@@ -170,17 +171,24 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
                 "options."
             )
         given = [state for state in states if state is not None]
-        if not given:
-            self.reset()
-        elif any(state is not self._state for state in given):
+        if any(state is not self._state for state in given):
             raise MqAoError(
                 "this program keeps the state of its last call alone: give what that call gave, or None to start anew."
             )
+        most, before = self._info.get("max_context"), self._tokens if given else 0
+        if most is not None and before + ids.shape[1] > most:
+            raise MqAoError(
+                f"{before} tokens and {ids.shape[1]} more do not fit into this program's context of {most}: lower the "
+                "model again with a larger max_context in its options."
+            )
+        if not given:
+            self.reset()
+        self._tokens += ids.shape[1]
         return ids.cpu()
 
-    def _leave(self, logits: Tensor) -> States:
+    def _leave(self, logits: Tensor) -> Result:
         self._state = KeptState()
-        return logits, self._state, self._state
+        return logits, *[self._state] * len(self._info["states"])
 
     def _run(self, method: str, *inputs: Tensor) -> Tensor:
         (result,) = self._execute(method, *inputs)

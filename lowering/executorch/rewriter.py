@@ -20,6 +20,7 @@ from mq_ao.ops import hadamard_matrix
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
+_SCANS = walk.SCAN | walk.SSD | {mq.qselective_scan.default, mq.qssd_scan.default}
 
 
 class Rewriter(GraphRewriter):
@@ -41,7 +42,7 @@ class Rewriter(GraphRewriter):
         """Our operators, or what stands for them; then what XNNPACK is to take whole."""
         native = (
             each({mq.causal_conv1d.default}, self.conv),
-            each(walk.SCAN, self.scan),
+            each(walk.SCAN | walk.SSD, self.scan),
             each(walk.MUL, self._gate),
         )
         portable = (each(walk.CONV, self._taps), each(walk.HADAMARD, self._rotation))
@@ -121,7 +122,7 @@ class Rewriter(GraphRewriter):
         if (
             gate is None
             or not gate.is_plain
-            or walk.upstream(gate.y).target not in walk.SCAN | {mq.qselective_scan.default}
+            or walk.upstream(gate.y).target not in _SCANS
         ):
             return
         following = walk.only_user(product)

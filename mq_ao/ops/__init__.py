@@ -4,6 +4,7 @@ Native kernels are used at once if they were built before; otherwise the first c
 """
 
 from mq_ao.ops import (
+    attention_into_cache,
     cached_attention,
     causal_conv1d,
     expert_linear,
@@ -38,6 +39,7 @@ from mq_ao.ops.library import load_cached, load_native, native_available
 load_cached()
 
 __all__ = [
+    "attention_into_cache",
     "cached_attention",
     "causal_conv1d",
     "expert_linear",

@@ -10,8 +10,8 @@ device's kernel. Where there is none, it runs the reference.
 not take itself (float64, or bad input, for which the reference raises the error).
 
 `mq_ao::<name>.out` writes into tensors that the caller gives: ExecuTorch puts it in the place of `mq_ao::<name>` when
-it plans a program's memory, and its runtime then finds the kernel of `native/executorch` by that name. Operators that
-change an argument, whose names end in `_`, have no such twin.
+it plans a program's memory, and its runtime then finds the kernel of `native/executorch` by that name. Operators whose
+names end in `_` have no such twin: ExecuTorch knows no operators of such names.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def define(name: str, schema: str, *, fake: Callable[..., Any], reference: Calla
 
     _kernels.impl(name, kernel)
     _kernels.impl(f"{name}_reference", reference)
-    if "!" not in schema:
+    if not name.endswith("_"):
         _define_out(name, schema)
 
 
@@ -75,7 +75,9 @@ def _define_out(name: str, schema: str) -> None:
     parsed = parse_schema(f"mq_ao::{name}{schema}")
     count = len(parsed.returns)
     names = ["out"] if count == 1 else [f"out{i}" for i in range(count)]
-    aliases = [f"Tensor({letter}!)" for letter in string.ascii_lowercase[:count]]
+    # Arguments that are changed have the first letters.
+    letters = string.ascii_lowercase[schema.count("!") :]
+    aliases = [f"Tensor({letter}!)" for letter in letters[:count]]
     outs = ", ".join(f"{alias} {out}" for alias, out in zip(aliases, names, strict=True))
     results = aliases[0] if count == 1 else f"({', '.join(aliases)})"
     arguments = schema[: schema.rindex("->")].rstrip().removesuffix(")")

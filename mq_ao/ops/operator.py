@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import string
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -118,5 +119,6 @@ def like(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | Non
 
 def _schema(function: Callable[..., Any], changes: tuple[str, ...]) -> str:
     schema = torch.library.infer_schema(function, mutates_args=changes)
+    letters = iter(string.ascii_lowercase)
     # Kernels take every int as a plain one: none is a size.
-    return re.sub(r"\(a\d+!\)", "(a!)", schema.replace("SymInt", "int"))
+    return re.sub(r"\(a\d+!\)", lambda _: f"({next(letters)}!)", schema.replace("SymInt", "int"))
