@@ -9,7 +9,7 @@ import torch
 from torchao.quantization.pt2e.observer import MappingType
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import Role, walk
+from mq_ao.graph import Role
 from mq_ao.quantizer.specs import LINEAR_ROLES, Activation, RoleSpec, Rounding
 
 
@@ -54,9 +54,9 @@ class Kernels:
         group_multiple: what the size of a group of weights must be a multiple of.
         groups: the sizes of groups that it takes; None: all.
         group_scale: dtype in which it keeps the scales of groups.
-        scans: the scans that it has an operator for.
         any_states: whether its programs carry whatever states a language model has; if not, those of a `MambaLM`.
-        experts: activations that it has a kernel for where each row has a weight of its own.
+        experts: activations that it has a kernel for where each row has a weight of its own; None: its programs cannot
+            hold such layers in float either.
     """
 
     backend: str
@@ -67,9 +67,8 @@ class Kernels:
     group_multiple: int = 4
     groups: frozenset[int] | None = None
     group_scale: torch.dtype = torch.float32
-    scans: frozenset[object] = walk.ANY_SCAN
     any_states: bool = False
-    experts: frozenset[Activation] = frozenset()
+    experts: frozenset[Activation] | None = frozenset()
 
 
 def check_executable(kernels: Kernels, role: Role, spec: RoleSpec) -> None:

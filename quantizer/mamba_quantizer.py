@@ -97,7 +97,8 @@ class MambaQuantizer(Quantizer):
 
     def check(self, model: GraphModule) -> None:
         """Raises MqAoError if the backend has no operator for a scan of the graph; to be called before long work."""
-        walk.check_scans(model, self.kernels.scans, self.kernels.backend)
+        if self.kernels.experts is None:
+            walk.check_experts(model, self.kernels.backend)
 
     def requests(self, model: GraphModule) -> list[Request]:
         """What `set_statistics` has to be given for this graph: inputs of what GPTQ rounds, and carried states."""
@@ -195,7 +196,7 @@ class MambaQuantizer(Quantizer):
 
     def _lack(self, node: Node, spec: RoleSpec | None) -> str | None:
         """Why a node stays in float whatever was asked for."""
-        if spec is not None and node.target in walk.EXPERTS and spec.activation not in self.kernels.experts:
+        if spec is not None and node.target in walk.EXPERTS and spec.activation not in (self.kernels.experts or ()):
             return f"backend {self.kernels.backend!r} has no integer kernel for experts with {spec.input}"
         return _WITHOUT_KERNEL.get(node.target)
 

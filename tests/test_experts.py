@@ -88,3 +88,9 @@ def test_float_inputs_and_other_backends_leave_experts_in_float() -> None:
     assert reasons(mq_ao.quantize(model, batches, "rtn-w8a8", backend="cuda")) == {
         "backend 'cuda' has no integer kernel for experts with static 8-bit (histogram) input"
     }
+
+
+def test_executorch_has_no_experts() -> None:
+    message = r"a mixture of experts \(expert_linear.*\), for which backend 'executorch' has no operator"
+    with pytest.raises(MqAoError, match=message):
+        mq_ao.quantize(build("Jamba, experts"), [ids_of(2, 8)], backend="executorch")

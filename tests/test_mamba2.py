@@ -242,8 +242,3 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(MqAoError, match=message):
         Mamba2Config(**{**SMALL.to_dict(), **change})
-
-
-def test_executorch_says_that_it_has_no_scan_of_mamba_2() -> None:
-    with pytest.raises(MqAoError, match="backend 'executorch' has no operator for ssd_scan, a scan of Mamba-2"):
-        mq_ao.quantize(build(), [ids(2, 8)], backend="executorch")

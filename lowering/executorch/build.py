@@ -84,15 +84,26 @@ def rewrite(module: GraphModule, options: Options) -> GraphModule:
         module: captured, or converted with q/dq nodes on int8; it is not changed.
         options: what runs the scan.
     """
-    walk.check_scans(module, KERNELS.scans, KERNELS.backend)
+    walk.check_experts(module, KERNELS.backend)
     module = copy.deepcopy(module)
+    # Weights that are computed become parameters, of which linears can have rows.
+    _fold(module)
     Rewriter(module, native=options.scan is Scan.NATIVE).run()
     for node in walk.calls(module, {torch.ops.aten._assert_tensor_metadata.default}):
         module.graph.erase_node(node)
-    # XNNPACK takes weights in integers.
-    constant_fold(module, lambda node: node.target not in DEQUANTIZE)
+    for node in walk.calls(module, {torch.ops.aten.clone.default}):
+        # Nothing is overwritten, and XNNPACK may not give what it was given.
+        if not node.kwargs and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(walk.argument(node, 0))
+            module.graph.erase_node(node)
+    _fold(module)
     edit.drop_unused_tensors(module)
     return module.requires_grad_(False)
+
+
+def _fold(module: GraphModule) -> None:
+    # XNNPACK takes weights in integers.
+    constant_fold(module, lambda node: node.target not in DEQUANTIZE)
 
 
 def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> ExecutorchProgram:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
 from executorch.exir.backend.utils import WhyNoPartition
@@ -163,6 +164,9 @@ def _operators(graph: Graph) -> Iterator[Node]:
 def _name(node: Node) -> str:
     """Name of an operator without its overload, and without its namespace where that is aten."""
     target: Any = node.target
+    if target is torch.ops.higher_order.auto_functionalized_v2:
+        # An operator that writes into what it is given, as torch.export puts it.
+        target = node.args[0]
     schema = getattr(target, "_schema", None)
     return target.__name__ if schema is None else schema.name.removeprefix("aten::")
 

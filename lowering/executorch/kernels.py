@@ -24,4 +24,5 @@ KERNELS = Kernels(
     group_multiple=32,
     group_scale=torch.bfloat16,
     any_states=True,
+    experts=None,
 )

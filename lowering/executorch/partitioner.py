@@ -39,9 +39,8 @@ def _stages(nodes: list[Node], match_of: dict[Node, int]) -> dict[int, int]:
     """
     stages: dict[int, int] = defaultdict(int)
     outside: dict[Node, int] = defaultdict(int)
-    changed = True
     # A match may reach over nodes that wait for others: once more until nothing changes, two or three times.
-    while changed:
+    for _ in range(len(match_of) + 2):
         changed = False
         for node in nodes:
             match = match_of.get(node)
@@ -61,4 +60,6 @@ def _stages(nodes: list[Node], match_of: dict[Node, int]) -> dict[int, int]:
                     outside[node] = waits
                 else:
                     stages[match] = waits
-    return stages
+        if not changed:
+            return stages
+    raise RuntimeError("XNNPACK takes operators together that wait for others in between.")

@@ -78,17 +78,17 @@ def ssd_scan(a: Operands) -> tuple[Tensor, Tensor]:
 @implements(attention)
 def attention_into_cache(a: Operands) -> Tensor:
     """See `mq_ao.ops.attention_into_cache`; the scores of all rows of the cache are computed."""
-    batch, heads, length, width = a.query.shape
+    heads, length = a.query.shape[1:3]
     most, groups = a.key_cache.shape[0], a.key.shape[2]
     places = torch.arange(length) + a.position
     for cache, rows in ((a.key_cache, a.key), (a.value_cache, a.value)):
         cache.index_copy_(0, places, rows)
-    keys, values = (cache.permute(1, 2, 0, 3) for cache in (a.key_cache, a.value_cache))
-    rows = a.query.reshape(batch, groups, heads // groups * length, width)
-    hidden = (torch.arange(most) > places.unsqueeze(1)).repeat(heads // groups, 1)
+    keys, values = (cache.permute(1, 2, 0, 3).unsqueeze(2) for cache in (a.key_cache, a.value_cache))
+    rows = a.query.contiguous().unflatten(1, (groups, heads // groups))
+    hidden = torch.arange(most) > places.unsqueeze(1)
     scores = torch.matmul(rows, keys.transpose(-1, -2)) * a.scaling
     weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
-    return torch.matmul(weights, values).reshape(batch, heads, length, width).transpose(1, 2).contiguous()
+    return torch.matmul(weights, values).flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def _step_sizes(raw: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:

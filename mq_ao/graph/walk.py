@@ -152,14 +152,13 @@ def downstream(node: Node, *, through: frozenset[object] = TRANSPARENT, tokenwis
             yield user
 
 
-def check_scans(module: GraphModule, known: frozenset[object], backend: str) -> None:
-    """Checks that a backend has an operator for every scan of a graph.
-
-    Raises:
-        MqAoError: it has not.
-    """
-    for scan in calls(module, ANY_SCAN - known):
-        raise MqAoError(f"backend {backend!r} has no operator for {scan.name}, a scan of Mamba-2: choose another.")
+def check_experts(module: GraphModule, backend: str) -> None:
+    """Raises MqAoError if there are experts in a graph for a backend that has no operator for them."""
+    for node in calls(module, EXPERTS):
+        raise MqAoError(
+            f"this model is a mixture of experts ({node.name}), for which backend {backend!r} has no operator: choose "
+            "'inductor'."
+        )
 
 
 def is_scaling(node: Node) -> bool:
