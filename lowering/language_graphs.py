@@ -53,22 +53,6 @@ def states_of(module: GraphModule) -> States:
     return found
 
 
-def layered_states(module: GraphModule, backend: str) -> States:
-    """The same, of a graph with one state for the convolutions of all layers and one for their scans.
-
-    Raises:
-        MqAoError: the graph has other states, and the backend has no programs for them.
-    """
-    found = states_of(module)
-    if len(found.items) != 2 or any(item.grows or item.batch_axis != 1 for item in found.items):
-        names = ", ".join(item.name for item in found.items)
-        raise MqAoError(
-            f"this model carries {names}: backend {backend!r} has programs for states of MambaLM alone. Quantize for "
-            "backend 'inductor'."
-        )
-    return found
-
-
 def find_states(module: GraphModule) -> States | None:
     """The same, or None if the graph is another."""
     inputs = [node for node in module.graph.find_nodes(op="placeholder") if node.target != POSITIONS]

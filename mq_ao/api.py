@@ -117,7 +117,7 @@ def _quantized(
     model: nn.Module, data: Iterable[Any], recipe: Recipe, quantizer: MambaQuantizer, progress: bool
 ) -> QuantizedModel:
     check_weights(model)
-    stateful = isinstance(model, MambaLM) or (quantizer.kernels.any_states and carries_states(_inner(model)))
+    stateful = isinstance(model, MambaLM) or carries_states(_inner(model))
     calibration = Calibration(model, data, _vocab_size(model), takes_mask=not stateful)
     with closing(calibration), plain():  # again, after code of the user's
         return _calibrated(model, calibration, recipe, quantizer, progress)
@@ -128,7 +128,7 @@ def _calibrated(
 ) -> QuantizedModel:
     """The walk; what takes long comes after everything that can be refused."""
     dtype = float_dtype(model)
-    graph = _captured(model, calibration.first, with_states=quantizer.kernels.any_states)
+    graph = _captured(model, calibration.first)
     info = _info(model, graph)
     quantizer.check(graph)
     captured = build.Captured.of(type(model).__name__, graph)
@@ -150,15 +150,14 @@ def _calibrated(
     return QuantizedModel(converted, report, info, source)
 
 
-def _captured(model: nn.Module, first: Call, *, with_states: bool) -> GraphModule:
-    """The float32 graph that is edited from here on; `with_states`: of transformers' language models, if it can be."""
+def _captured(model: nn.Module, first: Call) -> GraphModule:
+    """The float32 graph that is edited from here on, of transformers' language models with states if it can be."""
     if isinstance(model, GraphModule) and (dtype := float_dtype(model)) != torch.float32:
         raise MqAoError(f"this graph was captured in {dtype}: give mq_ao.export a model in float32 (model.float()).")
     if isinstance(model, GraphModule) and any(node.target in DEQUANTIZE for node in model.graph.nodes):
         raise MqAoError("this graph is quantized already: give the float one.")
     with in_float32(model):
-        graph = _with_states(model, first) if with_states else None
-        graph = graph or capture(model, first.args, first.kwargs)
+        graph = _with_states(model, first) or capture(model, first.args, first.kwargs)
     if (name := written(graph)) is not None:
         raise MqAoError(
             f"the model writes to its buffer or input {name} while it runs, and calibration would change it: compute a "

@@ -54,7 +54,6 @@ class Kernels:
         group_multiple: what the size of a group of weights must be a multiple of.
         groups: the sizes of groups that it takes; None: all.
         group_scale: dtype in which it keeps the scales of groups.
-        any_states: whether its programs carry whatever states a language model has; if not, those of a `MambaLM`.
         experts: activations that it has a kernel for where each row has a weight of its own; None: its programs cannot
             hold such layers in float either.
     """
@@ -67,7 +66,6 @@ class Kernels:
     group_multiple: int = 4
     groups: frozenset[int] | None = None
     group_scale: torch.dtype = torch.float32
-    any_states: bool = False
     experts: frozenset[Activation] | None = frozenset()
 
 

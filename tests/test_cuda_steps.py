@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,18 @@ import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import capture, compile_float
 from mq_ao.graph import walk
-from mq_ao.lowering.cuda import CudaProgram, rewrite
+from mq_ao.lowering.cuda import CudaProgram, lower_float, rewrite
 from mq_ao.lowering.cuda.decode_graph import one_token
-from mq_ao.lowering.language_graphs import with_positions
+from mq_ao.lowering.language_graphs import states_of, with_positions
+from mq_ao.lowering.stateful_graph import StatefulGraph
 from mq_ao.models import Mamba2Config, Mamba2LM, MambaLM
+from mq_ao.models.generate import generate
+from mq_ao.models.rows import Rows
+from mq_ao.models.states import tensors
 from mq_ao.ops.in_place import STATEFUL, state_index
 from tests.conftest import tokens
+from tests.test_capture_states import captured, ids_of
+from tests.test_capture_transformers import VOCAB
 
 mq = torch.ops.mq_ao
 aten = torch.ops.aten
@@ -98,7 +105,7 @@ def step_of(model: MambaLM | Mamba2LM, recipe: str | None, batches: list[Tensor]
         whole = with_positions(capture(model, ()))
     else:
         whole = rewrite(with_positions(mq_ao.quantize(model, batches, recipe, backend="cuda").converted)).module
-    return whole, one_token(whole)
+    return whole, one_token(whole, states_of(whole))
 
 
 @pytest.mark.parametrize("recipe", [None, "mambaquant-w8a8", "mambaquant-w4a16", "mambaquant-paper-w8a8"])
@@ -114,7 +121,7 @@ def test_a_step_is_what_the_graph_computes_for_one_token(
     with torch.no_grad():
         for index in range(4):
             expected, *kept = whole(ids[:, index : index + 1], *kept, positions)
-            assert torch.equal(step(ids[:, index : index + 1], *states, positions), expected)
+            assert torch.equal(*step(ids[:, index : index + 1], *states, positions), expected)
     for state, wanted in zip(states, kept, strict=True):
         assert torch.equal(state, wanted)
     # The states of the paper's recipe pass through a simulated rounding, so they are copied.
@@ -128,17 +135,76 @@ def test_a_step_is_what_the_graph_computes_for_one_token(
     assert targets(step).count(mq.int8_scan_step_.default) == (layers if joined else 0)
 
 
+HYBRIDS = ("FalconMamba", "Jamba", "Bamba", "Zamba2", "FalconH1", "GraniteMoeHybrid", "NemotronH", "Jamba, experts")
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_step_of_a_hybrid_is_what_the_graph_computes(name: str) -> None:
+    """Convolutions and scans overwrite their states, and attention gives its new rows."""
+    _, graph = captured(name)
+    states = states_of(graph)
+    whole = with_positions(graph)
+    step, positions = one_token(whole, states), torch.zeros(1, dtype=torch.int64)
+    fixed = [item for item in states.items if not item.grows]
+    assert targets(step).count(aten.copy_.default) == 0
+    overwriting = {getattr(mq, f"{operator}_").default for operator in STATEFUL}
+    assert sum(target in overwriting for target in targets(step)) == len(fixed)
+    ids = ids_of(2, 5)
+    given = kept = states.zeros(2)
+    given = tuple(value if isinstance(value, Rows) else value.clone() for value in given)
+    with torch.no_grad():
+        for index in range(5):
+            token = ids[:, index : index + 1]
+            expected, *after = whole(token, *tensors(kept), positions)
+            kept = states.after(kept, after)
+            logits, *rows = step(token, *tensors(given), positions)
+            assert torch.equal(logits, expected)
+            new = iter(rows)
+            given = tuple(value.append(next(new)) if isinstance(value, Rows) else value for value in given)
+    for state, wanted in zip(tensors(given), tensors(kept), strict=True):
+        assert torch.equal(state, wanted)
+
+
+@pytest.mark.parametrize("name", ["FalconMamba", "Bamba"])
+def test_programs_of_hybrids_generate(name: str, tmp_path: Path) -> None:
+    model, graph = captured(name)
+    quantized = mq_ao.quantize(model, [ids_of(4, 32, seed=1)], "mambaquant-w8a8", backend="cuda")
+    program = quantized.lower()
+    assert isinstance(program, CudaProgram) and not program.info["simulated"]
+    prompt = ids_of(2, 6, seed=2)
+    got = program.generate(prompt, 12)
+    assert torch.equal(got, generate(StatefulGraph(quantized.converted, states_of(graph)), prompt, 12))
+    program.save(tmp_path / "model.ptc")
+    loaded = mq_ao.load(tmp_path / "model.ptc")
+    assert torch.equal(loaded.generate(prompt, 12), got)
+    # Sequences take turns, and those of different lengths go on as alone.
+    streams = [program.stream(prompt[:1], 6), program.stream(prompt[1:], 6)]
+    for first, second in zip(*streams, strict=True):
+        assert first.shape == second.shape == (1, 1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    padded = program.generate(prompt, 6, attention_mask=mask)
+    assert torch.equal(padded[:1, 6:], program.generate(prompt[:1, 2:], 6)[:, 4:])
+    assert torch.equal(padded[1:, 6:], got[1:, 6:12])
+
+
+def test_compiled_decode_of_a_hybrid_is_not_replayed() -> None:
+    """A CUDA graph is of one size, and keys grow."""
+    program = lower_float(captured("Bamba")[1], {"vocab_size": VOCAB}).on("cpu", "reduce-overhead")
+    prompt = ids_of(1, 6, seed=2)
+    assert torch.equal(program.generate(prompt, 5), generate(StatefulGraph(captured("Bamba")[1]), prompt, 5))
+
+
 def test_layers_may_share_taps(tiny: MambaLM, calibration: list[Tensor]) -> None:
     whole, _ = step_of(tiny, "mambaquant-w8a8", calibration)
     first, second, *_ = walk.calls(whole, {mq.qcausal_conv1d.default})
     shared = walk.arguments(first)["weight"]
     second.replace_input_with(walk.arguments(second)["weight"], shared)
     whole.recompile()
-    step = one_token(whole)
+    step = one_token(whole, states_of(whole))
     states, positions = tiny.initial_states(2), torch.zeros(1, dtype=torch.int64)
     with torch.no_grad():
         expected, *_ = whole(tokens(2, 1), *states, positions)
-        assert torch.equal(step(tokens(2, 1), *states, positions), expected)
+        assert torch.equal(*step(tokens(2, 1), *states, positions), expected)
 
 
 def test_the_compiler_keeps_it_in_place(tiny: MambaLM, calibration: list[Tensor]) -> None:

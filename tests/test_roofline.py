@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mq_ao import MqAoError
 from mq_ao.lowering.cuda.decode_graph import one_token
+from mq_ao.lowering.language_graphs import states_of
 from mq_ao.models import MambaConfig
 from mq_ao.models.config import Mamba2Config
 from mq_ao.models.mamba2 import language_model
@@ -224,7 +225,8 @@ def test_products_of_many_rows_add_what_norms_follow(name: str | None, length: i
 
 @pytest.mark.parametrize(("batch", "each"), [(16, 1), (17, 2)])
 def test_steps_of_many_rows_are_two_kernels(batch: int, each: int) -> None:
-    graph = one_token(integer_graph(MAMBA, at_run_time(RECIPES["mambaquant-w8a8"])))
+    whole = integer_graph(MAMBA, at_run_time(RECIPES["mambaquant-w8a8"]))
+    graph = one_token(whole, states_of(whole))
     counted = count(graph, batch, 1, TOY)
     for key in (("in_proj", "mq_ao.int8_conv_step_"), ("dt_proj", "mq_ao.int8_scan_step_")):
         assert counted[key].kernels == each * MAMBA.n_layer
@@ -240,7 +242,7 @@ def test_few_layers_say_the_cost_of_many(config: Any, name: str | None) -> None:
     whole = float_graph(config) if recipe is None else integer_graph(config, recipe)
     counted = count_model(config, recipe, 2, 40, TOY)
     assert counted.prefill == count(whole, 2, 40, TOY)
-    assert counted.decode == count(one_token(whole), 2, 1, TOY)
+    assert counted.decode == count(one_token(whole, states_of(whole)), 2, 1, TOY)
 
 
 @pytest.mark.parametrize("name", ["rtn-w8a8-dynamic", "mambaquant-paper-w8a8", "quarot-w4a8", "mambaquant-w8a16"])

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.graph import walk
 from mq_ao.lowering.language_graphs import flat
+from mq_ao.models.states import States
 from mq_ao.ops.in_place import STATEFUL
 
 aten = torch.ops.aten
@@ -21,25 +22,28 @@ mq = torch.ops.mq_ao
 _TWINS: dict[object, Any] = {getattr(mq, name).default: getattr(mq, f"{name}_").default for name in STATEFUL}
 
 
-def one_token(module: GraphModule) -> GraphModule:
+def one_token(module: GraphModule, states: States) -> GraphModule:
     """Makes the graph of a step from that of any length, on the same tensors.
 
     Args:
-        module: graph `(input_ids, conv_state, ssm_state, positions) -> (logits, conv_state, ssm_state)`, lowered or in
-            float; it is not changed.
+        module: graph `(input_ids, *states, positions) -> (logits, *states)`, lowered or in float; it is not changed.
+        states: its states.
 
     Returns:
-        A graph `(input_ids, conv_state, ssm_state, positions) -> logits` that overwrites the states. Where what carries
-        one has no operator that does so, it is computed and then copied. Where a convolution or a scan does not read a
-        linear on integers, the two stay apart.
+        A graph `(input_ids, *states, positions) -> (logits, *rows)` that overwrites its states but for those that grow,
+        of which it gives the new rows. Where what carries one has no operator that does so, it is computed and then
+        copied. Where a convolution or a scan does not read a linear on integers, the two stay apart.
     """
     step = flat(module)
     graph = step.graph
     (output,) = graph.find_nodes(op="output")
     logits, *results = output.args[0]
-    states = graph.find_nodes(op="placeholder")[1:3]
-    output.args = (logits,)
-    for state, result in zip(states, results, strict=True):
+    given = graph.find_nodes(op="placeholder")[1 : 1 + len(results)]
+    triples = list(zip(states.items, given, results, strict=True))
+    output.args = ((logits, *[result for item, _, result in triples if item.grows]),)
+    for item, state, result in triples:
+        if item.grows:
+            continue
         carriers = _carried(state, result)
         for carrier in carriers:
             _overwrite(step, carrier)
@@ -56,21 +60,25 @@ def one_token(module: GraphModule) -> GraphModule:
 
 
 def _carried(state: Node, result: Node) -> list[Node]:
-    """The operators that read the layers of a state and give those of the result; none where that is not all."""
-    if result.target != aten.stack.default or not isinstance(result.args[0], list | tuple):
-        return []
+    """The operators that read a state, or its layers, and give the result; none where that is not all."""
+    stacked = result.target == aten.stack.default
     carriers: list[Node] = []
-    for layer, last in enumerate(result.args[0]):
+    for layer, last in enumerate(walk.inputs(result) if stacked else [result]):
         carrier = walk.argument(last, 0) if walk.is_result(last, 1) else None
         if carrier is None or carrier.target not in _TWINS:
             return []
         first = walk.arguments(carrier)["initial_state"]
-        if first is None or first.target != aten.select.int or first.args != (state, 0, layer):
+        if first is None or (stacked and (first.target != aten.select.int or first.args != (state, 0, layer))):
             return []
-        if len(first.users) != 1 or len(last.users) != 1:
+        if (not stacked and first is not state) or len(_readers(first)) != 1 or len(last.users) != stacked:
             return []
         carriers.append(carrier)
-    return carriers if len(state.users) == len(carriers) else []
+    return carriers if len(_readers(state)) == len(carriers) else []
+
+
+def _readers(node: Node) -> list[Node]:
+    """What reads values of a node, not its sizes alone."""
+    return [user for user in node.users if user.target != aten.sym_size.int]
 
 
 def _overwrite(step: GraphModule, carrier: Node) -> None:
@@ -109,8 +117,8 @@ def _join_convolution(step: GraphModule, conv: Node) -> None:
 
 
 def _depends_on_inputs_alone(node: Node) -> bool:
-    """Whether a node is a tensor of the module or a layer of an input, which can be had anywhere."""
-    if node.op == "get_attr":
+    """Whether a node is a tensor of the module, an input or a layer of one, which can be had anywhere."""
+    if node.op in ("get_attr", "placeholder"):
         return True
     return node.target == aten.select.int and walk.argument(node, 0).op == "placeholder"
 

@@ -15,7 +15,7 @@ from mq_ao.lowering.cuda.module import CudaModule
 from mq_ao.lowering.cuda.program import CudaProgram
 from mq_ao.lowering.cuda.rewriter import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
-from mq_ao.lowering.language_graphs import layered_states, states_of, with_positions
+from mq_ao.lowering.language_graphs import states_of, with_positions
 from mq_ao.lowering.module_export import export_module, refuse_memory
 from mq_ao.lowering.prefill_decode import export_prefill
 
@@ -47,7 +47,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
     """Makes a program of a converted graph, on the CPU: nothing in it depends on a GPU being there.
 
     Args:
-        converted: see `rewrite`; of a language model, `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
+        converted: see `rewrite`; of a language model, `(input_ids, *states) -> (logits, *states)`.
         info: what the program is to say of itself. With a `vocab_size`, it is a language model's.
         options: there are none.
 
@@ -56,7 +56,6 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
     """
     CUDA.check_options(options)
     if "vocab_size" in info:
-        layered_states(converted, CUDA.name)
         graph = rewrite(with_positions(converted))
         return _program(graph.module, {**info, **graph.described})
     refuse_memory(converted)
@@ -68,7 +67,6 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
 def lower_float(module: GraphModule, info: Mapping[str, Any], options: None = None) -> CudaProgram:
     """Makes a program of the float graph of a language model in the same way, for comparison."""
     CUDA.check_options(options)
-    layered_states(module, CUDA.name)
     module = with_positions(copy.deepcopy(module))
     fold_constants(module)
     return _program(module, {**info, "integer_kernels": {}, "simulated": []})

@@ -39,10 +39,11 @@ class CudaProgram(SavedGraph, StatefulProgram):
 
     Decode keeps the states of each batch size in memory of its own and overwrites them: the states that it returns are
     those, and hold until the next step of the same sequences. Clone them to come back to them later. Sequences of one
-    batch size may take turns, which costs a copy of their states each.
+    batch size may take turns, which costs a copy of their states each. Keys and values of attention grow; where there
+    are some, decode is one compiled program for all batch sizes and is not replayed as a CUDA graph.
 
     Args:
-        exported: `(input_ids, conv_state, ssm_state, positions) -> (logits, conv_state, ssm_state)`.
+        exported: `(input_ids, *states, positions) -> (logits, *states)`.
         info: what the program says of itself.
         device: where it runs; None: on the GPU if there is one, else on the CPU.
         mode: how; None: with CUDA graphs on a GPU, eager on the CPU.
@@ -66,14 +67,17 @@ class CudaProgram(SavedGraph, StatefulProgram):
         self._last = torch.zeros(1, dtype=torch.int64, device=wanted)
         self._held: dict[int, _Held] = {}
         self._prefill: Any = module
-        self._decode: Any = one_token(module)
-        if self.mode in WITH_GRAPHS:
+        self._decode: Any = one_token(module, self.states)
+        self._grows = [item.grows for item in self.states.items]
+        self._replays = self.mode in WITH_GRAPHS and not any(self._grows)
+        if self._replays:
             # Kernels are tuned, and constants that they keep are made, outside of a CUDA graph's memory.
             with torch.no_grad():
                 self._decode(self._last[None], *tensors(self.states.zeros(1, wanted)), self._last)
         if self.mode is not Mode.EAGER:
             self._prefill = compiled(self._prefill, without_graphs(self.mode), dynamic=True)
-            self._decode = compiled(self._decode, str(self.mode), dynamic=False)
+            way = without_graphs(self.mode) if any(self._grows) else str(self.mode)
+            self._decode = compiled(self._decode, way, dynamic=any(self._grows))
 
     @classmethod
     def load(
@@ -99,7 +103,7 @@ class CudaProgram(SavedGraph, StatefulProgram):
     ) -> tuple[Tensor, tuple[Value, ...]]:
         # Before parts of states become tensors of their own.
         for held in self._held.values():
-            held.check(tensors(states))
+            held.check(self._fixed(tensors(states)))
         return super()._call(name, ids, states, *positions)
 
     def run(self, name: str, *inputs: Tensor) -> Sequence[Tensor]:
@@ -109,17 +113,24 @@ class CudaProgram(SavedGraph, StatefulProgram):
                 return self._prefill(*inputs)
             ids, *given = inputs
             held = self._memory(len(ids))
-            logits = self._decode(ids, *held.take(given), self._last)
-            if self.mode in WITH_GRAPHS:
+            fixed = iter(held.take(self._fixed(given)))
+            inputs = tuple(value if grows else next(fixed) for value, grows in zip(given, self._grows, strict=True))
+            logits, *rows = self._decode(ids, *inputs, self._last)
+            if self._replays:
                 logits = logits.clone()  # the next replay writes to the same memory
-            return logits, *held.give()
+            new, kept = iter(rows), iter(held.give())
+            return logits, *(next(new) if grows else next(kept) for grows in self._grows)
+
+    def _fixed(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """Those states that do not grow."""
+        return [state for state, grows in zip(states, self._grows, strict=True) if not grows]
 
     def _memory(self, batch: int) -> _Held:
         """The memory of so many sequences, which is made once."""
         if batch not in self._held:
             # What is made in inference mode could not be overwritten outside of it.
             with torch.inference_mode(False):
-                self._held[batch] = _Held(tensors(self.states.zeros(batch, self._device)))
+                self._held[batch] = _Held(self._fixed(tensors(self.states.zeros(batch, self._device))))
         return self._held[batch]
 
 

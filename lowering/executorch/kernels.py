@@ -23,6 +23,5 @@ KERNELS = Kernels(
     integer_outputs=True,
     group_multiple=32,
     group_scale=torch.bfloat16,
-    any_states=True,
     experts=None,
 )

@@ -13,10 +13,9 @@ from torch.fx.passes.infra.partitioner import Partition
 class StagedPartitioner(XnnpackPartitioner):
     """XNNPACK's partitioner with another way to put together what it matched.
 
-    ExecuTorch's own tries every pair of matches, which takes minutes for a model of 24 layers, and can give two
-    partitions that wait for each other. Here a node's stage is the number of times that a path to it leaves XNNPACK;
-    what XNNPACK takes of one stage is a partition. A path out of it and back comes to a later stage, so that partitions
-    wait for earlier ones alone.
+    ExecuTorch's own tries every pair of matches, and can give two partitions that wait for each other. Here a node's
+    stage is the number of times that a path to it leaves XNNPACK; what XNNPACK takes of one stage is a partition. A
+    path out of it and back comes to a later stage, so that partitions wait for earlier ones alone.
     """
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:

@@ -19,6 +19,5 @@ ROLES = {
 KERNELS = Kernels(
     "inductor",
     {**ROLES, Role.KV_CACHE: frozenset({Activation.PER_TOKEN})},
-    any_states=True,
     experts=frozenset({Activation.STATIC, Activation.PER_TOKEN}),
 )

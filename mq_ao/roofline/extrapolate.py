@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.cuda.decode_graph import one_token
+from mq_ao.lowering.language_graphs import states_of
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.recipes import Recipe
 from mq_ao.roofline.cost import LINEARS, Cost
@@ -88,7 +89,7 @@ def count_model(config: Config, recipe: Recipe | None, batch: int, tokens: int, 
     for layers, vocabulary in ((2, 1), (3, 1), (2, 2)):
         graph = build(replace(config, n_layer=layers, vocab_size=vocabulary * _VOCABULARY))
         prompts.append(count(graph, batch, tokens, device))
-        steps.append(count(one_token(graph), batch, 1, device))
+        steps.append(count(one_token(graph, states_of(graph)), batch, 1, device))
     return Counted(_affine(config, *prompts), _affine(config, *steps))
 
 
