@@ -155,13 +155,16 @@ def mamba_ssm_families() -> Iterator[Family]:
 
     with source.package() as package:
         run = source.by_references()
-        for layer in ("Mamba1", "Mamba2"):
-            model = source.language_model(package, layer, rms_norm=True, fused_add_norm=True)
+        rows = [("Mamba1", "no attention"), ("Mamba2", "no attention"), ("Mamba2", "attention")]
+        for layer, kind in rows:
+            model = source.language_model(package, layer, **source.WITH_STATES[kind])
 
             def eager(ids: Tensor, model: nn.Module = model) -> Tensor:
                 return run(model, ids)
 
-            yield measure(f"mamba_ssm, {layer}", model, eager, decodes=AS_MAMBA_LM, vocab=64)
+            name = f"mamba_ssm, {layer}" + (", attention" if kind == "attention" else "")
+            decodes = decoding(model) if kind == "attention" else AS_MAMBA_LM
+            yield measure(name, model, eager, decodes=decodes, vocab=64)
 
 
 def decoding(model: nn.Module) -> str:

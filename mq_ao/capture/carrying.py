@@ -1,8 +1,8 @@
-"""The states that transformers' models carry from call to call, as inputs and outputs of a function.
+"""The states that language models carry from call to call, as inputs and outputs of a function.
 
-A model is run with a cache of ours. It never holds a state back from a layer in the library's own form: convolutions,
-scans and attention are functions of ours while a model is captured (see `transformers`), and they read what was given
-and keep what is new.
+A model never holds a state back from a layer in its library's own form: convolutions, scans and attention are functions
+of ours while it is captured (see `scans`, `transformers` and `mamba_ssm`), and they read what was given and keep what
+is new. A model of transformers is run with a cache of ours; one of mamba_ssm without, as for a whole sequence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _CACHES = ("past_key_values", "cache_params")
 class Carried:
     """A call's states by name, such as "conv_0" and "key_5": those given and those after it.
 
-    It has the methods of transformers' `Cache` that models call.
+    It has the methods of transformers' `Cache` that models call; a model of mamba_ssm says with `enter` which layer
+    runs.
 
     Args:
         given: the states before the call; where one is missing, it is that of a new sequence.
@@ -60,11 +61,15 @@ class Carried:
         keys = [value for name, value in self._given.items() if name.startswith("key_")]
         return keys[0].shape[0] if keys else 0
 
+    def enter(self, layer: int) -> None:
+        """Says which layer runs."""
+        self._layer = layer
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """Says which layer runs; the convolution itself reads the state."""
         if state_idx:
             raise MqAoError(f"layer {layer_idx} carries several states of a kind, which is not supported.")
-        self._layer = layer_idx
+        self.enter(layer_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """As `get_conv_state`."""
@@ -79,7 +84,7 @@ class Carried:
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keeps new keys and values (batch, heads, length, width), and says which layer runs."""
-        self._layer = layer_idx
+        self.enter(layer_idx)
         for kind, rows in (("key", key), ("value", value)):
             # Rows first: more of them then follow those before in memory, and nothing is moved.
             self.keep(kind, rows.permute(2, 0, 1, 3).contiguous())
@@ -99,7 +104,9 @@ class Carried:
 
 
 def carries_states(model: nn.Module) -> bool:
-    """Whether a model is a language model of transformers that takes a cache and gives logits."""
+    """Whether a model is a language model of mamba_ssm, or one of transformers that takes a cache and gives logits."""
+    if type(model).__module__.startswith("mamba_ssm.models."):
+        return True
     if not type(model).__module__.startswith("transformers.models.") or not hasattr(model, "generate"):
         return False
     theirs: Any = model
@@ -141,6 +148,11 @@ def attention(
     if unknown or attention_mask is not None:
         what = ", ".join(unknown) or "a mask"
         raise MqAoError(f"attention with {what} ({type(module).__name__}) is not supported in a model with states.")
+    return attend(query, scaling), None
+
+
+def attend(query: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of the layer that runs, whose new keys and values are kept: (batch, length, heads, width)."""
     carried = current()
     assert carried is not None
     return cached_attention(
@@ -150,17 +162,17 @@ def attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         carried.given("key"),
         carried.given("value"),
-    ), None
+    )
 
 
 class Stateful(nn.Module):
-    """A language model of transformers as `(input_ids, *states) -> (logits, *states)`.
+    """A language model of transformers or mamba_ssm as `(input_ids, *states) -> (logits, *states)`.
 
     States are those that the model carries: of convolutions (batch, d_conv - 1, channels), of scans (batch, ...), and
     keys and values (tokens before, batch, heads, width), of which the new rows are given, to be appended.
 
     Args:
-        model: `...ForCausalLM`, in eval mode.
+        model: `...ForCausalLM` or `MambaLMHeadModel`, in eval mode.
         names: of the states, as `Carried.new` has them; none: it is called without.
     """
 
@@ -169,8 +181,9 @@ class Stateful(nn.Module):
         self.model = model
         self.names = tuple(names)
         known = inspect.signature(model.forward).parameters
-        self._cache = next(name for name in _CACHES if name in known)
-        self._takes_positions = "position_ids" in known
+        self._cache = next((name for name in _CACHES if name in known), None)
+        # mamba_ssm's take positions and read none.
+        self._takes_positions = self._cache is not None and "position_ids" in known
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("input_ids", *names)]
 
         def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -183,7 +196,7 @@ class Stateful(nn.Module):
     def run(self, input_ids: Tensor, *states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (batch, length, vocab_size), and the states after the call by name."""
         carried = Carried(dict(zip(self.names, states, strict=True)))
-        given: dict[str, Any] = {self._cache: carried, "use_cache": True}
+        given: dict[str, Any] = {} if self._cache is None else {self._cache: carried, "use_cache": True}
         if self._takes_positions:
             first = carried.length
             positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)

@@ -79,6 +79,11 @@ def export(
         return _exported(module, call, dynamic_shapes, scans)
 
 
+def replacements(module: nn.Module) -> list[Replacement]:
+    """What stands in for the functions of libraries while `module` runs."""
+    return [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
+
+
 def _exported(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.Scans | None) -> ExportedProgram:
     if dynamic_shapes is not None:
         examples.arguments(module, call)
@@ -118,9 +123,9 @@ def _traced_at_any_size(
 
 
 def _traced(module: nn.Module, call: Call, dynamic_shapes: Any, scans: by_hand.Scans | None) -> ExportedProgram:
-    replacements = [item for adapter in _ADAPTERS for item in adapter.replacements(module)]
+    theirs = replacements(module)
     try:
-        library = replaced([*replacements, *mode_wrappers.replacements()])
+        library = replaced([*theirs, *mode_wrappers.replacements()])
         with torch.no_grad(), attributes.kept(module), library, by_hand.swapped(module, *call, scans), ChannelLast():
             program = torch.export.export(module, *call, dynamic_shapes=dynamic_shapes)
     except MqAoError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from mq_ao.capture import norm_functions, scans
+from mq_ao.capture import carrying, norm_functions, scans
 from mq_ao.capture.replacing import Replacement, imported
 from mq_ao.errors import MqAoError
 
@@ -69,6 +70,47 @@ def replacements(module: nn.Module) -> Iterator[Replacement]:
         for source in imported():
             if vars(source).get("causal_conv1d_fn", ...) is None:
                 yield Replacement(source, "causal_conv1d_fn", scans.causal_conv1d_fn)
+    if isinstance(module, carrying.Stateful):
+        for part in module.modules():
+            if type(part).__module__.startswith("mamba_ssm.modules.") and hasattr(part, "in_proj"):
+                yield Replacement(part, "forward", functools.partial(_in_layer, part))
+
+
+def _in_layer(mixer: nn.Module, x: Tensor, inference_params: None = None, **kwargs: Any) -> Tensor:
+    """A mixer's forward while states are carried: as of a whole sequence, which the functions below go on with."""
+    carried: Any = carrying.current()
+    carried.enter(mixer.layer_idx)
+    forward = multi_head_attention if type(mixer).__name__ == "MHA" else type(mixer).forward
+    return forward(mixer, x, **kwargs)
+
+
+def multi_head_attention(mixer: Any, x: Tensor) -> Tensor:
+    """`mamba_ssm.modules.mha.MHA`, causal, on keys and values of its own heads, which it does not repeat.
+
+    Args:
+        mixer: the module.
+        x: (batch, length, embed_dim).
+
+    Raises:
+        MqAoError: its attention is not causal, or it rotates positions, for which it needs flash_attn.
+    """
+    if not mixer.causal or mixer.rotary_emb_dim:
+        what = "with rotary positions" if mixer.causal else "that is not causal"
+        raise MqAoError(f"attention of mamba_ssm {what} is not supported in a model with states.")
+    qkv = mixer.in_proj(x)
+    own = qkv.shape[-1] - mixer.mlp_dim
+    qkv, mlp = qkv.split([own, mixer.mlp_dim], dim=-1) if mixer.mlp_dim else (qkv, None)
+    if mixer.d_conv:
+        qkv, _ = scans.causal_conv1d(qkv, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, None)
+    sizes = [heads * mixer.head_dim for heads in (mixer.num_heads, mixer.num_heads_kv, mixer.num_heads_kv)]
+    query, key, value = (part.unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2) for part in qkv.split(sizes, dim=-1))
+    carried: Any = carrying.current()
+    carried.update(key, value, mixer.layer_idx)
+    y = carrying.attend(query, mixer.softmax_scale).flatten(-2)
+    if mlp is not None:
+        up, gate = mlp.chunk(2, dim=-1)
+        y = torch.cat([y, up * silu(gate)], dim=-1)
+    return mixer.out_proj(y)
 
 
 def mamba_inner_fn(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from mq_ao.capture import carrying
 from mq_ao.errors import MqAoError
 
 
@@ -25,6 +26,8 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """Convolution of x (batch, length, channels) by weight (channels, d_conv); returns y and the last state.
 
+    While states are carried, it goes on from its own.
+
     Raises:
         MqAoError: packed sequences, or an activation other than SiLU.
     """
@@ -33,7 +36,8 @@ def causal_conv1d(
     if activation not in (None, "silu", "swish"):
         raise MqAoError(f"a convolution with activation {activation!r} is not supported, only None and 'silu' are.")
     activation = None if activation is None else "silu"
-    return torch.ops.mq_ao.causal_conv1d(x, weight, bias, initial_state, activation)
+    first = _first("conv", initial_state)
+    return _kept("conv", torch.ops.mq_ao.causal_conv1d(x, weight, bias, first, activation))
 
 
 def selective_scan(
@@ -50,6 +54,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Scan of Mamba-1, times SiLU(z): u, delta, z (batch, length, channels), B, C (batch, length, [groups,] d_state).
 
+    While states are carried, it goes on from its own, and so does `ssd_scan`.
+
     Raises:
         MqAoError: A is complex, or B or C does not depend on the input.
     """
@@ -62,9 +68,11 @@ def selective_scan(
                 "batch and length, is supported."
             )
     dtype = _common_dtype(u, delta, B, C)
-    y, last = torch.ops.mq_ao.selective_scan(
-        u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias, delta_softplus, initial_state
+    first = _first("ssm", initial_state)
+    results = torch.ops.mq_ao.selective_scan(
+        u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias, delta_softplus, first
     )
+    y, last = _kept("ssm", results)
     y = y.to(u.dtype)
     return (y if z is None else y * silu(z)), last
 
@@ -87,12 +95,27 @@ def ssd_scan(
     dtype = _common_dtype(x, dt, B, C)
     low, high = dt_limit
     high_or_none = None if high == float("inf") else high
-    y, last = torch.ops.mq_ao.ssd_scan(
+    first = _first("ssm", initial_state)
+    results = torch.ops.mq_ao.ssd_scan(
         *(x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), D, dt_bias, dt_softplus),
-        *(low, high_or_none, initial_state, seq_idx),
+        *(low, high_or_none, first, seq_idx),
     )
+    y, last = _kept("ssm", results)
     y = y.to(x.dtype)
     return (y if z is None else y * silu(z)), last
+
+
+def _first(kind: str, given: Tensor | None) -> Tensor | None:
+    """The state to go on from."""
+    carried = carrying.current()
+    return given if carried is None else carried.given(kind)
+
+
+def _kept(kind: str, results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Output and last state, which is kept where states are carried."""
+    if (carried := carrying.current()) is not None:
+        carried.keep(kind, results[1])
+    return results
 
 
 def causal_conv1d_fn(

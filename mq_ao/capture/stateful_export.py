@@ -1,4 +1,4 @@
-"""Captures a language model of transformers with the states that it carries."""
+"""Captures a language model of transformers or mamba_ssm with the states that it carries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from mq_ao.capture import transformers
+from mq_ao.capture import exporting
 from mq_ao.capture.carrying import Stateful
 from mq_ao.capture.exporting import export
 from mq_ao.capture.replacing import replaced
@@ -21,12 +21,12 @@ BATCH, LENGTH, PAST = 2, 5, 3
 @in_turn
 @plain()
 def export_with_states(model: nn.Module) -> ExportedProgram:
-    """Captures a model of transformers as `(input_ids, *states) -> (logits, *states)`; see `carrying.Stateful`.
+    """Captures a model of transformers or mamba_ssm as `(input_ids, *states) -> (logits, *states)`; see `carrying.Stateful`.
 
     Batch and length vary, and how many tokens were before: from none on.
 
     Args:
-        model: `...ForCausalLM` in eval mode, whose layers are attention, Mamba or Mamba-2.
+        model: `...ForCausalLM` or `MambaLMHeadModel` in eval mode, whose layers are attention, Mamba or Mamba-2.
 
     Raises:
         MqAoError: as for `export`; its attention has a window or soft caps; or it wants a cache of another kind.
@@ -43,7 +43,7 @@ def _examples(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """States of the example's sequences after so many tokens."""
     stateful = Stateful(model)
     try:
-        with replaced(transformers.replacements(stateful)):
+        with replaced(exporting.replacements(stateful)):
             _, states = stateful.run(ids[:, :PAST])
     except MqAoError:
         raise

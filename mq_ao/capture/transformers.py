@@ -78,24 +78,15 @@ def causal_conv1d_fn(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
 ) -> Any:
     """hidden_states (batch, channels, length)."""
-    packed = kwargs.get("seq_idx")
-    if (carried := carrying.current()) is None:
-        return scans.causal_conv1d_fn(hidden_states, weight, bias, packed, activation=activation)
-    x = hidden_states.transpose(1, 2)
-    y, last = scans.causal_conv1d(x, weight, bias, activation, packed, carried.given("conv"))
-    carried.keep("conv", last)
-    return y.transpose(1, 2)
+    return scans.causal_conv1d_fn(hidden_states, weight, bias, kwargs.get("seq_idx"), activation=activation)
 
 
 def mamba_selective_scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Any:
     """hidden_states, dt (batch, channels, length), B, C (batch, [groups,] d_state, length)."""
     options = _known(kwargs, _SCAN_OPTIONS)
-    if (carried := carrying.current()) is None:
-        return scans.selective_scan_fn(hidden_states, dt, A, B, C, **options)
-    options["return_last_state"] = True
-    y, last = scans.selective_scan_fn(hidden_states, dt, A, B, C, **options, initial_state=carried.given("ssm"))
-    carried.keep("ssm", last)
-    return y, last
+    # A model with a cache asks for the last state in ways of its own.
+    options["return_last_state"] = options.get("return_last_state", False) or carrying.current() is not None
+    return scans.selective_scan_fn(hidden_states, dt, A, B, C, **options)
 
 
 def mamba2_chunk_scan(
@@ -103,12 +94,8 @@ def mamba2_chunk_scan(
 ) -> Any:
     """hidden_states (batch, length, heads, headdim), B, C (batch, length, groups, d_state)."""
     options = _known(kwargs, _CHUNK_SCAN_OPTIONS)
-    if (carried := carrying.current()) is None:
-        return scans.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
-    options |= {"initial_states": carried.given("ssm"), "return_final_states": True}
-    y, last = scans.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
-    carried.keep("ssm", last)
-    return y, last
+    options["return_final_states"] = options.get("return_final_states", False) or carrying.current() is not None
+    return scans.mamba_chunk_scan_combined(hidden_states, dt, A, B, C, chunk_size, **options)
 
 
 def _known(kwargs: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
