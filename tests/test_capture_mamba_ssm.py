@@ -193,9 +193,7 @@ WITH_STATES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
 @pytest.mark.parametrize("name", WITH_STATES)
-def test_language_model_with_states(
-    mamba_ssm: ModuleType, eager: Callable[..., Tensor], layer: str, name: str
-) -> None:
+def test_language_model_with_states(mamba_ssm: ModuleType, eager: Callable[..., Tensor], layer: str, name: str) -> None:
     """Pieces of any length give what the package gives for all, and the same model still runs afterwards."""
     model = language_model(mamba_ssm, layer, **WITH_STATES[name])
     run = StatefulGraph(export_with_states(model).module(check_guards=False))

@@ -292,6 +292,47 @@ def test_gate(n: int, smooth: bool, hadamard: bool) -> None:
     check(lambda b, t: {"y": randn(b, t, n), "z": randn(b, t, n), **s}, "gate", {"y", "z"}, set(), hadamard=hadamard)
 
 
+class Attention(torch.nn.Module):
+    """Attention with a cache of its own, as programs have it."""
+
+    def __init__(self, groups: int, width: int) -> None:
+        super().__init__()
+        for name in ("key_cache", "value_cache"):
+            self.register_buffer(name, torch.zeros(MOST_STEPS, 2, groups, width))
+        self.register_buffer("position", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        state = (self.key_cache, self.value_cache, self.position)
+        y = torch.ops.mq_ao.attention_into_cache(query, key, value, 0.3, *state)
+        self.position.add_(query.shape[2])
+        return y
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 8), (3, 3, 5), (8, 1, 64)])
+def test_attention_into_cache(heads: int, groups: int, width: int) -> None:
+    torch.manual_seed(0)
+    module = Attention(groups, width)
+
+    def make(length: int) -> tuple[Tensor, ...]:
+        rows = [randn(length, 2, groups, width) for _ in range(2)]
+        return randn(2, heads, length, width), *rows
+
+    length = torch.export.Dim("length", min=1, max=MOST_STEPS)
+    exported = torch.export.export(
+        Attention(groups, width), make(3), dynamic_shapes=({2: length}, {0: length}, {0: length})
+    )
+    lowered = to_edge_transform_and_lower(exported).to_executorch()
+    copies = lowered.exported_program().graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    assert [str(node.args[0]) for node in copies] == ["b_position"], "caches are written where they lie"
+    program, method = load(bytes(lowered.buffer))
+    for count in (3, 1, 20, 1, 2, 13):
+        tensors = make(count)
+        assert_same([x.clone() for x in method.execute(tensors)], [module(*tensors)])
+    with pytest.raises(RuntimeError):
+        method.execute(make(1))
+    del program
+
+
 def shortened(tensors: dict[str, Tensor], name: str, axis: int, size: int) -> dict[str, Tensor]:
     return tensors | {name: tensors[name].narrow(axis, 0, size)}
 

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 pytest.importorskip("executorch.exir", reason='needs pip install "mq-ao[executorch]"')
 
-from mq_ao.lowering.executorch.partitioner import _stages  # noqa: E402
+from mq_ao.lowering.executorch.partitioner import _stages
 
 
 def drawn_graph(data: st.DataObject) -> tuple[list[Node], dict[Node, int]]:

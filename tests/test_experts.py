@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 import mq_ao
-from mq_ao import passes
+from mq_ao import MqAoError, passes
 from mq_ao.capture.stateful_export import export_with_states
 from mq_ao.graph import Role, match, walk
 from mq_ao.graph.residual import streams

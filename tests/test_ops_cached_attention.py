@@ -239,3 +239,49 @@ def test_bad_operands(changes: dict[str, Any], message: str) -> None:
         attention(**{**given, **changes})
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(MqAoError, match=message):
         attention(**{**given, **changes})
+
+
+@settings(max_examples=50, deadline=None)
+@given(case=cases, room=st.integers(0, 5))
+def test_a_cache_of_fixed_size_is_written_and_attended_to(case: Case, room: int) -> None:
+    case = replace(case, past=max(case.past, 0), integers=False, padded=False)
+    given = case.arguments()
+    caches = [
+        torch.cat([given[f"past_{kind}"], torch.full((case.length + room, *given[kind].shape[1:]), torch.nan)])
+        for kind in ("key", "value")
+    ]
+    operands = (given["query"], given["key"], given["value"], given["scaling"])
+    y = torch.ops.mq_ao.attention_into_cache(*operands, *caches, torch.tensor([case.past]))
+    assert torch.equal(y, reference(**given))
+    for kind, cache in zip(("key", "value"), caches, strict=True):
+        assert torch.equal(cache[: case.past + case.length], torch.cat([given[f"past_{kind}"], given[kind]]))
+        assert cache[case.past + case.length :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position": torch.tensor([6])}, r"tokens 6\.\.8 do not fit into a cache of 8"),
+        ({"position": torch.tensor([-1])}, r"tokens -1\.\.1 do not fit"),
+        ({"position": torch.tensor([1.0])}, "position must be one integer"),
+        ({"position": torch.tensor([1, 2])}, "position must be one integer"),
+        ({"value_cache": torch.zeros(7, 1, 2, 4)}, r"value_cache must be torch.float32 \(8, 1, 2, 4\)"),
+        ({"key": torch.zeros(2, 1, 2, 4)}, r"key must be torch.float32 \(3, 1, 2, 4\)"),
+        ({"key": torch.zeros(3, 1, 3, 4)}, "4 heads cannot share the keys of 3"),
+        ({"query": torch.zeros(4, 3, 4)}, r"the query must be floating point \(batch, heads, length, width\)"),
+    ],
+)
+def test_caches_that_do_not_fit_are_refused(changes: dict[str, Tensor], message: str) -> None:
+    given = {
+        "query": torch.zeros(1, 4, 3, 4),
+        "key": torch.zeros(3, 1, 2, 4),
+        "value": torch.zeros(3, 1, 2, 4),
+        "scaling": 1.0,
+        "key_cache": torch.zeros(8, 1, 2, 4),
+        "value_cache": torch.zeros(8, 1, 2, 4),
+        "position": torch.zeros(1, dtype=torch.int64),
+    }
+    before = given["key_cache"].clone()
+    with pytest.raises(MqAoError, match=message):
+        torch.ops.mq_ao.attention_into_cache(**{**given, **changes})
+    assert torch.equal(given["key_cache"], before), "what is refused writes nothing"

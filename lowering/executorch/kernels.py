@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mq_ao.graph import Role, walk
+from mq_ao.graph import Role
 from mq_ao.quantizer.kernels import INT8, Kernels
 from mq_ao.quantizer.specs import LINEAR_ROLES, Activation
 

@@ -19,9 +19,7 @@ aten = torch.ops.aten
 METHODS = ("prefill", "decode", "reset")
 
 
-def export_methods(
-    module: GraphModule, states: States, options: Options, max_count: int
-) -> dict[str, ExportedProgram]:
+def export_methods(module: GraphModule, states: States, options: Options, max_count: int) -> dict[str, ExportedProgram]:
     """Exports the methods of a language model's graph `(input_ids, *states) -> (logits, *states)`.
 
     `prefill(input_ids (batch, length), positions (count,)) -> logits (batch, count, vocab_size)` of the tokens at

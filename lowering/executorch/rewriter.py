@@ -119,11 +119,7 @@ class Rewriter(GraphRewriter):
     def _gate(self, product: Node) -> None:
         """Gate and rotation as one native operator."""
         gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
-        if (
-            gate is None
-            or not gate.is_plain
-            or walk.upstream(gate.y).target not in _SCANS
-        ):
+        if gate is None or not gate.is_plain or walk.upstream(gate.y).target not in _SCANS:
             return
         following = walk.only_user(product)
         rotated = (

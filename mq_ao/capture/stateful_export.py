@@ -21,7 +21,7 @@ BATCH, LENGTH, PAST = 2, 5, 3
 @in_turn
 @plain()
 def export_with_states(model: nn.Module) -> ExportedProgram:
-    """Captures a model of transformers or mamba_ssm as `(input_ids, *states) -> (logits, *states)`; see `carrying.Stateful`.
+    """Captures a model of transformers or mamba_ssm as `carrying.Stateful` has it: with its states.
 
     Batch and length vary, and how many tokens were before: from none on.
 

@@ -40,6 +40,9 @@ def quantize(
         str, typer.Option(help="inductor: this machine's CPU; executorch: a .pte for edge devices; cuda: GPUs.")
     ] = "inductor",
     max_length: Annotated[int, typer.Option(help="executorch: tokens that prefill takes at most in one call.")] = 256,
+    max_context: Annotated[
+        int, typer.Option(help="executorch: tokens of a conversation, of models with attention.")
+    ] = 2048,
     scan: Annotated[
         str, typer.Option(help="executorch: native (our operators) or portable (any runtime, float, slow).")
     ] = "native",
@@ -73,7 +76,7 @@ def quantize(
         if report is not None:
             import_module("mq_ao.report.page")  # before anything takes long: it says what it lacks
     chosen = get_recipe(recipe)
-    options = _options(backend, max_length, scan)
+    options = _options(backend, max_length, max_context, scan)
     if calibration is None:
         if model != "demo":
             raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
@@ -107,10 +110,10 @@ def quantize(
     console.print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")
 
 
-def _options(backend: str, max_length: int, scan: str) -> Options | None:
+def _options(backend: str, max_length: int, max_context: int, scan: str) -> Options | None:
     if backend != "executorch":
         return None
     from mq_ao.checks import member
     from mq_ao.lowering.executorch.options import Options, Scan
 
-    return Options(max_length=max_length, scan=member(scan, "scan", Scan))
+    return Options(max_length=max_length, max_context=max_context, scan=member(scan, "scan", Scan))

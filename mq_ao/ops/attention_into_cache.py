@@ -69,7 +69,7 @@ def attention_into_cache(
     first = int(position)
     last = first + key.shape[0]
     require(
-        0 <= first and last <= key_cache.shape[0],
+        first >= 0 and last <= key_cache.shape[0],
         f"attention_into_cache: tokens {first}..{last - 1} do not fit into a cache of {key_cache.shape[0]}.",
     )
     key_cache[first:last] = key
