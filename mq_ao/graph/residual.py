@@ -78,6 +78,9 @@ _SHAPE_ONLY = frozenset(
 class Stream:
     """Values that share one set of channels.
 
+    A value may hold the channels several times, side by side: so does what joins values of the stream, and norms and
+    linears may read it.
+
     Attributes:
         width: number of channels.
         writers: linears, experts and embeddings whose outputs are in the stream.
@@ -145,17 +148,19 @@ def _end(stream: Stream, node: Node, why: str) -> list[Node]:
 def _backward(stream: Stream, value: Node) -> list[Node]:
     """What `value` is made of, as far as it lies in the stream."""
     if value.target in walk.LINEAR | walk.EXPERTS | walk.EMBEDDING:
+        if channels(value) != stream.width:
+            return _end(stream, value, f"it writes {channels(value)} channels where others write {stream.width}")
         stream.writers.append(value)
         return []
     if value.target in NORM:
-        if normalised(value) != [stream.width]:
+        if normalised(value) != [channels(value)]:
             return _end(stream, value, "it normalises over more than the channels")
         stream.norms.append(value)
         return [Norm.of(value).x]
     if walk.is_tokenwise(value):
         return [walk.argument(value, 0)]
     if value.target in _BY_CHANNEL or walk.is_scaling(value):
-        if not keeps_channels(value, stream.width):
+        if not (keeps_channels(value, channels(value)) or joins_copies(value, stream.width)):
             return _end(stream, value, _misplaced(value))
         return _operands(stream, value)
     return _end(stream, value, f"{value.target if value.op == 'call_function' else value.op} is not understood")
@@ -169,8 +174,9 @@ def _operands(stream: Stream, value: Node) -> list[Node]:
         operands = operands[:1]
     for operand in operands:
         width = operand.meta["val"].shape[-1:]
-        if not width or not walk.same_size(width[0], stream.width):
-            return _end(stream, value, f"it combines {width[0] if width else 1} with {stream.width} channels")
+        wanted = stream.width if joins_copies(value, stream.width) else channels(value)
+        if not width or not walk.same_size(width[0], wanted):
+            return _end(stream, value, f"it combines {width[0] if width else 1} with {wanted} channels")
         if is_constant(operand):
             name = next((name for name, given in walk.arguments(value).items() if given is operand), None)
             if name is None:
@@ -199,10 +205,21 @@ def _forward(stream: Stream, value: Node, user: Node) -> list[Node]:
     if walk.is_tokenwise(user) and user.args[0] is value:
         return [user]
     if user.target in _BY_CHANNEL or walk.is_scaling(user):
-        if not keeps_channels(user, stream.width):
+        if not (keeps_channels(user, channels(value)) or joins_copies(user, stream.width)):
             return _end(stream, user, _misplaced(user))
         return [user]
     return _end(stream, user, f"{user.target} is not understood")
+
+
+def joins_copies(node: Node, width: int) -> bool:
+    """Whether a node puts values of so many channels side by side."""
+    if node.target not in (aten.cat.default, aten.concatenate.default) or node.kwargs:
+        return False
+    operands = [walk.value(operand) for operand in walk.inputs(node)]
+    last = operands[0].dim() - 1
+    return walk.arguments(node)["dim"] in (-1, last) and all(
+        walk.same_size(operand.shape[-1], width) for operand in operands
+    )
 
 
 def looks_only(user: Node, value: Node) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 
+import torch
 from torch import Tensor
 
 from mq_ao.graph import edit, walk
@@ -45,13 +46,15 @@ class RotateResidual(Pass):
             if reason is not None:
                 self.leave_out(rewrite, stream.name, reason)
                 continue
-            pooled = reduce(ChannelStatistics.merged, (rewrite.of(node) for node in stream.inputs))
+            copies = (part for node in stream.inputs for part in rewrite.of(node).copies(stream.width))
+            pooled = reduce(ChannelStatistics.merged, copies)
             with self.where_suitable(rewrite, stream.name):
                 found = rotation(pooled, self.basis, stream.name)
                 rewrite.profiles.append(found.profile)
                 change_basis(rewrite, stream, found.matrix)
                 for reader in stream.readers:
-                    rewrite.rotate_columns(reader, found.matrix)
+                    count = edit.channels(Layer.of(reader).x) // stream.width
+                    rewrite.rotate_columns(reader, torch.block_diag(*[found.matrix] * count))
                 for node in stream.inputs:
                     del rewrite.statistics[node.name]  # of another basis, and large
                 self.note(rewrite, stream.name, found.detail)

@@ -103,6 +103,23 @@ class ChannelStatistics:
         # A constant channel may come out below zero by rounding.
         return centred.clamp(min=0) / self._degrees()
 
+    def copies(self, width: int) -> list[ChannelStatistics]:
+        """Statistics of each part of rows in which so many channels lie several times, side by side."""
+        if width == self.channels:
+            return [self]
+        parts = [slice(start, start + width) for start in range(0, self.channels, width)]
+        return [
+            ChannelStatistics(
+                self.count,
+                *(None if value is None else value[part] for value in (self.low, self.high)),
+                self.total[part],
+                self.squares[part],
+                None if self.moments is None else self.moments[part, part],
+                None if self.histogram is None else self.histogram[part],
+            )
+            for part in parts
+        ]
+
     def covariance(self) -> Tensor:
         """C_X of docs/method.md, section 3: X^T X / (count - 1) of the centred X, (channels, channels).
 
