@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +95,15 @@ def test_executorch_has_no_experts() -> None:
     message = r"a mixture of experts \(expert_linear.*\), for which backend 'executorch' has no operator"
     with pytest.raises(MqAoError, match=message):
         mq_ao.quantize(build("Jamba, experts"), [ids_of(2, 8)], backend="executorch")
+
+
+def test_a_saved_program_generates(tmp_path: Path) -> None:
+    model = build("Jamba, experts")
+    program = mq_ao.quantize(model, [ids_of(4, 16, seed=1)], "mambaquant-w8a8").lower()
+    program.save(tmp_path / "jamba.pt2")
+    loaded = mq_ao.load(tmp_path / "jamba.pt2")
+    prompt = ids_of(2, 6, seed=2)
+    assert sum(count for name, count in loaded.integer_kernels.items() if "expert_linear" in name) == 2
+    assert torch.equal(loaded.generate(prompt, 8), program.generate(prompt, 8))
+    # Layers of 32 channels: scales, norms and routers in float are more beside the bytes than in a real model.
+    assert loaded.weight_bytes < 0.5 * sum(parameter.nbytes for parameter in model.parameters())
