@@ -24,6 +24,11 @@ class StatefulGraph:
         self.graph, self.states = graph, states or states_of(graph)
 
     @property
+    def carried(self) -> States:
+        """The states that a call takes and gives."""
+        return self.states
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights, tied ones once."""
         return sum(parameter.nbytes for parameter in self.graph.parameters())

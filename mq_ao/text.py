@@ -46,8 +46,15 @@ class Codec(Protocol):
         """Tokens that have a text: the ids below this number. A model's vocabulary may be padded to more."""
 
     @property
+    def start_token(self) -> int | None:
+        """The token that starts a document; None: there is none."""
+
+    @property
     def end_token(self) -> int | None:
         """The token with which what a model writes ends; None: there is none."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, and none besides."""
 
     def documents(self, text: bytes) -> list[list[int]]:
         """The text's documents as tokens, each behind the token that starts a document."""
@@ -60,7 +67,12 @@ class ByteCodec:
     """Tokens are bytes; a 0 byte starts a document and ends it."""
 
     known_tokens = BYTE_VOCABULARY
+    start_token = SEPARATOR
     end_token = None
+
+    def encode(self, text: str) -> list[int]:
+        """See `Codec`."""
+        return list(text.encode())
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: documents are separated by 0 bytes."""
@@ -85,6 +97,11 @@ class TokenizerCodec:
         self._tokenizer = tokenizer
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself."""
+        return self._tokenizer
+
+    @property
     def known_tokens(self) -> int:
         """See `Codec`."""
         return 1 + max(self._tokenizer.get_vocab().values())
@@ -95,17 +112,25 @@ class TokenizerCodec:
         end: int | None = self._tokenizer.eos_token_id
         return end
 
+    @property
+    def start_token(self) -> int | None:
+        """See `Codec`: a tokenizer without such a token starts with the one that ends."""
+        start: int | None = self._tokenizer.bos_token_id
+        return self.end_token if start is None else start
+
+    def encode(self, text: str) -> list[int]:
+        """See `Codec`."""
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: the whole text is one document."""
         try:
             decoded = text.decode()
         except UnicodeDecodeError as error:
             raise MqAoError(f"the text is not UTF-8 (byte {error.start}): convert it first.") from error
-        start = self._tokenizer.bos_token_id
-        if start is None:
-            start = self._tokenizer.eos_token_id
-        tokens = self._tokenizer.encode(decoded, add_special_tokens=False)
-        return [tokens if start is None else [start, *tokens]]
+        tokens = self.encode(decoded)
+        return [tokens if self.start_token is None else [self.start_token, *tokens]]
 
     def pieces(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
         """See `Codec`.

@@ -86,7 +86,7 @@ def test_rows_without_a_cache_go_on_as_one_batch() -> None:
         return model(ids, *states)
 
     ids, mask, _ = padded([1, 4, 4])
-    generate(step, ids, 4, attention_mask=mask, states=model._states)
+    generate(step, ids, 4, attention_mask=mask, states=model.carried)
     assert batches == [1, 2, 3, 3, 3]
     batches.clear()
     generate(step, ids, 3, attention_mask=mask)

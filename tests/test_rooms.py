@@ -31,13 +31,18 @@ MAY_IMPORT = {
     "classify": "",
     "evaluate": "models text",
     "checkout": "",
+    "scoring": "models",
+    "opening": "ops models lowering api text",
+    "writing": "models opening text",
+    "integrations": "models evaluate opening scoring text writing",
     "quantized": "models report",
     "api": f"{GRAPHS} models capture calibration lowering recipes report quantized",
     "mq_ao": "api capture checkout",
     "roofline": f"{GRAPHS} models calibration lowering recipes api",
     "ablation": f"{GRAPHS} models recipes api evaluate text",
     "bench": "ops models lowering recipes api text",
-    "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline ablation bench",
+    "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline ablation bench "
+    "opening writing integrations",
     "__main__": "cli",
 }
 """What else every other room, a folder or a file of `mq_ao`, may import; "mq_ao" is the package's own `__init__`."""

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
+from mq_ao import opening
 from mq_ao.files import check_output, write_atomically
 
 _WIDTH = 120
@@ -54,11 +55,8 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def ready_kernels() -> None:
-    """Loads the native kernels, building them where needed, so that no timing includes it."""
-    with step("readying the native kernels"):
-        from mq_ao import ops
-
-        ops.load_native()
+    """See `opening.ready_kernels`."""
+    opening.ready_kernels(step)
 
 
 @contextmanager

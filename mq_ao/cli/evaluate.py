@@ -1,4 +1,4 @@
-"""`mq-ao eval`: bits per byte and perplexity of a text, float against quantized."""
+"""`mq-ao eval`: bits per byte and perplexity of a text, float against quantized; or tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mq_ao.cli.console import bar, check_json, megabytes, out, step, write_json
+from mq_ao.cli.evaluate_tasks import evaluate_tasks
 from mq_ao.cli.opened import ANY_HELP, TOKENIZER_HELP, Opened, open_any
+from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
     from mq_ao.evaluate import Comparison, Evaluation
@@ -40,6 +42,15 @@ def evaluate(
         ),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead of a text, by name: arc_easy,piqa,lambada_openai."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder with more tasks, as lm-eval has them.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of a task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task at most, for trying out.")] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
     ] = None,
@@ -53,12 +64,21 @@ def evaluate(
     mq-ao eval demo-w8a8.pt2 --against demo
 
     mq-ao eval mamba-w8a8.pt2 --text wiki.txt --tokenizer state-spaces/mamba-130m-hf --json -
+
+    mq-ao eval mamba-w8a8.pt2 --tasks arc_easy,arc_challenge,piqa,winogrande,hellaswag
     """
     check_json(json)
+    if tasks is not None:
+        evaluate_tasks(
+            *(model, tokenizer, tasks, include_path, num_fewshot, limit, json),
+            others={"--text": text, "--against": against, "--window": window},
+        )
+        return
+    if include_path or num_fewshot or limit:
+        raise MqAoError("--include-path, --num-fewshot and --limit are for tasks: name some with --tasks.")
     opened = open_any(model, tokenizer)
     reference = None if against is None else open_any(against, tokenizer)
     with step("starting"):
-        from mq_ao.errors import MqAoError
         from mq_ao.evaluate import compare
         from mq_ao.evaluate import evaluate as run
         from mq_ao.models import demo

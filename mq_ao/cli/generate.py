@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from itertools import chain
 from typing import Annotated
 
 import typer
@@ -35,23 +35,12 @@ def generate(
     if not prompt:
         raise MqAoError("the prompt is empty: give at least one character with --prompt.")
     with step("starting"):
-        import torch
-
-        from mq_ao.models import Sampling, stream
+        from mq_ao.models import Sampling
+        from mq_ao.writing import written
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_any(model, tokenizer, states=True)
-    codec = opened.needed_codec
-    sampling = replace(sampling.within(opened.known_tokens).within(codec.known_tokens), eos_token_id=codec.end_token)
-    ids = torch.tensor(codec.documents(prompt.encode())[-1:])
-    if int(ids.max()) >= opened.vocab_size:
-        raise MqAoError(
-            f"the tokenizer has token ids beyond the model's vocabulary of {opened.vocab_size}: name its own."
-        )
-    # A program computes one row of logits for the prompt, the float model all of them.
-    run = getattr(opened.run, "prefill", opened.step)
-    sys.stdout.write(prompt)
-    tokens = (int(token) for token in stream(run, ids, max_new_tokens, sampling) if int(token) != codec.end_token)
-    for piece in codec.pieces(tokens, ids[0].tolist()):
+    pieces = written(opened, opened.needed_codec.documents(prompt.encode())[-1], max_new_tokens, sampling)
+    for piece in chain([prompt], pieces):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

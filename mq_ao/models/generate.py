@@ -67,6 +67,10 @@ class Sampling:
             return self
         return replace(self, known_tokens=known_tokens)
 
+    def ending(self, token: int | None) -> Sampling:
+        """The same, whose sequences end with this token; None: with none."""
+        return replace(self, eos_token_id=token)
+
     def generator(self, device: torch.device) -> torch.Generator:
         """A random generator with this seed."""
         generator = torch.Generator(device)

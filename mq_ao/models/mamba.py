@@ -174,12 +174,13 @@ class MambaLM(nn.Module):
 
         They are float32, and float64 for a float64 model.
         """
-        conv, ssm = self._states.zeros(batch, self.backbone.embedding.weight.device)
+        conv, ssm = self.carried.zeros(batch, self.backbone.embedding.weight.device)
         assert isinstance(conv, Tensor) and isinstance(ssm, Tensor)
         return conv, ssm
 
     @property
-    def _states(self) -> States:
+    def carried(self) -> States:
+        """The states that a call takes and gives."""
         c = self.config
         dtype = torch.float64 if self.backbone.embedding.weight.dtype == torch.float64 else torch.float32
         return States(
@@ -217,7 +218,7 @@ class MambaLM(nn.Module):
         if not (torch.compiler.is_compiling() or weight.is_meta or is_fake(input_ids)):
             input_ids = token_ids(input_ids, self.config.vocab_size).to(weight.device)
             if conv_state is not None or ssm_state is not None:
-                self._states.check(len(input_ids), (conv_state, ssm_state))
+                self.carried.check(len(input_ids), (conv_state, ssm_state))
         zero_conv, zero_ssm = self.initial_states(input_ids.shape[0])
         conv_state = zero_conv if conv_state is None else conv_state
         ssm_state = zero_ssm if ssm_state is None else ssm_state
@@ -251,7 +252,7 @@ class MambaLM(nn.Module):
                 not say what is padding on the left.
         """
         chosen = (sampling or Sampling()).within(self.known_tokens)
-        return generate(self, input_ids, max_new_tokens, chosen, attention_mask=attention_mask, states=self._states)
+        return generate(self, input_ids, max_new_tokens, chosen, attention_mask=attention_mask, states=self.carried)
 
     @property
     def known_tokens(self) -> int | None:

@@ -160,6 +160,13 @@ class States:
         triples = zip(self.items, before, given, strict=True)
         return tuple(item.after(old, new) for item, old, new in triples)
 
+    def spread(self, states: Sequence[Value], count: int) -> tuple[Tensor, ...]:
+        """Those of one sequence, for so many that go on from it."""
+        return tuple(
+            tensor.index_select(item.batch_axis, torch.zeros(count, dtype=torch.int64, device=tensor.device))
+            for item, tensor in zip(self.items, tensors(states), strict=True)
+        )
+
     def joined(self, parts: Sequence[Sequence[Tensor]], places: Tensor) -> tuple[Tensor, ...]:
         """States of several batches as one; none may grow.
 

@@ -111,7 +111,8 @@ class ChannelStatistics:
         return [
             ChannelStatistics(
                 self.count,
-                *(None if value is None else value[part] for value in (self.low, self.high)),
+                None if self.low is None else self.low[part],
+                None if self.high is None else self.high[part],
                 self.total[part],
                 self.squares[part],
                 None if self.moments is None else self.moments[part, part],
