@@ -27,7 +27,16 @@ from mq_ao.errors import MqAoError, first_line
 from mq_ao.graph import edit, walk
 from mq_ao.graph.views import Linear
 from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals
-from mq_ao.lowering.executorch.info import FORMAT, INFO, MAX_CONTEXT, MAX_LENGTH, VOCAB_SIZE, versions
+from mq_ao.lowering.executorch.info import (
+    FORMAT,
+    INFO,
+    MAX_CONTEXT,
+    MAX_LENGTH,
+    NO_LIMIT,
+    VOCAB_SIZE,
+    runner_constants,
+    versions,
+)
 from mq_ao.lowering.executorch.kernels import KERNELS
 from mq_ao.lowering.executorch.methods import export_methods
 from mq_ao.lowering.executorch.options import Options, Scan
@@ -112,12 +121,14 @@ def _lower(module: GraphModule, info: Mapping[str, Any], options: Options) -> Ex
     vocab_size = int(info["vocab_size"])
     max_count = options.max_count(vocab_size)
     programs = export_methods(graph, states, options, max_count)
-    constants = {MAX_LENGTH: options.max_length, VOCAB_SIZE: vocab_size}
+    constants: dict[str, Any] = {MAX_LENGTH: options.max_length, VOCAB_SIZE: vocab_size}
+    if options.runner:
+        constants |= {MAX_CONTEXT: NO_LIMIT, **runner_constants(info)}
     described = {**info, "max_count": max_count, "states": states.described}
     if any(item.grows for item in states.items):
         constants[MAX_CONTEXT] = options.max_context
         described["max_context"] = options.max_context
-    made = _partition(programs, "prefill", graph, described, options)
+    made = _partition(programs, next(iter(programs)), graph, described, options)
     program = _write(*made, constants)
     assert isinstance(program, ExecutorchProgram)
     return program
@@ -198,7 +209,7 @@ def _no_operator() -> Iterator[None]:
 
 
 def _write(
-    edge: EdgeProgramManager, info: Mapping[str, Any], constants: Mapping[str, int]
+    edge: EdgeProgramManager, info: Mapping[str, Any], constants: Mapping[str, Any]
 ) -> ExecutorchProgram | ExecutorchModule:
     said = {INFO: json.dumps(info), **constants}
     # Anew: what is said of delegates is known only now.

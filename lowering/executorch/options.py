@@ -31,6 +31,9 @@ class Options:
         max_context: tokens of a conversation, of models with attention: its keys and values are planned for that many.
             Others have no such limit.
         scan: what runs convolution, scan and rotation.
+        runner: whether a language model's program has the method and constants of ExecuTorch's LLM runner
+            (`executorch.extension.llm.runner.TextLLMRunner`, and the apps that are built on it) instead of ours. It
+            gives the logits of the last token alone: all those of a text take a call a token.
 
     Raises:
         MqAoError: batch, max_length or max_context is no whole number of at least 1, or scan is not known.
@@ -40,6 +43,7 @@ class Options:
     max_length: int = 256
     max_context: int = 2048
     scan: Scan = Scan.NATIVE
+    runner: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "max_length", "max_context"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from mq_ao.errors import MqAoError, first_line
 from mq_ao.lowering.executorch import anatomy
 from mq_ao.lowering.executorch.anatomy import MethodPlan
+from mq_ao.lowering.executorch.info import FORWARD
 from mq_ao.lowering.executorch.program import ExecutorchProgram, open_program
 
 RUNS = {"prefill": 5, "decode": 20}
@@ -87,6 +88,8 @@ def profile(path: Path, tokens: int | None = None) -> list[MethodProfile]:
             runtime records no events.
     """
     program, info = open_program(path, enable_etdump=True)
+    if FORWARD in info["methods"]:
+        raise MqAoError(f"{path} was made for ExecuTorch's runner (--runner): profile one that was made without.")
     longest = info["max_length"]
     length = min(128, longest) if tokens is None else tokens
     if length > longest:

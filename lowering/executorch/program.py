@@ -18,7 +18,7 @@ from torch import Tensor
 from mq_ao.compat.executorch import reset_thread_pool
 from mq_ao.errors import MqAoError, first_line
 from mq_ao.files import check_output, replacing
-from mq_ao.lowering.executorch.info import FORMAT, INFO
+from mq_ao.lowering.executorch.info import FORMAT, FORWARD, INFO
 from mq_ao.lowering.executorch.options import Scan
 from mq_ao.lowering.lowered_program import GeneratingProgram, LoweredProgram
 from mq_ao.lowering.module_program import ModuleProgram
@@ -100,7 +100,8 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
     def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
         super().__init__(path, program, info)
         self._state = KeptState()
-        self._tokens = 0
+        self._tokens = self._fed = 0
+        self._for_runner = FORWARD in info["methods"]
 
     @classmethod
     def load(cls, path: str | Path) -> ExecutorchProgram:
@@ -138,9 +139,10 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
 
     def reset(self) -> None:
         """Sets the states to zero; every prompt that is given without a state does."""
-        self._run("reset")
+        if not self._for_runner:
+            self._run("reset")
         self._state = KeptState()
-        self._tokens = 0
+        self._tokens = self._fed = 0
 
     def _masked(self, attention_mask: Any) -> dict[str, Any]:
         if attention_mask is not None:
@@ -155,6 +157,9 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
         return self.prefill(ids, *states)
 
     def _prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
+        if self._for_runner:
+            last = positions.tolist() == [ids.shape[1] - 1]
+            return torch.cat([self._run("decode", part) for part in ([ids] if last else ids.split(1, 1))], dim=1)
         if ids.shape[1] == 1:
             return self._run("decode", ids)
         return self._run("prefill", ids, positions)
@@ -191,8 +196,13 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
         return logits, *[self._state] * len(self._info["states"])
 
     def _run(self, method: str, *inputs: Tensor) -> Tensor:
-        (result,) = self._execute(method, *inputs)
-        return result
+        if not self._for_runner:
+            (result,) = self._execute(method, *inputs)
+            return result
+        # One method for all, whose results lie in memory that its next call overwrites.
+        (result,) = self._execute(FORWARD, *inputs, torch.tensor([self._fed]))
+        self._fed += inputs[0].shape[1]
+        return result.clone()
 
 
 class ExecutorchModule(_Loaded, ModuleProgram):

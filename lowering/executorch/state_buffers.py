@@ -50,20 +50,22 @@ def cleared(states: States, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in kept.items() if name not in caches}
 
 
-def keep_states(module: GraphModule, states: States, kept: Mapping[str, Tensor]) -> None:
+def keep_states(module: GraphModule, states: States, kept: Mapping[str, Tensor], start_pos: Node | None = None) -> None:
     """Edits a graph with explicit states into one that keeps them: `(input_ids, ...) -> logits`.
 
     Args:
         module: `(input_ids, *states, ...) -> (logits, *states)`, flat.
         states: its states.
         kept: see `buffers`; they become the module's.
+        start_pos: an input of the graph, int64 (1,), the tokens before: where it is 0, states are zero whatever the
+            buffers hold. None: the program counts.
 
     Raises:
         MqAoError: a stack is read or given back otherwise than layer by layer, or a cache otherwise than by attention.
     """
     for name, value in kept.items():
         module.register_buffer(name, value)
-    _Keeper(module.graph, states).run()
+    _Keeper(module.graph, states, start_pos).run()
     module.recompile()
 
 
@@ -72,31 +74,33 @@ def _is_stack(state: State) -> bool:
 
 
 class _Keeper:
-    def __init__(self, graph: Graph, states: States) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, states: States, start_pos: Node | None) -> None:
+        self._graph, self._start_pos = graph, start_pos
         placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
         self._ids, self._last = next(iter(placeholders.values())), list(placeholders.values())[-1]
         (self._output,) = graph.find_nodes(op="output")
         self._logits, *given = self._output.args[0]
         self._states = [(item, placeholders[item.name], new) for item, new in zip(states.items, given, strict=True)]
         self._known: dict[str, Node] = {}
+        self._read: dict[str, Node] = {}
 
     def run(self) -> None:
         # States are written last, when nothing reads the old ones any more.
         writes: list[tuple[Node, Node]] = []
         for item, source, new in self._states:
             if _is_stack(item):
-                current = self._layers(source, item.name)
-                writes += [(current[layer], last) for layer, last in enumerate(_stacked(new, item.name))]
+                self._layers(source, item.name)
+                layers = enumerate(_stacked(new, item.name))
+                writes += [(self._buffer(f"{item.name}_{layer}"), last) for layer, last in layers]
             elif not item.grows:
-                source.replace_all_uses_with(self._buffer(item.name))
+                source.replace_all_uses_with(self._state(item.name))
                 writes.append((self._buffer(item.name), new))
         self._cache()
         with self._graph.inserting_before(self._output):
             call = self._graph.call_function
-            if POSITION in self._known:
+            if any(item.grows for item, _, _ in self._states):
                 count = call(aten.sym_size.int, (self._ids, 1))
-                writes.append((self._known[POSITION], call(aten.add.Scalar, (self._known[POSITION], count))))
+                writes.append((self._buffer(POSITION), call(aten.add.Scalar, (self._position(), count))))
             for buffer, value in writes:
                 call(aten.copy_.default, (buffer, value))
         self._output.args = ((self._logits,),)
@@ -115,9 +119,26 @@ class _Keeper:
                 self._known[name] = self._graph.get_attr(name)
         return self._known[name]
 
-    def _layers(self, source: Node, name: str) -> dict[int, Node]:
-        """A buffer in the place of every `source[layer]`."""
-        found: dict[int, Node] = {}
+    def _state(self, name: str) -> Node:
+        """What a state's buffer holds; zero at the beginning."""
+        if self._start_pos is None:
+            return self._buffer(name)
+        if name not in self._read:
+            buffer, call = self._buffer(name), self._graph.call_function
+            with self._graph.inserting_after(buffer):
+                zeros = call(aten.zeros_like.default, (buffer,))
+            with self._graph.inserting_after(zeros):
+                begins = call(aten.eq.Scalar, (self._start_pos, 0))
+            with self._graph.inserting_after(begins):
+                # Not a product: a buffer that nobody has written may hold NaN.
+                self._read[name] = call(aten.where.self, (begins, zeros, buffer))
+        return self._read[name]
+
+    def _position(self) -> Node:
+        return self._buffer(POSITION) if self._start_pos is None else self._start_pos
+
+    def _layers(self, source: Node, name: str) -> None:
+        """A state in the place of every `source[layer]`."""
         for user in list(source.users):
             if user.target == aten.sym_size.int:
                 continue
@@ -125,10 +146,8 @@ class _Keeper:
             layer = given.get("index")
             if given.get("dim") != 0 or not isinstance(layer, int):
                 raise MqAoError(f"{user.name} reads {name} otherwise than layer by layer: it cannot become a buffer.")
-            found[layer] = self._buffer(f"{name}_{layer}")
-            user.replace_all_uses_with(found[layer])
+            user.replace_all_uses_with(self._state(f"{name}_{layer}"))
             self._graph.erase_node(user)
-        return found
 
     def _cache(self) -> None:
         """Attention reads and writes its caches; what asks for a cache's length counts from the position."""
@@ -150,7 +169,7 @@ class _Keeper:
         terms.remove(length)
         with self._graph.inserting_before(places):
             steps = self._graph.call_function(aten.arange.default, tuple(terms), dict(places.kwargs))
-            new = self._graph.call_function(aten.add.Tensor, (steps, self._buffer(POSITION)))
+            new = self._graph.call_function(aten.add.Tensor, (steps, self._position()))
         places.replace_all_uses_with(new)
         self._graph.erase_node(places)
 
@@ -159,7 +178,7 @@ class _Keeper:
         keys, values = a["past_key"], a["past_value"]
         if caches.get(keys) is not a["key"] or caches.get(values) is not a["value"] or a["starts"] or a["key_scale"]:
             return
-        kept = [self._buffer(name) for name in (str(keys.target), str(values.target), POSITION)]
+        kept = [*(self._buffer(str(cache.target)) for cache in (keys, values)), self._position()]
         with self._graph.inserting_before(node):
             args = (a["query"], a["key"], a["value"], a["scaling"], *kept)
             new = self._graph.call_function(mq.attention_into_cache.default, args)

@@ -46,6 +46,9 @@ def quantize(
     scan: Annotated[
         str, typer.Option(help="executorch: native (our operators) or portable (any runtime, float, slow).")
     ] = "native",
+    runner: Annotated[
+        bool, typer.Option("--runner", help="executorch: also what ExecuTorch's LLM runner calls, for its apps.")
+    ] = False,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     report: Annotated[Path | None, typer.Option(help="Page to write with what was done, ending in .html.")] = None,
 ) -> None:
@@ -60,6 +63,8 @@ def quantize(
     mq-ao quantize ./my-mamba --calibration ids.npy --recipe mine.yaml -o mine.pt2
 
     mq-ao quantize demo --backend executorch -o demo.pte
+
+    mq-ao quantize ./my-mamba --calibration wiki.txt --backend executorch --runner -o for-the-app.pte
 
     mq-ao quantize demo --backend cuda -o demo.ptc
     """
@@ -76,7 +81,7 @@ def quantize(
         if report is not None:
             import_module("mq_ao.report.page")  # before anything takes long: it says what it lacks
     chosen = get_recipe(recipe)
-    options = _options(backend, max_length, max_context, scan)
+    options = _options(backend, max_length, max_context, scan, runner)
     if calibration is None:
         if model != "demo":
             raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
@@ -110,10 +115,10 @@ def quantize(
     console.print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")
 
 
-def _options(backend: str, max_length: int, max_context: int, scan: str) -> Options | None:
+def _options(backend: str, max_length: int, max_context: int, scan: str, runner: bool) -> Options | None:
     if backend != "executorch":
         return None
     from mq_ao.checks import member
     from mq_ao.lowering.executorch.options import Options, Scan
 
-    return Options(max_length=max_length, max_context=max_context, scan=member(scan, "scan", Scan))
+    return Options(max_length=max_length, max_context=max_context, scan=member(scan, "scan", Scan), runner=runner)
