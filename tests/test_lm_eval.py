@@ -134,6 +134,26 @@ def test_tasks_of_every_kind(byte_model: MqAoLM, tasks: Path, mq_ao: CommandLine
     assert json.loads(run.out)["tasks"]["local_cloze"]["exact_match"][0] == 0.0
 
 
+def test_the_table_goes_on_from_where_it_was(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import paper_table
+
+    given: dict[str, Any] = {"tokens": 2048, "recipes": "rtn-w8a8", "tasks": "local_choice", "include_path": tasks}
+    given |= {"backend": "cuda", "output": tmp_path / "table"}
+    paper_table.main(["demo"], **given)
+    first = capsys.readouterr().out
+    assert "rtn-w8a8" in first and "float32" in first and (tmp_path / "table" / "demo-rtn-w8a8.ptc").is_file()
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("what is known is not measured again")
+
+    monkeypatch.setattr(paper_table, "measured", never)
+    paper_table.main(["demo"], **given)
+    assert capsys.readouterr().out == first
+
+
 def test_lm_evals_own_command_knows_the_model(tasks: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mq_ao.integrations.lm_eval", "run", "--model", "mq-ao", "--model_args"]
     command += ["pretrained=demo", "--tasks", "local_choice", "--include_path", str(tasks)]

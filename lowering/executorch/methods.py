@@ -18,7 +18,6 @@ from mq_ao.lowering.language_graphs import export, flat, with_positions
 from mq_ao.models.states import States
 
 aten = torch.ops.aten
-METHODS = ("prefill", "decode", "reset")
 
 
 def export_methods(module: GraphModule, states: States, options: Options, max_count: int) -> dict[str, ExportedProgram]:

@@ -100,7 +100,7 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
     def __init__(self, path: Path, program: Any, info: Mapping[str, Any]) -> None:
         super().__init__(path, program, info)
         self._state = KeptState()
-        self._tokens = self._fed = 0
+        self._fed = 0
         self._for_runner = FORWARD in info["methods"]
 
     @classmethod
@@ -140,9 +140,9 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
     def reset(self) -> None:
         """Sets the states to zero; every prompt that is given without a state does."""
         if not self._for_runner:
-            self._run("reset")
+            self._execute("reset")
         self._state = KeptState()
-        self._tokens = self._fed = 0
+        self._fed = 0
 
     def _masked(self, attention_mask: Any) -> dict[str, Any]:
         if attention_mask is not None:
@@ -180,7 +180,7 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
             raise MqAoError(
                 "this program keeps the state of its last call alone: give what that call gave, or None to start anew."
             )
-        most, before = self._info.get("max_context"), self._tokens if given else 0
+        most, before = self._info.get("max_context"), self._fed if given else 0
         if most is not None and before + ids.shape[1] > most:
             raise MqAoError(
                 f"{before} tokens and {ids.shape[1]} more do not fit into this program's context of {most}: lower the "
@@ -188,21 +188,21 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
             )
         if not given:
             self.reset()
-        self._tokens += ids.shape[1]
         return ids.cpu()
 
     def _leave(self, logits: Tensor) -> Result:
         self._state = KeptState()
         return logits, *[self._state] * len(self._info["states"])
 
-    def _run(self, method: str, *inputs: Tensor) -> Tensor:
-        if not self._for_runner:
-            (result,) = self._execute(method, *inputs)
-            return result
-        # One method for all, whose results lie in memory that its next call overwrites.
-        (result,) = self._execute(FORWARD, *inputs, torch.tensor([self._fed]))
-        self._fed += inputs[0].shape[1]
-        return result.clone()
+    def _run(self, method: str, ids: Tensor, *positions: Tensor) -> Tensor:
+        if self._for_runner:
+            # One method for all, whose results lie in memory that its next call overwrites.
+            (result,) = self._execute(FORWARD, ids, torch.tensor([self._fed]))
+            result = result.clone()
+        else:
+            (result,) = self._execute(method, ids, *positions)
+        self._fed += ids.shape[1]
+        return result
 
 
 class ExecutorchModule(_Loaded, ModuleProgram):
