@@ -248,7 +248,9 @@ def test_keywords_constants_and_types_of_transformers(tmp_path: Path) -> None:
     config = transformers.MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, use_cache=False)
     model = transformers.MambaForCausalLM(config).eval()
     ids = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(0))
-    quantized = mq_ao.quantize(model, [(ids,)], "rtn-w8a8", backend="cuda")
+    # As a graph it is a module like others: the model itself would become a program with states.
+    graph = mq_ao.export(model, (ids,)).module(check_guards=False)
+    quantized = mq_ao.quantize(graph, [(ids,)], "rtn-w8a8", backend="cuda")
     for program in saved(quantized.lower(), "cuda", tmp_path):
         got = program(input_ids=ids[:1])
         with torch.no_grad():

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "scoring": "models",
     "opening": "ops models lowering api text",
     "writing": "models opening text",
+    "serving": "models opening text writing",
     "integrations": "models evaluate opening scoring text writing",
     "quantized": "models report",
     "api": f"{GRAPHS} models capture calibration lowering recipes report quantized",
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "ablation": f"{GRAPHS} models recipes api evaluate text",
     "bench": "ops models lowering recipes api text",
     "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline ablation bench "
-    "opening writing integrations",
+    "opening writing integrations serving",
     "__main__": "cli",
 }
 """What else every other room, a folder or a file of `mq_ao`, may import; "mq_ao" is the package's own `__init__`."""

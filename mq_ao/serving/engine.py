@@ -1,0 +1,235 @@
+"""Decodes all live requests as one batch: kernels take more rows nearly free, and a new request joins at any step."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mq_ao.errors import MqAoError, first_line
+from mq_ao.models.generate import Sampling
+from mq_ao.models.states import States, Value
+from mq_ao.serving.prefixes import Prefixes
+
+logger = logging.getLogger(__name__)
+
+
+class QueueFull(MqAoError):
+    """There are as many waiting requests as are allowed."""
+
+
+@dataclass
+class Job:
+    """A request on its way.
+
+    Attributes:
+        prompt: tokens, (length,) int64.
+        max_new_tokens: how many it gets at most.
+        sampling: how they are chosen, and with which it ends.
+        emit: called with each token, at the end with None, and with an error where there is one; from the engine's
+            thread, so it must not take long.
+        cancelled: set by whoever does not want it any more.
+    """
+
+    prompt: Tensor
+    max_new_tokens: int
+    sampling: Sampling
+    emit: Callable[[int | Exception | None], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class _Sequence:
+    """A job that is being decoded."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.tokens = job, list[int]()
+        self._generator: torch.Generator | None = None
+
+    def take(self, logits: Tensor) -> bool:
+        """Chooses the next token from logits (1, vocab_size); returns whether the sequence goes on."""
+        sampling = self.job.sampling
+        self._generator = self._generator or sampling.generator(logits.device)
+        token = int(sampling.choose(logits, self._generator))
+        self.tokens.append(token)
+        self.job.emit(token)
+        return token not in sampling.ends and len(self.tokens) < self.job.max_new_tokens
+
+    @property
+    def read(self) -> Tensor:
+        """The tokens that its states stand for: all but the last."""
+        return torch.cat([self.job.prompt, torch.tensor(self.tokens[:-1], dtype=torch.int64)])
+
+
+class Engine:
+    """Runs one model for many requests, in a thread of its own.
+
+    Args:
+        run: model or program, `(input_ids, *states) -> (logits, *states)`; its `prefill` is used where it has one.
+        states: what it carries. Keys and values of attention keep their rows apart: each sequence is a call there.
+        max_batch: sequences that are decoded at a time.
+        max_queue: requests that may wait besides.
+        prefix_bytes: of states that are kept for beginnings of prompts.
+    """
+
+    def __init__(self, run: Any, states: States, max_batch: int, max_queue: int, prefix_bytes: int) -> None:
+        self._step, self._states = getattr(run, "step", run), states
+        self._prefill = getattr(run, "prefill", run)
+        self._joins = not any(item.grows for item in states.items)
+        self._max_batch, self._max_queue = max_batch, max_queue
+        self._prefixes = Prefixes(prefix_bytes)
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._live: list[_Sequence] = []
+        self._carried: list[tuple[Value, ...]] = []
+        """States of all live sequences together, or one for each where they do not join."""
+        self._thread = threading.Thread(target=self._run, name="mq-ao engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that are decoded, and requests that wait."""
+        with self._changed:
+            return len(self._live), len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Queues a job.
+
+        Raises:
+            QueueFull: too many wait.
+            MqAoError: the engine was closed.
+        """
+        with self._changed:
+            if self._closing:
+                raise MqAoError("the server is shutting down.")
+            if len(self._waiting) >= self._max_queue:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting already: try again later.")
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends what waits with an error, lets what runs end, and returns when all is done."""
+        with self._changed:
+            self._closing = True
+            refused, self._waiting = list(self._waiting), deque()
+            self._changed.notify()
+        for job in refused:
+            job.emit(MqAoError("the server is shutting down."))
+        self._thread.join()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._live or self._closing):
+                    self._changed.wait()
+                if self._closing and not self._live:
+                    return
+                # One prompt between two steps: who is being served does not wait for all who come.
+                job = self._waiting.popleft() if self._waiting and len(self._live) < self._max_batch else None
+            if job is not None:
+                self._admit(job)
+            if self._live:
+                self._decode()
+
+    def _admit(self, job: Job) -> None:
+        if job.cancelled.is_set():
+            job.emit(None)
+            return
+        try:
+            logits, states = self._read(job.prompt)
+            sequence = _Sequence(job)
+            if sequence.take(logits[:, -1]):
+                self._join(sequence, states)
+            else:
+                self._end(sequence, states)
+        except Exception as error:  # of any kind: the others are served on
+            self._fail([job], error)
+
+    def _read(self, prompt: Tensor) -> tuple[Tensor, tuple[Value, ...]]:
+        """Logits of a prompt's last token, and the states after it."""
+        known, shared = self._prefixes.longest(prompt), self._prefixes.shared(prompt)
+        start, states = known.length, known.states
+        if shared > start:
+            _, *new = self._prefill(prompt[None, start:shared], *states)
+            start, states = shared, tuple(new)
+            self._prefixes.keep(prompt[:shared], states)
+        logits, *new = self._prefill(prompt[None, start:], *states)
+        return logits, tuple(new)
+
+    def _join(self, sequence: _Sequence, states: tuple[Value, ...]) -> None:
+        self._live.append(sequence)
+        if self._joins and self._carried:
+            places = torch.arange(len(self._live))
+            self._carried = [self._states.joined([self._carried[0], states], places)]  # type: ignore[list-item]
+        else:
+            self._carried.append(states)
+
+    def _decode(self) -> None:
+        try:
+            logits = self._logits()
+        except Exception as error:
+            jobs = [sequence.job for sequence in self._live]
+            self._live, self._carried = [], []
+            self._fail(jobs, error)
+            return
+        on: list[int] = []
+        for place, sequence in enumerate(self._live):
+            if sequence.job.cancelled.is_set():
+                sequence.job.emit(None)
+                continue
+            try:
+                goes_on = sequence.take(logits[place : place + 1])
+            except Exception as error:
+                self._fail([sequence.job], error)
+                continue
+            if goes_on:
+                on.append(place)
+            else:
+                self._end(sequence, self._of(place))
+        if len(on) < len(self._live):
+            self._keep(on)
+
+    def _logits(self) -> Tensor:
+        """Those of the next token of every live sequence, (sequences, vocab_size)."""
+        tokens = torch.tensor([[sequence.tokens[-1]] for sequence in self._live])
+        given = [tokens] if self._joins else tokens.split(1)
+        found, after = [], []
+        for ids, states in zip(given, self._carried, strict=True):
+            logits, *new = self._step(ids, *states)
+            found.append(logits[:, -1])
+            after.append(tuple(new))
+        self._carried = after
+        return torch.cat(found)
+
+    def _of(self, place: int) -> tuple[Value, ...]:
+        """The states of one live sequence."""
+        if not self._joins:
+            return self._carried[place]
+        return self._states.joined([self._carried[0]], torch.tensor([place]))  # type: ignore[list-item]
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Goes on with these sequences alone."""
+        self._live = [self._live[place] for place in places]
+        if not self._joins:
+            self._carried = [self._carried[place] for place in places]
+        elif places:
+            self._carried = [self._states.joined([self._carried[0]], torch.tensor(places))]  # type: ignore[list-item]
+        else:
+            self._carried = []
+
+    def _end(self, sequence: _Sequence, states: tuple[Value, ...]) -> None:
+        """A next turn of a conversation begins with what was read."""
+        self._prefixes.keep(sequence.read, states)
+        sequence.job.emit(None)
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        logger.warning("%d requests failed: %s", len(jobs), first_line(error, type(error).__name__))
+        for job in jobs:
+            job.emit(error)
