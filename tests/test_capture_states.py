@@ -169,11 +169,3 @@ def test_keys_of_another_call_than_the_values_are_refused() -> None:
     states[place] = more[place]
     with pytest.raises(MqAoError, match="states of 5, 6 tokens are given: they are of one call"):
         step.states.check(2, states)
-
-
-def test_other_backends_say_that_they_have_no_programs_for_these_states() -> None:
-    model = quantized("Bamba", "rtn-w8a8")
-    from mq_ao.lowering import cuda
-
-    with pytest.raises(MqAoError, match="this model carries conv_0, .* key_1, .*: backend 'cuda' has programs for"):
-        cuda.lower(model.converted, {"vocab_size": VOCAB})
