@@ -137,7 +137,7 @@ def test_tasks_of_every_kind(byte_model: MqAoLM, tasks: Path, mq_ao: CommandLine
 def test_the_table_goes_on_from_where_it_was(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "examples"), *sys.path])
     import paper_table
 
     given: dict[str, Any] = {"tokens": 2048, "recipes": "rtn-w8a8", "tasks": "local_choice", "include_path": tasks}
