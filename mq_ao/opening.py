@@ -13,12 +13,15 @@ from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
     from mq_ao.lowering.stateful_graph import StatefulGraph
-    from mq_ao.models import Logits, MambaLM
+    from mq_ao.models import Logits, MambaLM, Sampling
     from mq_ao.models.program_interface import LanguageProgram, Program
     from mq_ao.models.prompts import Step as ModelStep
     from mq_ao.text import Codec
 
 MODEL_HELP = '"demo", a folder (transformers, mamba_ssm or mq-ao layout), or a hub id.'
+
+WINDOW = 1024
+"""Tokens that a model without states reads at once, if the user does not say."""
 
 Step = Callable[[str], AbstractContextManager[None]]
 """Shows what is done inside of it."""
@@ -86,6 +89,16 @@ class Opened:
         if isinstance(self.run, MambaLM):
             return self.run.known_tokens
         return getattr(self.run, "info", {}).get("known_tokens")
+
+    def sampling(self, asked: Sampling) -> Sampling:
+        """As asked, of tokens that model and tokenizer know, to the tokenizer's end of text."""
+        codec = self.needed_codec
+        return asked.within(self.known_tokens).within(codec.known_tokens).ending(codec.end_token)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that it reads at once; None: as many as there are."""
+        return None if self.has_states else WINDOW
 
     @property
     def weight_bytes(self) -> int:

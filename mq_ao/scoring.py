@@ -67,10 +67,11 @@ class Scorer:
         before: tuple[Any, ...] = ()
         for start in range(0, len(order), rows):
             batch = [continuations[index] for index in order[start : start + rows]]
-            if not before or self.states is None:
-                # A program computes one row of logits for a context, a model all of them.
-                before = getattr(self.run, "prefill", self.run)(torch.tensor([context]))
+            # A program computes one row of logits for a context, a model all of them.
+            before = before or getattr(self.run, "prefill", self.run)(torch.tensor([context]))
             found += self._after(before, batch)
+            if self.states is None and len(batch[-1]) > 1:
+                before = ()  # nobody can tell what became of states that were gone on from
         return [score for _, score in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
     def _after(self, before: tuple[Any, ...], batch: Sequence[Sequence[int]]) -> list[Score]:
@@ -81,7 +82,7 @@ class Scorer:
             return _scores(first, batch)
         ids = pad_sequence([torch.tensor(tokens[:-1], dtype=torch.int64) for tokens in batch], batch_first=True)
         # What follows a row's end is not looked at, and a causal model does not look ahead.
-        given = states if self.states is None else self.states.spread(states, len(batch))
+        given = states if self.states is None else self.states.taken(states, torch.zeros(len(batch), dtype=torch.int64))
         rest, *_ = self.run(ids, *given)
         return _scores(torch.cat([first.to(rest.device), rest], dim=1), batch)
 

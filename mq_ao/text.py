@@ -56,6 +56,9 @@ class Codec(Protocol):
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, and none besides."""
 
+    def conversation(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str | None:
+        """The text of messages by role and content, up to where an `answer` begins; None: there is no template."""
+
     def documents(self, text: bytes) -> list[list[int]]:
         """The text's documents as tokens, each behind the token that starts a document."""
 
@@ -73,6 +76,9 @@ class ByteCodec:
     def encode(self, text: str) -> list[int]:
         """See `Codec`."""
         return list(text.encode())
+
+    def conversation(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> None:
+        """See `Codec`: bytes have no template."""
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: documents are separated by 0 bytes."""
@@ -122,6 +128,14 @@ class TokenizerCodec:
         """See `Codec`."""
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return tokens
+
+    def conversation(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str | None:
+        """See `Codec`."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            return None
+        options = {"add_generation_prompt": answer, "continue_final_message": not answer}
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
 
     def documents(self, text: bytes) -> list[list[int]]:
         """See `Codec`: the whole text is one document."""

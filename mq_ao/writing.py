@@ -31,10 +31,9 @@ def written(opened: Opened, prompt: Sequence[int], max_new_tokens: int, sampling
         raise MqAoError(
             f"the tokenizer has token ids beyond the model's vocabulary of {opened.vocab_size}: name its own."
         )
-    chosen = sampling.within(opened.known_tokens).within(codec.known_tokens).ending(codec.end_token)
     # A program computes one row of logits for the prompt, the float model all of them.
     run = getattr(opened.run, "prefill", opened.step)
-    following = stream(run, torch.tensor([list(prompt)]), max_new_tokens, chosen)
+    following = stream(run, torch.tensor([list(prompt)]), max_new_tokens, opened.sampling(sampling))
     return codec.pieces((int(token) for token in following if int(token) != codec.end_token), prompt)
 
 

@@ -42,7 +42,7 @@ def lower(
 
     Args:
         converted: result of `convert_pt2e` on a graph annotated by `MambaQuantizer(backend="executorch")`; of a
-            language model, `(input_ids, conv_state, ssm_state) -> (logits, ...)`.
+            language model, `(input_ids, *states) -> (logits, *states)`.
         info: what the program is to say of itself. With a `vocab_size`, it is a language model's.
         options: batch, longest prefill, and what runs the scan.
 

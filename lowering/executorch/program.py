@@ -101,7 +101,6 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
         super().__init__(path, program, info)
         self._state = KeptState()
         self._fed = 0
-        self._for_runner = FORWARD in info["methods"]
 
     @classmethod
     def load(cls, path: str | Path) -> ExecutorchProgram:
@@ -139,8 +138,7 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
 
     def reset(self) -> None:
         """Sets the states to zero; every prompt that is given without a state does."""
-        if not self._for_runner:
-            self._execute("reset")
+        self._clear()
         self._state = KeptState()
         self._fed = 0
 
@@ -157,9 +155,6 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
         return self.prefill(ids, *states)
 
     def _prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
-        if self._for_runner:
-            last = positions.tolist() == [ids.shape[1] - 1]
-            return torch.cat([self._run("decode", part) for part in ([ids] if last else ids.split(1, 1))], dim=1)
         if ids.shape[1] == 1:
             return self._run("decode", ids)
         return self._run("prefill", ids, positions)
@@ -195,14 +190,28 @@ class ExecutorchProgram(_Loaded, GeneratingProgram):
         return logits, *[self._state] * len(self._info["states"])
 
     def _run(self, method: str, ids: Tensor, *positions: Tensor) -> Tensor:
-        if self._for_runner:
-            # One method for all, whose results lie in memory that its next call overwrites.
-            (result,) = self._execute(FORWARD, ids, torch.tensor([self._fed]))
-            result = result.clone()
-        else:
-            (result,) = self._execute(method, ids, *positions)
+        (result,) = self._execute(method, ids, *positions)
         self._fed += ids.shape[1]
         return result
+
+    def _clear(self) -> None:
+        """Sets what the program keeps to zero."""
+        self._execute("reset")
+
+
+class RunnerProgram(ExecutorchProgram):
+    """One that was made for ExecuTorch's LLM runner: its method `forward` gives the logits of the last token alone."""
+
+    def _prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
+        last = positions.tolist() == [ids.shape[1] - 1]
+        return torch.cat([self._run(FORWARD, part) for part in ([ids] if last else ids.split(1, 1))], dim=1)
+
+    def _run(self, method: str, ids: Tensor, *positions: Tensor) -> Tensor:
+        """Runs `forward`, whatever method is asked for; its result lies in memory that the next call overwrites."""
+        return super()._run(FORWARD, ids, torch.tensor([self._fed])).clone()
+
+    def _clear(self) -> None:
+        """Nothing: a call that begins anew says so."""
 
 
 class ExecutorchModule(_Loaded, ModuleProgram):
@@ -237,7 +246,9 @@ def load(path: str | Path) -> ExecutorchProgram | ExecutorchModule:
                 f"{path} needs the native operators for ExecuTorch, which `mq-ao build-kernels --executorch` "
                 f"builds: {error}"
             ) from error
-    return (ExecutorchModule if "signature" in info else ExecutorchProgram)(path, program, info)
+    if "signature" in info:
+        return ExecutorchModule(path, program, info)
+    return (RunnerProgram if FORWARD in info["methods"] else ExecutorchProgram)(path, program, info)
 
 
 def open_program(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -11,12 +11,10 @@ from mq_ao.cli.console import bar, check_json, megabytes, out, step, write_json
 from mq_ao.cli.evaluate_tasks import evaluate_tasks
 from mq_ao.cli.opened import ANY_HELP, TOKENIZER_HELP, Opened, open_any
 from mq_ao.errors import MqAoError
+from mq_ao.opening import WINDOW
 
 if TYPE_CHECKING:
     from mq_ao.evaluate import Comparison, Evaluation
-
-WINDOW = 1024
-"""Tokens that a model without states reads at once, if the user does not say."""
 
 
 def evaluate(

@@ -25,14 +25,12 @@ import torch
 
 from mq_ao.evaluate import evaluate
 from mq_ao.models import Sampling
-from mq_ao.opening import Opened, is_program, open_any
+from mq_ao.opening import WINDOW, is_program, open_any
 from mq_ao.scoring import Scorer
 from mq_ao.text import TokenizerCodec, TokenText
 from mq_ao.writing import until, written
 
 NAME = "mq-ao"
-_WINDOW = 1024
-"""Tokens that a model without states reads at once in a rolling evaluation."""
 _NEW_TOKENS = 256
 """Tokens that a model writes where a task does not say."""
 
@@ -66,7 +64,8 @@ class MqAoLM(TemplateLM):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.opened = _opened(pretrained, tokenizer)
+        # A folder of any family generates once it is captured; a saved program has states or has none.
+        self.opened = open_any(pretrained, tokenizer, states=not is_program(pretrained))
         self.codec = self.opened.needed_codec
         self.tokenizer = self.codec.tokenizer if isinstance(self.codec, TokenizerCodec) else None
         rows = 16 if batch_size in (None, "auto") else int(batch_size)
@@ -97,10 +96,9 @@ class MqAoLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """See `lm_eval.api.model.LM`."""
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+        text = self.codec.conversation(chat_history, answer=add_generation_prompt)
+        if text is None:
             raise MqAoError("this model's tokenizer has no chat template: leave --apply_chat_template out.")
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        text: str = self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -130,12 +128,11 @@ class MqAoLM(TemplateLM):
         return list(self._rolling([request.args for request in requests], disable_tqdm))
 
     def _rolling(self, texts: Sequence[tuple[str]], silent: bool) -> Iterator[float]:
-        window = None if self.opened.has_states else _WINDOW
         for arguments in tqdm(texts, desc="Running loglikelihood_rolling requests", disable=silent):
             tokens = self.codec.encode(arguments[0])
             document = torch.tensor([self.prefix_token_id, *tokens])
             text = TokenText((document,), None)
-            nats = evaluate(self.opened.step, text, window=window, chunk=_WINDOW).nats if tokens else 0.0
+            nats = evaluate(self.opened.step, text, window=self.opened.window, chunk=WINDOW).nats if tokens else 0.0
             self._keep("loglikelihood_rolling", arguments, -nats)
             yield -nats
 
@@ -170,11 +167,6 @@ class MqAoLM(TemplateLM):
     def _keep(self, kind: str, request: Any, result: Any) -> None:
         """For lm-eval's cache of results."""
         self.cache_hook.add_partial(kind, request, result)
-
-
-def _opened(source: str, tokenizer: str | None) -> Opened:
-    # A folder of any family generates once it is captured; a saved program has states or has none.
-    return open_any(source, tokenizer, states=not is_program(source))
 
 
 def results(

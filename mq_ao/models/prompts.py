@@ -84,4 +84,6 @@ class Ragged:
         joined = torch.cat([logits[:, -1:] for logits, *_ in results])
         logits = joined[self._places.to(joined.device)]
         new = [tuple(after) for _, *after in results]
-        return (logits, *new) if self._states is None else (logits, *self._states.joined(new, self._places))
+        if self._states is None:
+            return logits, *new
+        return logits, *self._states.taken(self._states.joined(new), self._places)

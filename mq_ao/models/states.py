@@ -160,25 +160,17 @@ class States:
         triples = zip(self.items, before, given, strict=True)
         return tuple(item.after(old, new) for item, old, new in triples)
 
-    def spread(self, states: Sequence[Value], count: int) -> tuple[Tensor, ...]:
-        """Those of one sequence, for so many that go on from it."""
+    def taken(self, states: Sequence[Value], places: Tensor) -> tuple[Tensor, ...]:
+        """Those of some sequences of a batch, by their places in it; a place may come several times."""
         return tuple(
-            tensor.index_select(item.batch_axis, torch.zeros(count, dtype=torch.int64, device=tensor.device))
+            tensor.index_select(item.batch_axis, places.to(tensor.device))
             for item, tensor in zip(self.items, tensors(states), strict=True)
         )
 
-    def joined(self, parts: Sequence[Sequence[Tensor]], places: Tensor) -> tuple[Tensor, ...]:
-        """States of several batches as one; none may grow.
-
-        Args:
-            parts: the states of each.
-            places: where each row of the result is, when the batches are put one behind the other.
-        """
-        result = []
-        for item, pieces in zip(self.items, zip(*parts, strict=True), strict=True):
-            together = torch.cat(pieces, dim=item.batch_axis)
-            result.append(together.index_select(item.batch_axis, places.to(together.device)))
-        return tuple(result)
+    def joined(self, parts: Sequence[Sequence[Value]]) -> tuple[Tensor, ...]:
+        """States of several batches as those of one, one behind the other; none may grow."""
+        given = zip(self.items, zip(*map(tensors, parts), strict=True), strict=True)
+        return tuple(torch.cat(pieces, dim=item.batch_axis) for item, pieces in given)
 
 
 def tensors(states: Sequence[Value]) -> list[Tensor]:

@@ -23,7 +23,6 @@ from mq_ao.errors import MqAoError
 from mq_ao.opening import Opened
 from mq_ao.serving.engine import Engine, Job, QueueFull
 from mq_ao.serving.requests import Asked, Chat, Completion, parsed
-from mq_ao.text import TokenizerCodec
 from mq_ao.writing import until
 
 
@@ -84,10 +83,8 @@ class Answer:
         self.prompt, self.count = prompt, 0
         self.finish = "stop"
         self._tokens: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()
-        codec, opened = server.codec, server.opened
-        sampling = asked.sampling().within(opened.known_tokens).within(codec.known_tokens).ending(codec.end_token)
-        self._end = codec.end_token
-        self._job = Job(torch.tensor(prompt), most, sampling, self._tokens.put)
+        self._end = server.codec.end_token
+        self._job = Job(torch.tensor(prompt), most, server.opened.sampling(asked.sampling()), self._tokens.put)
         server.engine.submit(self._job)
 
     def cancel(self) -> None:
@@ -245,14 +242,12 @@ class Server:
         return tokens
 
     def _conversation(self, asked: Chat) -> list[int]:
-        tokenizer = self.codec.tokenizer if isinstance(self.codec, TokenizerCodec) else None
-        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-            raise Refused(400, "this model's tokenizer has no chat template: use /v1/completions.")
-        messages = [message.model_dump() for message in asked.messages]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.codec.conversation([message.model_dump() for message in asked.messages])
         except Exception as error:  # of the template
             raise Refused(400, f"messages: the chat template refuses them ({error}).") from None
+        if text is None:
+            raise Refused(400, "this model's tokenizer has no chat template: use /v1/completions.")
         return self.codec.encode(text)
 
     def _text(self, tokens: list[int]) -> str:

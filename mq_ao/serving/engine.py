@@ -165,11 +165,9 @@ class Engine:
 
     def _join(self, sequence: _Sequence, states: tuple[Value, ...]) -> None:
         self._live.append(sequence)
-        if self._joins and self._carried:
-            places = torch.arange(len(self._live))
-            self._carried = [self._states.joined([self._carried[0], states], places)]  # type: ignore[list-item]
-        else:
-            self._carried.append(states)
+        self._carried.append(states)
+        if self._joins:
+            self._carried = [self._states.joined(self._carried)]
 
     def _decode(self) -> None:
         try:
@@ -212,7 +210,7 @@ class Engine:
         """The states of one live sequence."""
         if not self._joins:
             return self._carried[place]
-        return self._states.joined([self._carried[0]], torch.tensor([place]))  # type: ignore[list-item]
+        return self._states.taken(self._carried[0], torch.tensor([place]))
 
     def _keep(self, places: Sequence[int]) -> None:
         """Goes on with these sequences alone."""
@@ -220,7 +218,7 @@ class Engine:
         if not self._joins:
             self._carried = [self._carried[place] for place in places]
         elif places:
-            self._carried = [self._states.joined([self._carried[0]], torch.tensor(places))]  # type: ignore[list-item]
+            self._carried = [self._states.taken(self._carried[0], torch.tensor(places))]
         else:
             self._carried = []
 
