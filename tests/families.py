@@ -152,12 +152,13 @@ def mamba_ssm_families() -> Iterator[Family]:
         MqAoError: mamba_ssm is not installed.
     """
     from tests import test_capture_mamba_ssm as source
+    from tests.test_mamba_ssm_states import WITH_STATES
 
     with source.package() as package:
         run = source.by_references()
         rows = [("Mamba1", "no attention"), ("Mamba2", "no attention"), ("Mamba2", "attention")]
         for layer, kind in rows:
-            model = source.language_model(package, layer, **source.WITH_STATES[kind])
+            model = source.language_model(package, layer, **WITH_STATES[kind])
 
             def eager(ids: Tensor, model: nn.Module = model) -> Tensor:
                 return run(model, ids)

@@ -14,10 +14,11 @@ import pytest
 from mq_ao import MqAoError
 from mq_ao.evaluate import bits_per_byte
 from mq_ao.models import MambaLM, demo
+from tests import test_tokenizer
 from tests.conftest import CommandLine, error
 from tests.test_capture_transformers import build
 from tests.test_extras import run as run_without
-from tests.test_tokenizer import WORDS, words  # noqa: F401  (a fixture)
+from tests.test_tokenizer import WORDS
 
 pytest.importorskip("lm_eval", reason='needs pip install "mq-ao[eval]"')
 
@@ -25,6 +26,7 @@ from lm_eval.api.instance import Instance
 
 from mq_ao.integrations.lm_eval import MqAoLM
 
+words = test_tokenizer.words  # a fixture
 CHOICES = [
     {"question": "import os\nimport ", "choices": ["sys\n", "zqx\n"], "answer": 0},
     {"question": "def f(self", "choices": ["((", "):\n", "]:\n"], "answer": 1},
@@ -75,7 +77,7 @@ def byte_model() -> MqAoLM:
 
 
 @pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Bamba", "FalconMamba"])
-def test_scores_and_texts_are_those_of_lm_evals_own_model(name: str, words: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_scores_and_texts_are_those_of_lm_evals_own_model(name: str, words: Any, tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     model = build(name)

@@ -26,8 +26,8 @@ from mq_ao.models import MambaConfig, MambaLM, Sampling
 from mq_ao.opening import Opened, open_any
 from mq_ao.text import TokenizerCodec
 from mq_ao.writing import until, written
+from tests import test_tokenizer
 from tests.conftest import CommandLine, error
-from tests.test_tokenizer import words  # noqa: F401  (a fixture)
 
 REASON = 'needs pip install "mq-ao[serve]" and openai'
 pytest.importorskip("fastapi", reason=REASON)
@@ -36,8 +36,10 @@ httpx = pytest.importorskip("httpx", reason=REASON)
 
 import uvicorn  # noqa: E402
 
-from mq_ao.serving.app import Limits, Server  # noqa: E402
+from mq_ao.serving.app import Server  # noqa: E402
+from mq_ao.serving.limits import Limits  # noqa: E402
 
+words = test_tokenizer.words  # a fixture
 LIMITS = Limits(batch=8, queue=64, prompt=400, new_tokens=100, body=4000)
 PROMPT = "import os\nimport "
 
@@ -128,7 +130,7 @@ def test_64_clients_at_once(client: Any, demo: Opened) -> None:
         assert text == alone(demo, prompt, 20)
 
 
-def test_conversations(words: Any) -> None:  # noqa: F811
+def test_conversations(words: Any) -> None:
     words.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}w1"
     words.eos_token = "<s>"
     torch.manual_seed(0)

@@ -44,7 +44,8 @@ def serve(
     curl localhost:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 20}'
     """
     with step("starting"), needs("the server", "serve"):
-        from mq_ao.serving.app import Limits, Server
+        from mq_ao.serving.app import Server
+        from mq_ao.serving.limits import Limits
         from mq_ao.serving.run import run
 
     limits = Limits(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import queue
 import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -21,121 +17,11 @@ from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
 from mq_ao.errors import MqAoError
 from mq_ao.opening import Opened
-from mq_ao.serving.engine import Engine, Job, QueueFull
+from mq_ao.serving.answers import Answer
+from mq_ao.serving.engine import Engine, QueueFull
+from mq_ao.serving.limits import Limits, Refused
 from mq_ao.serving.requests import Asked, Chat, Completion, parsed
-from mq_ao.writing import until
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may ask for, and all together.
-
-    Attributes:
-        batch: sequences that are decoded at a time.
-        queue: requests that may wait besides.
-        prompt: tokens of a prompt.
-        new_tokens: tokens of an answer.
-        body: bytes of a request.
-        seconds: that an answer may take.
-        prefix_bytes: of states that are kept for beginnings of prompts.
-    """
-
-    batch: int = 32
-    queue: int = 256
-    prompt: int = 32768
-    new_tokens: int = 4096
-    body: int = 2**20
-    seconds: float = 600.0
-    prefix_bytes: int = 2**28
-
-
-class Refused(Exception):
-    """An answer that is an error.
-
-    Args:
-        status: of HTTP.
-        message: what is wrong and what to do.
-        kind: as OpenAI names it.
-    """
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
-        super().__init__(message)
-        self.status, self.kind = status, kind
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """As OpenAI's clients read it."""
-        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": None}}
-
-
-class Answer:
-    """The text of one prompt, piece by piece.
-
-    Args:
-        server: whose model writes it.
-        prompt: tokens.
-        asked: how.
-        most: tokens at most.
-    """
-
-    def __init__(self, server: Server, prompt: list[int], asked: Asked, most: int) -> None:
-        self._server, self._asked, self._most = server, asked, most
-        self.prompt, self.count = prompt, 0
-        self.finish = "stop"
-        self._tokens: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()
-        self._end = server.codec.end_token
-        self._job = Job(torch.tensor(prompt), most, server.opened.sampling(asked.sampling()), self._tokens.put)
-        server.engine.submit(self._job)
-
-    def cancel(self) -> None:
-        """Nobody wants it any more."""
-        self._job.cancelled.set()
-
-    def pieces(self) -> Iterator[str]:
-        """Text as soon as it is certain.
-
-        Raises:
-            Refused: it took too long.
-        """
-        made = written = 0
-
-        def pieces() -> Iterator[str]:
-            nonlocal made
-            for piece in self._server.codec.pieces(self._received(), self.prompt):
-                made += len(piece)
-                yield piece
-
-        try:
-            for piece in until(pieces(), self._asked.stops):
-                written += len(piece)
-                yield piece
-            if made > written:
-                self.finish = "stop"  # at one of its strings
-        finally:
-            # After a stop string there is more on its way, which nobody reads.
-            self.cancel()
-
-    def whole(self) -> str:
-        """All of the text."""
-        return "".join(self.pieces())
-
-    def _received(self) -> Iterator[int]:
-        deadline = time.monotonic() + self._server.limits.seconds
-        while True:
-            try:
-                token = self._tokens.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise Refused(504, f"the answer took over {self._server.limits.seconds:g} s.", "timeout") from None
-            if token is None:
-                return
-            if isinstance(token, Exception):
-                raise Refused(500, f"the model failed: {token}", "server_error") from token
-            self.count += 1
-            if token == self._end:
-                continue
-            if self.count == self._most:
-                self.finish = "length"
-            yield token
+from mq_ao.serving.shapes import Conversation, Texts, events, usage_of
 
 
 class Server:
@@ -195,14 +81,14 @@ class Server:
             if asked.stream and len(prompts) > 1:
                 raise Refused(400, "a stream answers one prompt: send them one by one.")
             before = [self._text(prompt) if asked.echo else "" for prompt in prompts]
-            return await self._answered(request, asked, prompts, asked.max_tokens, _Texts(before))
+            return await self._answered(request, asked, prompts, asked.max_tokens, Texts(before))
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:
             asked: Chat = await self._asked(Chat, request)
             prompt = self._checked(self._conversation(asked))
             most = asked.max_completion_tokens or asked.max_tokens or self.limits.new_tokens
-            return await self._answered(request, asked, [prompt], most, _Chat())
+            return await self._answered(request, asked, [prompt], most, Conversation())
 
         return app
 
@@ -254,94 +140,39 @@ class Server:
         return "".join(self.codec.pieces(tokens))
 
     async def _answered(
-        self, request: Request, asked: Asked, prompts: list[list[int]], most: int, shape: _Texts | _Chat
+        self, request: Request, asked: Asked, prompts: list[list[int]], most: int, shape: Texts | Conversation
     ) -> Response:
         if most > self.limits.new_tokens:
             raise Refused(400, f"max_tokens: {most} is over {self.limits.new_tokens}, the most here.")
-        answers: list[Answer] = []
-        try:
-            answers = [Answer(self, prompt, asked, most) for prompt in prompts]
-        except QueueFull as error:
-            raise Refused(429, str(error), "rate_limit_error") from None
-        except MqAoError as error:
-            raise Refused(503, str(error), "server_error") from None
+        answers = self._submitted(prompts, asked, most)
         head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         if asked.stream:
-            events = _events(answers[0], head, shape, asked.wants_usage)
-            return StreamingResponse(_while_there(request, events, answers[0]), media_type="text/event-stream")
+            stream = events(answers[0], head, shape, asked.wants_usage)
+            return StreamingResponse(_while_there(request, stream, answers[0]), media_type="text/event-stream")
         texts = await _unless_gone(request, answers)
         pairs = enumerate(zip(texts, answers, strict=True))
         choices = [shape.whole(index, text, answer) for index, (text, answer) in pairs]
-        return JSONResponse({**head, "object": shape.kind, "choices": choices, "usage": _usage(answers)})
+        return JSONResponse({**head, "object": shape.kind, "choices": choices, "usage": usage_of(answers)})
+
+    def _submitted(self, prompts: list[list[int]], asked: Asked, most: int) -> list[Answer]:
+        """Answers on their way to all of some prompts, or to none."""
+        answers: list[Answer] = []
+        try:
+            for prompt in prompts:
+                answers.append(Answer(self.opened, self.engine, prompt, asked, most, self.limits.seconds))
+        except MqAoError as error:
+            for answer in answers:
+                answer.cancel()
+            if isinstance(error, QueueFull):
+                raise Refused(429, str(error), "rate_limit_error") from None
+            raise Refused(503, str(error), "server_error") from None
+        return answers
 
 
-class _Texts:
-    """The shape of `/v1/completions`."""
-
-    kind, part, prefix = "text_completion", "text_completion", "cmpl"
-
-    def __init__(self, before: list[str]) -> None:
-        self._before = before
-
-    def whole(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
-        """A choice."""
-        return {"index": index, "text": self._before[index] + text, "logprobs": None, "finish_reason": answer.finish}
-
-    def first(self) -> dict[str, Any] | None:
-        """What a stream begins with."""
-        return self.piece(self._before[0], None) if self._before[0] else None
-
-    def piece(self, text: str, finish: str | None) -> dict[str, Any]:
-        """A part of a choice."""
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
-
-
-class _Chat:
-    """The shape of `/v1/chat/completions`."""
-
-    kind, part, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
-
-    def whole(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
-        """A choice."""
-        return {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": answer.finish}
-
-    def first(self) -> dict[str, Any] | None:
-        """What a stream begins with."""
-        return {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-
-    def piece(self, text: str, finish: str | None) -> dict[str, Any]:
-        """A part of a choice."""
-        return {"index": 0, "delta": {"content": text} if finish is None else {}, "finish_reason": finish}
-
-
-def _usage(answers: list[Answer]) -> dict[str, int]:
-    read, written = (sum(sizes) for sizes in zip(*((len(item.prompt), item.count) for item in answers), strict=True))
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-
-def _events(answer: Answer, head: dict[str, Any], shape: _Texts | _Chat, usage: bool) -> Iterator[str]:
-    """Server-sent events."""
-
-    def event(choices: list[dict[str, Any]], **more: Any) -> str:
-        return f"data: {json.dumps({**head, 'object': shape.part, 'choices': choices, **more})}\n\n"
-
-    try:
-        if (first := shape.first()) is not None:
-            yield event([first])
-        for piece in answer.pieces():
-            yield event([shape.piece(piece, None)])
-        yield event([shape.piece("", answer.finish)])
-        if usage:
-            yield event([], usage=_usage([answer]))
-    except Refused as error:
-        yield f"data: {json.dumps(error.content)}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-async def _while_there(request: Request, events: Iterator[str], answer: Answer) -> AsyncIterator[str]:
+async def _while_there(request: Request, stream: Iterator[str], answer: Answer) -> AsyncIterator[str]:
     """Events, until the client is gone; then the work stops."""
     try:
-        async for event in iterate_in_threadpool(events):
+        async for event in iterate_in_threadpool(stream):
             if await request.is_disconnected():
                 return
             yield event
@@ -352,10 +183,11 @@ async def _while_there(request: Request, events: Iterator[str], answer: Answer) 
 async def _unless_gone(request: Request, answers: list[Answer]) -> list[str]:
     """All texts; the work stops where the client is gone."""
     work = asyncio.gather(*(run_in_threadpool(answer.whole) for answer in answers))
-    while True:
-        done, _ = await asyncio.wait([work], timeout=0.5)
-        if done:
-            return list(work.result())
-        if await request.is_disconnected():
-            for answer in answers:
-                answer.cancel()
+    try:
+        while not work.done() and not await request.is_disconnected():
+            await asyncio.wait([work], timeout=0.5)
+    finally:
+        # Where the client is gone or one has failed, nobody reads the others.
+        for answer in answers:
+            answer.cancel()
+    return list(await work)
