@@ -1,8 +1,8 @@
 // Integer matrix product for linear layers: activations of unsigned bytes, signed weights of 8 or 4 bits, exact 32-bit
 // sums, float32 epilogue. No torch types and no threads: the caller hands out the parts of a `Plan`.
 //
-// A tile of the output (6 rows of 64 columns with AVX-512) stays in registers over all inputs, or over one group of
-// them where groups have scales of their own. There is no other blocking over inputs: a panel of 5120 inputs still fits
+// A tile of the output (6 rows of 64 columns with AVX-512, 32 with AMX) stays in registers over all inputs, or over one
+// group of them where groups have scales of their own. There is no other blocking over inputs: a panel of 5120 inputs still fits
 // the second-level cache. For few rows, weights of 4 bits are taken apart in registers; for many, and by instruction
 // sets without that kernel, a panel is expanded to bytes once, and used while it is in the cache.
 #pragma once
@@ -12,8 +12,10 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 
 #include "pinned.h"
+#include "qgemm_amx.h"
 #include "qgemm_tile.h"
 #include "quantize_rows.h"
 #include "vec.h"
@@ -150,12 +152,15 @@ inline void finish_tile(const int32_t* sums, const float* before, const Activati
 // Rows of activations in a tile.
 inline int64_t tile_rows(int64_t planes) { return std::max<int64_t>(1, Dot::kRows / planes); }
 
+// ... in one of AMX, where there are at least `amx::kRows`: so many that their rows of bytes fill whole tiles.
+inline int64_t amx_tile_rows(int64_t planes) { return planes == 1 ? 2 * amx::kRows : amx::kRows; }
+
 inline constexpr auto kAsIs = [](Vec y) { return y; };
 
 // One tile of LANES vectors of outputs, whose weights begin at `weights`.
 template <int LANES>
 inline void tile(const Activations& x, const Linear& w, const Weights& weights, const Output& out, const Tile& at) {
-  constexpr int64_t kMost = std::max(Dot::kRows, 3) * kPanel;
+  constexpr int64_t kMost = (amx::kPresent ? 3 * amx::kRows : std::max(Dot::kRows, 3)) * kPanel;
   alignas(64) int32_t sums[kMost];
   alignas(64) float partial[kMost];
   const Layout& l = w.layout;
@@ -164,6 +169,9 @@ inline void tile(const Activations& x, const Linear& w, const Weights& weights, 
   const auto dot = [&](int64_t g) {
     const int64_t begin = g * group, end = std::min(depth, begin + group);
     const Weights from{weights.data + begin / 4 * weights.step, weights.step, weights.nibbles};
+    if (at.rows >= amx::kRows) {
+      return amx::dot_rows(at.rows * x.planes, LANES, rows + begin, x.stride, from.data, from.step, end - begin, sums);
+    }
     dot_rows(at.rows * x.planes, LANES, rows + begin, x.stride, from, end - begin, sums);
   };
   const float* before = nullptr;
@@ -209,6 +217,12 @@ inline void strip(const Activations& x, const Linear& w, const Weights& panel, c
 // Start of part `i` of `parts` equal parts of [begin, end).
 inline int64_t cut(int64_t begin, int64_t end, int64_t i, int64_t parts) { return begin + (end - begin) * i / parts; }
 
+// The same of rows: parts but the last are a number of AMX's tiles, where there are enough rows.
+inline int64_t cut_rows(int64_t begin, int64_t end, int64_t i, int64_t parts) {
+  const int64_t at = cut(begin, end, i, parts), unit = amx::allowed() && end - begin >= parts * amx::kRows ? amx::kRows : 1;
+  return i == parts ? end : begin + (at - begin) / unit * unit;
+}
+
 // Room for one panel of 4-bit weights as bytes.
 class Expanded {
  public:
@@ -239,17 +253,23 @@ inline void block(const Activations& x, const Linear& w, const Output& out, int6
   // So many activations stay in the second-level cache while the panels pass.
   const int64_t most = std::max<int64_t>(4 * together, (256 << 10) / (l.depth() * x.planes));
   const int64_t blocks = (row_end - row + most - 1) / most;
+  std::optional<amx::Tiles> tiles;
+  if (amx::allowed() && row_end - row >= amx::kRows) tiles.emplace();
   Expanded expanded;
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t begin = cut(row, row_end, i, blocks), end = cut(row, row_end, i + 1, blocks);
-    const int64_t strips = (end - begin + together - 1) / together;
-    const bool expand = l.bits == 4 && !(Dot::kNibbles && strips <= kMostDirectStrips);
+    const int64_t begin = cut_rows(row, row_end, i, blocks), end = cut_rows(row, row_end, i + 1, blocks);
+    const int64_t tiled = tiles ? (end - begin) / amx::kRows * amx::kRows : 0, rest = begin + tiled;
+    const int64_t strips = (end - rest + together - 1) / together;
+    const bool expand = l.bits == 4 && (tiled || !(Dot::kNibbles && strips <= kMostDirectStrips));
     for (int64_t n = column; n < column_end;) {
       const int64_t first = n / kPanel * kPanel, panel_end = std::min(column_end, first + kPanel);
       const Weights panel = expand ? expanded(w, first)
                                    : Weights{w.packed + l.panel(first), l.width(first) * l.bits / 2, l.bits == 4};
+      for (int64_t s = begin; s < rest; s += amx_tile_rows(x.planes)) {
+        strip(x, w, panel, out, s, std::min(rest, s + amx_tile_rows(x.planes)), n, panel_end);
+      }
       for (int64_t s = 0; s < strips; ++s) {
-        strip(x, w, panel, out, cut(begin, end, s, strips), cut(begin, end, s + 1, strips), n, panel_end);
+        strip(x, w, panel, out, cut(rest, end, s, strips), cut(rest, end, s + 1, strips), n, panel_end);
       }
       n = panel_end;
     }
@@ -262,10 +282,10 @@ struct Plan {
   int64_t parts() const { return rows * columns; }
 };
 
-// Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second.
+// Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second, 2 T by AMX.
 inline double cost(int64_t m, int64_t n, const Layout& l) {
-  const double bytes = static_cast<double>(l.bits) / 8;
-  return static_cast<double>(n) * static_cast<double>(l.k) * (bytes / 40 + static_cast<double>(m) / 500);
+  const double bytes = static_cast<double>(l.bits) / 8, rate = amx::allowed() && m >= amx::kRows ? 2000 : 500;
+  return static_cast<double>(n) * static_cast<double>(l.k) * (bytes / 40 + static_cast<double>(m) / rate);
 }
 
 // Waking a thread costs a microsecond or two; it should have as much to do.
@@ -294,7 +314,7 @@ inline void run_part(const Activations& x, const Linear& w, const Output& out, i
                      int64_t part) {
   const Layout& l = w.layout;
   const int64_t r = part / plan.columns, c = part % plan.columns, units = l.outputs() / l.unit();
-  block(x, w, out, cut(0, m, r, plan.rows), cut(0, m, r + 1, plan.rows), l.unit() * cut(0, units, c, plan.columns),
+  block(x, w, out, cut_rows(0, m, r, plan.rows), cut_rows(0, m, r + 1, plan.rows), l.unit() * cut(0, units, c, plan.columns),
         std::min(l.n, l.unit() * cut(0, units, c + 1, plan.columns)));
 }
 
