@@ -27,8 +27,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/mq-ao demo
 
+# A process a core, each of which computes with one thread: files go to whoever is free, tests of one file together.
+# Tests of threads set their number themselves.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: types
 	$(BIN)/ruff check .

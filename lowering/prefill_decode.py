@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from mq_ao.lowering.language_graphs import export
+from mq_ao.lowering.language_graphs import export, flat, with_positions
 from mq_ao.models.states import States
 
 Dynamic = Mapping[int, Dim | None]
 _ROWS = 3
 """Of states that grow, in examples: a size that torch.export does not take for a constant."""
+
+
+def both(module: GraphModule, states: States) -> dict[str, ExportedProgram]:
+    """The programs of a graph `(input_ids, *states) -> (logits, *states)`."""
+    return {
+        "prefill": export_prefill(with_positions(module), states),
+        "decode": export_decode(flat(module), states),
+    }
 
 
 def export_prefill(module: GraphModule, states: States) -> ExportedProgram:
@@ -32,6 +41,14 @@ def export_decode(module: GraphModule, states: States) -> ExportedProgram:
     args = (torch.zeros(2, 1, dtype=torch.int64), *states.examples(2, _ROWS))
     first: Dynamic = {0: batch}
     return export(module, args, (first, *_dynamic(states, batch)))
+
+
+def export_whole(module: GraphModule, states: States, weights: tuple[Tensor, ...]) -> ExportedProgram:
+    """Exports `(*weights, input_ids, *states)` with any batch and length."""
+    batch = Dim("batch", min=1)
+    args = (*weights, torch.zeros(2, 8, dtype=torch.int64), *states.examples(2, _ROWS))
+    first: Dynamic = {0: batch, 1: Dim("length", min=1)}
+    return export(module, args, (*[{}] * len(weights), first, *_dynamic(states, batch)))
 
 
 def _dynamic(states: States, batch: Dim) -> list[Dynamic]:

@@ -13,16 +13,17 @@ from mq_ao.checkout import find_packages_beside
 from mq_ao.errors import MqAoError
 from mq_ao.version import __version__
 
-__all__ = ["MqAoError", "__version__", "export", "load", "quantize"]
+__all__ = ["MqAoError", "__version__", "export", "load", "prepare_qat", "quantize"]
 
 if TYPE_CHECKING:
     from mq_ao.api import load as load
+    from mq_ao.api import prepare_qat as prepare_qat
     from mq_ao.api import quantize as quantize
     from mq_ao.capture import export as export
 
 find_packages_beside()
 
-_HOMES = {"export": "mq_ao.capture", "load": "mq_ao.api", "quantize": "mq_ao.api"}
+_HOMES = {"export": "mq_ao.capture", "load": "mq_ao.api", "prepare_qat": "mq_ao.api", "quantize": "mq_ao.api"}
 
 
 def __getattr__(name: str) -> Any:

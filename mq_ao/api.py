@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from mq_ao import models, passes
 from mq_ao import tokenizer as tokenizers
@@ -40,11 +40,13 @@ from mq_ao.memory import release
 from mq_ao.models import Logits, MambaLM
 from mq_ao.models.program_interface import LanguageProgram
 from mq_ao.modes import plain
+from mq_ao.prepared import Prepared
 from mq_ao.quantized import QuantizedModel
 from mq_ao.quantizer import MambaQuantizer
 from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.report import build
 from mq_ao.report.summary import Report
+from mq_ao.training import TrainableModel
 from mq_ao.turns import in_turn
 
 logger = logging.getLogger(__name__)
@@ -102,30 +104,64 @@ def quantize(
         MqAoError: unknown recipe or backend, a spec that the backend has no kernel for, bad calibration data, NaN or
             Inf on the way, or no Mamba block in the model.
     """
-    chosen = get_recipe(recipe)
-    # Before anything takes long: it says what the backend has no kernel for.
-    quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
-    with ExitStack() as settings:
-        settings.enter_context(plain())
-        settings.enter_context(using_scans(scans or {}))
+    with plain(), using_scans(scans or {}):
         kept = _tokenizer(model, tokenizer)
-        quantized = _quantized(_opened(model), calibration, chosen, quantizer, progress)
+        quantized = _prepared(model, calibration, recipe, backend, progress).quantized()
         return quantized.keeping(kept) if kept else quantized
 
 
-def _quantized(
-    model: nn.Module, data: Iterable[Any], recipe: Recipe, quantizer: MambaQuantizer, progress: bool
-) -> QuantizedModel:
-    check_weights(model)
-    stateful = isinstance(model, MambaLM) or carries_states(_inner(model))
-    calibration = Calibration(model, data, _vocab_size(model), takes_mask=not stateful)
+@in_turn
+def prepare_qat(
+    model: nn.Module | ExportedProgram | str | Path,
+    calibration: Iterable[Any],
+    recipe: str | Path | Recipe = "mambaquant-w4a8",
+    *,
+    backend: str = "inductor",
+    scans: Scans | None = None,
+    progress: bool = False,
+) -> TrainableModel:
+    """The rewritten model as a module to train, whose weights and activations are rounded as programs round them.
+
+    Args:
+        model: see `quantize`; it is not changed.
+        calibration: see `quantize`: for statistics, ranges and the scales that training begins with.
+        recipe: see `quantize`.
+        backend: see `quantize`.
+        scans: see `quantize`.
+        progress: see `quantize`.
+
+    Returns:
+        A module; train it, and call `convert` for a `QuantizedModel`.
+
+    Raises:
+        MqAoError: see `quantize`; or the model has a scan without a gradient, which Mamba-2's is.
+    """
+    with plain(), using_scans(scans or {}):
+        prepared = _prepared(model, calibration, recipe, backend, progress)
+    return TrainableModel(prepared)
+
+
+def _prepared(
+    model: nn.Module | ExportedProgram | str | Path,
+    data: Iterable[Any],
+    recipe: str | Path | Recipe,
+    backend: str,
+    progress: bool,
+) -> Prepared:
+    chosen = get_recipe(recipe)
+    # Before anything takes long: it says what the backend has no kernel for.
+    quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
+    opened = _opened(model)
+    check_weights(opened)
+    stateful = isinstance(opened, MambaLM) or carries_states(_inner(opened))
+    calibration = Calibration(opened, data, _vocab_size(opened), takes_mask=not stateful)
     with closing(calibration), plain():  # again, after code of the user's
-        return _calibrated(model, calibration, recipe, quantizer, progress)
+        return _calibrated(opened, calibration, chosen, quantizer, progress)
 
 
 def _calibrated(
     model: nn.Module, calibration: Calibration, recipe: Recipe, quantizer: MambaQuantizer, progress: bool
-) -> QuantizedModel:
+) -> Prepared:
     """The walk; what takes long comes after everything that can be refused."""
     dtype = float_dtype(model)
     graph = _captured(model, calibration.first)
@@ -142,12 +178,11 @@ def _calibrated(
     prepared = prepare_pt2e(graph, quantizer)
     release()
     count = calibrate(prepared, batches, progress=progress)
-    converted = convert_pt2e(prepared, fold_quantize=False)  # weights are integers already
     report = Report(
         *(recipe, quantizer.kernels.backend, description, tuple(rewrite.transforms), quantizer.report),
         *(count, calibration.tokens, str(dtype).removeprefix("torch.")),
     )
-    return QuantizedModel(converted, report, info, source)
+    return Prepared(prepared, report, info, source)
 
 
 def _captured(model: nn.Module, first: Call) -> GraphModule:
@@ -187,10 +222,17 @@ def generating(model: nn.Module) -> StatefulGraph:
         MqAoError: it carries none, or such as cannot be captured.
     """
     inner = _inner(model)
-    if not carries_states(inner):
-        raise MqAoError(f"{type(inner).__name__} has no states that it could go on from, and cannot generate.")
     with in_float32(inner):
-        return StatefulGraph(export_with_states(inner).module(check_guards=False))
+        return StatefulGraph(_stateful(inner))
+
+
+def _stateful(model: nn.Module) -> GraphModule:
+    """A language model with its states."""
+    if isinstance(model, MambaLM):
+        return capture(model, ())
+    if not carries_states(model):
+        raise MqAoError(f"{type(model).__name__} has no states that it could go on from, and cannot generate.")
+    return export_with_states(model).module(check_guards=False)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -236,15 +278,13 @@ def compile_float(model: nn.Module, backend: str = "inductor", options: Any = No
     """Compiles the float graph of a language model the same way as a quantized one, for comparison.
 
     Raises:
-        MqAoError: unknown backend or options, or the model is no `MambaLM`.
+        MqAoError: unknown backend or options, or the model carries no states.
     """
-    model = unwrapped(model)
-    if not isinstance(model, MambaLM):
-        raise MqAoError(f"compile_float takes a MambaLM, and not {type(model).__name__}: see mq_ao.models.load.")
+    model = _inner(unwrapped(model))
     lowering = get_backend(backend).lowering
     dtype = str(float_dtype(model)).removeprefix("torch.")
     with in_float32(model):
-        graph = capture(model, ())
+        graph = _stateful(model)
         return lowering.lower_float(graph, {"recipe": dtype, **_info(model, graph)}, options)
 
 

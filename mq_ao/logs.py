@@ -13,5 +13,6 @@ def quiet_libraries() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it names kernels that its models would be faster with
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say what takes long
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import replace
 
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
@@ -92,6 +94,26 @@ class Annotator:
 
     def _write(self, node: Node, qspecs: dict[Node, QuantizationSpecBase | None]) -> None:
         node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=qspecs, _annotated=True)
+
+
+def copied(graph: GraphModule) -> GraphModule:
+    """A prepared graph to convert, on the same tensors: its annotations name nodes of the copy."""
+    copy = GraphModule(graph, deepcopy(graph.graph))
+    copy.meta = dict(graph.meta)
+    places = dict(zip(graph.graph.nodes, copy.graph.nodes, strict=True))
+
+    def moved(qspec: QuantizationSpecBase | None) -> QuantizationSpecBase | None:
+        if not isinstance(qspec, SharedQuantizationSpec):
+            return qspec
+        given = qspec.edge_or_node
+        return SharedQuantizationSpec(places[given] if isinstance(given, Node) else tuple(map(places.get, given)))
+
+    for node in copy.graph.nodes:
+        annotation = node.meta.get(Q_ANNOTATION_KEY)
+        if annotation is not None:
+            inputs = {places[value]: moved(qspec) for value, qspec in annotation.input_qspec_map.items()}
+            node.meta[Q_ANNOTATION_KEY] = replace(annotation, input_qspec_map=inputs)
+    return copy
 
 
 def is_annotated(node: Node) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mq_ao.bench import prepare, runner
+from mq_ao.bench import prepare, runner, shapes
 from mq_ao.bench.contender import Contender, Eager, Program
-from mq_ao.bench.prepare import FP32, FP32_EAGER, INT8, Peer, int8_names, parse_peers, random_ids
+from mq_ao.bench.prepare import FP32, FP32_EAGER, INT8, TRANSFORMERS_EAGER, Peer, int8_names, parse_peers, random_ids
 from mq_ao.bench.quantizing import QuantizingCost, measure_quantizing
 from mq_ao.bench.results import Measured, Results
 from mq_ao.bench.runner import Bench, Plan
@@ -25,7 +26,7 @@ from mq_ao.bench.table import render, render_quantizing
 from mq_ao.bench.worker import Kind, Memory, Spec, Worker, call_alone
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.inductor import InductorProgram
-from mq_ao.models import MambaConfig, MambaLM
+from mq_ao.models import Logits, MambaConfig, MambaLM, language_model
 from mq_ao.models.saving import save_pretrained
 from mq_ao.recipes import RECIPES
 
@@ -223,7 +224,7 @@ def test_rounds_interleave(monkeypatch: pytest.MonkeyPatch) -> None:
     weak = results.contenders["weak"]
     assert weak.failure == "weak: out of breath"
     assert weak.prefill == {8: [2.0, 2.0, 2.0]}
-    assert weak.decode == []
+    assert weak.decode == {}
     assert results.contenders["first"].prefill == {8: [2.0] * 3, 16: [2.0] * 3}
     assert results.contenders["first"].logits_error == 0.0
     assert results.contenders["slow"].logits_error == pytest.approx(0.1)
@@ -236,7 +237,7 @@ def test_without_patience_everything_is_measured_once(monkeypatch: pytest.Monkey
     specs = [Spec(name, Kind.EAGER, Path(), 1, 64) for name in ("first", "slow")]
     results = Bench("model", specs, VOCAB, Plan((8,), 3, 5, patience=0)).run(nullcontext, no_bar)
     assert [len(item.prefill[8]) for item in results.contenders.values()] == [1, 1]
-    assert [len(item.decode) for item in results.contenders.values()] == [1, 1]
+    assert [len(item.decode[64]) for item in results.contenders.values()] == [1, 1]
 
 
 def test_a_contender_that_does_not_open_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,19 +250,19 @@ def test_a_contender_that_does_not_open_is_left_out(monkeypatch: pytest.MonkeyPa
     specs = [Spec(name, Kind.EAGER, Path(), 1, 64) for name in ("absent", "second")]
     results = Bench("model", specs, VOCAB, Plan((4,), repeats=1, decode_tokens=2)).run(nullcontext, no_bar)
     assert results.contenders["absent"].failure == "absent: no such file"
-    assert results.contenders["second"].decode == [0.5]
+    assert results.contenders["second"].decode == {64: [0.5]}
 
 
 @pytest.fixture
 def results() -> Results:
     memory = Memory(400, 10_000_000, 90_000_000)
     contenders = {
-        FP32_EAGER: Measured(FP32_EAGER, {100: [4.0], 400: [20.0]}, [0.4], memory, 0.0),
-        FP32: Measured(FP32, {100: [3.0, 9.0, 2.0], 400: [12.0]}, [0.3], memory, 1e-6),
-        INT8: Measured(INT8, {100: [1.0, 1.0, 5.0], 400: [4.0]}, [0.1], Memory(120, 1, 200, 181), 0.02),
+        FP32_EAGER: Measured(FP32_EAGER, {100: [4.0], 400: [20.0]}, {64: [0.4]}, memory, 0.0),
+        FP32: Measured(FP32, {100: [3.0, 9.0, 2.0], 400: [12.0]}, {64: [0.3]}, memory, 1e-6),
+        INT8: Measured(INT8, {100: [1.0, 1.0, 5.0], 400: [4.0]}, {64: [0.1]}, Memory(120, 1, 200, 181), 0.02),
         "llama.cpp Q8_0": Measured("llama.cpp Q8_0", {100: [6.0]}, failure="llama.cpp Q8_0: it crashed"),
     }
-    return Results("model", (100, 400), 64, contenders)
+    return Results("model", (100, 400), (64,), 64, contenders)
 
 
 def as_text(parts: Sequence[Table | str]) -> str:
@@ -291,11 +292,11 @@ def test_several_recipes(results: Results) -> None:
     memory = Memory(120, 1, 2)
     # The second round was slow for both, and the second recipe did not run a third.
     ours = {
-        first: Measured(first, {100: [1.0, 4.0, 1.0], 400: [4.0]}, [0.1], memory),
-        second: Measured(second, {100: [0.5, 2.2], 400: [3.0]}, [0.12], Memory(240, 1, 2)),
+        first: Measured(first, {100: [1.0, 4.0, 1.0], 400: [4.0]}, {64: [0.1]}, memory),
+        second: Measured(second, {100: [0.5, 2.2], 400: [3.0]}, {64: [0.12]}, Memory(240, 1, 2)),
     }
     others = {name: row for name, row in results.contenders.items() if name != INT8}
-    results = Results("model", (100, 400), 64, others | ours)
+    results = Results("model", (100, 400), (64,), 64, others | ours)
     assert results.quantized == (first, second)
     figures = {figure.name: figure.value for figure in results.figures()}
     assert figures[f"time of {second} against {first}, prefill of 100 tokens"] == pytest.approx((0.5 + 0.55) / 2)
@@ -354,10 +355,38 @@ def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_random_models_and_tokens_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(prepare.RANDOM_MODELS, "small", MambaConfig(VOCAB, 16, 1))
+    monkeypatch.setitem(shapes.SHAPES, "small", partial(language_model, MambaConfig(VOCAB, 16, 1)))
     torch.manual_seed(5)
     first = prepare.open_model("small").state_dict()
     torch.manual_seed(6)
     second = prepare.open_model("small").state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert random_ids(VOCAB, 5) == random_ids(VOCAB, 9)[:5]
+
+
+def test_a_hybrid_is_set_against_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def hybrid() -> Logits:
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "attn_layer_indices": [1]}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "mamba_n_heads": 4, "mamba_d_head": 16}
+        state = {"mamba_d_state": 8, "mamba_n_groups": 1, "vocab_size": VOCAB}
+        return Logits(transformers.BambaForCausalLM(transformers.BambaConfig(**shape, **heads, **state)))
+
+    monkeypatch.setitem(shapes.SHAPES, "small", hybrid)
+    model, recipe = prepare.open_model("small"), RECIPES["rtn-w8a8"]
+    plan = Plan((16,), repeats=1, decode_tokens=4, contexts=(8, 32))
+    specs = prepare.prepare(model, tmp_path, recipes=[recipe], peers=[], threads=1, longest=plan.longest)
+    results = Bench("small", specs, VOCAB, plan).run(nullcontext, no_bar)
+    first, *ours = results.contenders.values()
+    assert (first.name, [row.name for row in ours]) == (TRANSFORMERS_EAGER, [FP32, INT8])
+    assert results.own_failure is None and first.failure is None
+    # The same positions, caches and states, in float32; then int8 on random weights.
+    assert [row.logits_error < limit for row, limit in zip(ours, (1e-5, 0.2), strict=True)] == [True, True]  # type: ignore[operator]
+    assert all(set(row.decode) == {8, 32} for row in results.contenders.values())
+    figures = {figure.name for figure in results.figures()}
+    assert {
+        f"{INT8} against {TRANSFORMERS_EAGER}, decode after 32 tokens",
+        f"{INT8}: decode time after 32 against 8 tokens",
+    } <= figures
+    assert "after" in as_text(render(results))

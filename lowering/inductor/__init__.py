@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mq_ao.lowering.inductor.kernels import KERNELS
-from mq_ao.lowering.inductor.lower import compiled, compiled_float, lower, lower_float, rewrite
+from mq_ao.lowering.inductor.lower import compiled, compiled_float, lower, lower_float, portable, rewrite
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
 from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS
 
@@ -17,5 +17,6 @@ __all__ = [
     "load",
     "lower",
     "lower_float",
+    "portable",
     "rewrite",
 ]

@@ -22,9 +22,10 @@ from mq_ao.lowering.inductor import package
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
 from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
-from mq_ao.lowering.language_graphs import flat, states_of, with_positions
+from mq_ao.lowering.language_graphs import states_of
 from mq_ao.lowering.module_export import export_module, refuse_memory
-from mq_ao.lowering.prefill_decode import export_decode, export_prefill
+from mq_ao.lowering.portable import Portable
+from mq_ao.lowering.prefill_decode import both
 from mq_ao.models.states import States
 from mq_ao.ops.native.build import compiler
 
@@ -42,6 +43,20 @@ def rewrite(converted: GraphModule) -> IntegerGraph:
         MqAoError: there is nothing quantized in the graph.
     """
     return IntegerGraph.of(Rewriter(copy.deepcopy(converted)), INTEGER_KERNELS)
+
+
+def portable(converted: GraphModule, info: Mapping[str, Any]) -> Portable:
+    """The integer graph of a language model apart from its weights, which `rebuild.program` compiles on any machine.
+
+    Args:
+        converted: see `lower`.
+        info: what programs are to say of themselves.
+
+    Raises:
+        MqAoError: there is nothing quantized in the graph, or it is none of a language model with states.
+    """
+    graph = rewrite(converted)
+    return Portable.of(graph.module, states_of(graph.module), {**info, **graph.described})
 
 
 def compiled(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:
@@ -115,11 +130,7 @@ def lower_float(module: GraphModule, info: Mapping[str, Any], options: None = No
 
 
 def _compile(module: GraphModule, states: States, info: Mapping[str, Any]) -> InductorProgram:
-    programs = {
-        "prefill": export_prefill(with_positions(module), states),
-        "decode": export_decode(flat(module), states),
-    }
-    program = _write(programs, {**info, "states": states.described})
+    program = _write(both(module, states), {**info, "states": states.described})
     assert isinstance(program, InductorProgram)
     return program
 

@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ import mq_ao.ops
 from mq_ao.compat.archives import AOTICompiledModel, load_pt2, package_pt2
 from mq_ao.compat.compiling import aot_compile
 from mq_ao.lowering import archive
+from mq_ao.lowering.language_graphs import INNER
 
 FORMAT = 4
-_WEIGHTS = "mq_ao_weights.safetensors"
+_WEIGHTS, _REST = "mq_ao_weights.safetensors", "mq_ao_rest.safetensors"
+"""All weights, and what is left of them where they lie apart."""
 # Weights stay out of the shared objects: all programs read one copy, and the file holds them once.
 _OPTIONS: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
 
@@ -38,36 +41,51 @@ class Package:
         weights: every tensor that the programs read, one copy.
         info: what the archive says of itself (JSON).
         path: the archive's file.
+        complete: whether all weights lie in the file.
     """
 
     programs: Mapping[str, AOTICompiledModel]
     weights: Mapping[str, Tensor]
     info: Mapping[str, Any]
     path: Path
+    complete: bool = True
+
+    def copy(self, path: Path) -> None:
+        """Writes the archive, complete, to another file."""
+        shutil.copyfile(self.path, path)
+        if not self.complete:
+            _add_weights(path, self.weights)
 
 
-def write(path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str, Any]) -> None:
+def write(
+    path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str, Any], apart: Collection[str] = ()
+) -> None:
     """Compiles the programs and writes them, their weights and `info` to `path`, or writes nothing.
 
     Args:
         path: file to write, ending in `.pt2`; it is replaced in one step when everything is done.
         programs: exported programs by name.
         info: JSON-able description.
+        apart: names of weights that are not written: whoever reads the archive has them.
     """
     weights: dict[str, Tensor] = {}
-    described = json.dumps({**info, **_platform()})
+    described = json.dumps({**info, **platform()})
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         files: dict[str, Any] = {}
         for name, program in programs.items():
             files[name] = _compile(program, Path(folder) / name)
             for key, tensor in [*program.state_dict.items(), *program.constants.items()]:
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and _own_name(key) not in apart:
                     weights[key] = tensor.detach().contiguous()
         archive_path = Path(folder) / path.name
         package_pt2(archive_path, aoti_files=files, extra_files={archive.INFO: described})
-        with zipfile.ZipFile(archive_path, "a") as file:
-            file.writestr(f"{archive.root(file)}/{_WEIGHTS}", save_tensors(_untied(weights)))
+        _add_weights(archive_path, weights, _REST if apart else _WEIGHTS)
         archive_path.replace(path)
+
+
+def _add_weights(path: Path, weights: Mapping[str, Tensor], name: str = _WEIGHTS) -> None:
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr(f"{archive.root(file)}/{name}", save_tensors(_untied(weights)))
 
 
 def _compile(program: ExportedProgram, folder: Path) -> list[str]:
@@ -91,16 +109,20 @@ def read_info(path: Path) -> dict[str, Any]:
     Raises:
         MqAoError: there is no such file, it is not one of ours, or another version wrote it.
     """
-    return archive.read_info(path, _platform())
+    return archive.read_info(path, platform())
 
 
-def _platform() -> dict[str, Any]:
+def platform() -> dict[str, Any]:
     """What compiled code depends on."""
     return {"format": FORMAT, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
-def read(path: Path) -> Package:
+def read(path: Path, apart: Mapping[str, Tensor] = MappingProxyType({})) -> Package:
     """Loads an archive written by `write`; the operators' native kernels are loaded or built first.
+
+    Args:
+        path: the file.
+        apart: the weights that it was written without.
 
     Raises:
         MqAoError: see `read_info`.
@@ -108,15 +130,23 @@ def read(path: Path) -> Package:
     info = read_info(path)
     mq_ao.ops.load_native()
     with zipfile.ZipFile(path) as file:
-        weights = load_tensors(file.read(f"{archive.root(file)}/{_WEIGHTS}"))
+        weights = load_tensors(file.read(f"{archive.root(file)}/{_REST if apart else _WEIGHTS}"))
     programs = load_pt2(str(path)).aoti_runners
     for program in programs.values():
+        for name in program.get_constant_fqns():
+            if name not in weights:
+                weights[name] = apart[_own_name(name)]
         wanted = {name: weights[name] for name in program.get_constant_fqns()}
         program.load_constants(wanted, check_full_update=True, user_managed=True)
-    return Package(programs, weights, info, path)
+    return Package(programs, weights, info, path, complete=not apart)
 
 
-def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _own_name(name: str) -> str:
+    """That of a weight in the graph that was exported."""
+    return name.removeprefix(INNER)
+
+
+def _untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """safetensors refuses tensors that share memory; tied ones are written apart."""
     seen: set[int] = set()
     untied = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ class _Packaged:
             MqAoError: the path cannot be written.
         """
         with replacing(check_output(path, ".pt2")) as temporary:
-            shutil.copyfile(self._package.path, temporary)
+            self._package.copy(temporary)
 
 
 class InductorProgram(_Packaged, StatefulProgram):

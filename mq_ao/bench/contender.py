@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from mq_ao.models import MambaLM
-    from mq_ao.models.program_interface import LanguageProgram as LoweredProgram
+    from mq_ao.models.program_interface import LanguageProgram
 
 
 class Contender(Protocol):
@@ -58,9 +57,9 @@ class Eager:
 class Program:
     """A compiled program of ours, float or quantized."""
 
-    def __init__(self, program: LoweredProgram) -> None:
+    def __init__(self, program: LanguageProgram) -> None:
         self._program = program
-        self._states: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self._states: tuple[Any, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -70,12 +69,12 @@ class Program:
     def prefill(self, ids: Tensor) -> Tensor:
         """See `Contender`."""
         logits, *states = self._program.prefill(ids)
-        self._states = (states[0], states[1])
+        self._states = tuple(states)
         return logits[0, -1]
 
     def decode(self, ids: Tensor) -> Tensor:
         """See `Contender`."""
         for token in ids.split(1, dim=1):
             logits, *states = self._program.decode(token, *self._states)
-            self._states = (states[0], states[1])
+            self._states = tuple(states)
         return logits[0, -1]

@@ -1,7 +1,8 @@
-"""transformers' Mamba on our weights, in eager mode (the optional peer `transformers`)."""
+"""transformers' models in eager mode: a Mamba with our weights (the optional peer `transformers`), and hybrids."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -38,12 +39,17 @@ def convert(model: MambaLM) -> MambaForCausalLM:
 
 
 class Transformers:
-    """transformers' eager Mamba. Without its CUDA kernels the scan is a loop over tokens in Python."""
+    """transformers' eager model with its cache. Without its CUDA kernels Mamba's scan is a loop over tokens in Python.
 
-    def __init__(self, model: MambaLM) -> None:
+    Args:
+        model: any causal language model of theirs, or a Mamba of ours, which is converted.
+    """
+
+    def __init__(self, model: Any) -> None:
         logging.set_verbosity_error()  # it warns that the CUDA kernels are missing
-        self._model = convert(model)
-        self._cache: Any = None
+        self._model = convert(model) if isinstance(model, MambaLM) else model
+        self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
+        self._start()
 
     @property
     def weight_bytes(self) -> int:
@@ -52,7 +58,7 @@ class Transformers:
 
     def prefill(self, ids: Tensor) -> Tensor:
         """See `Contender`."""
-        self._cache = None
+        self._start()
         return self._run(ids)
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -61,8 +67,18 @@ class Transformers:
             logits = self._run(token)
         return logits
 
+    def _start(self) -> None:
+        self._cache: dict[str, Any] = {}
+        self._read = 0
+
     @torch.no_grad()
     def _run(self, ids: Tensor) -> Tensor:
-        output = self._model(ids, cache_params=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = output.cache_params
+        # Some hybrids count from 0 at each call if they are not told, as their `generate` does.
+        positions = {"position_ids": torch.arange(self._read, self._read + ids.shape[1])[None]}
+        given = {**self._cache, **(positions if self._takes_positions else {})}
+        output = self._model(ids, use_cache=True, logits_to_keep=1, **given)
+        self._read += ids.shape[1]
+        # Mamba calls it by another name than models with attention.
+        name = "cache_params" if "cache_params" in output else "past_key_values"
+        self._cache = {name: output[name]}
         return output.logits[0, -1]

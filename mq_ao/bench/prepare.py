@@ -13,18 +13,19 @@ import torch
 from mq_ao import api
 from mq_ao.backends import get_backend
 from mq_ao.bench.gguf_writer import write_f32
+from mq_ao.bench.shapes import SHAPES, random_model
 from mq_ao.bench.worker import Kind, Spec
 from mq_ao.errors import MqAoError
-from mq_ao.models import MAMBA2_130M, MAMBA_130M, Mamba2Config, MambaConfig, MambaLM, demo, language_model
+from mq_ao.models import Logits, MambaConfig, MambaLM, demo, load
 from mq_ao.models.saving import save_pretrained
 from mq_ao.recipes import Recipe
 from mq_ao.text import BYTE_VOCABULARY, ByteCodec, calibration_batches, read_tokens
 
-RANDOM_MODELS: dict[str, MambaConfig | Mamba2Config] = {"mamba-130m": MAMBA_130M, "mamba2-130m": MAMBA2_130M}
-"""Shapes that are benched with random weights: speed does not depend on their values."""
-
 FP32_EAGER, FP32, INT8 = "fp32 eager", "fp32 compiled", "int8"
 """Names of our own contenders; of several recipes each has its own name behind "int8"."""
+
+TRANSFORMERS_EAGER = "transformers eager"
+"""Name of the peer; of models that are transformers' own, the first contender."""
 
 Step = Callable[[str], AbstractContextManager[object]]
 """Shows the user what is being done."""
@@ -82,13 +83,12 @@ def is_int8(name: str) -> bool:
     return name == INT8 or name.startswith(f"{INT8} (")
 
 
-def open_model(source: str, seed: int = 0) -> MambaLM:
-    """A shape of `RANDOM_MODELS` with random weights, or `MambaLM.from_pretrained(source)`."""
-    if source not in RANDOM_MODELS:
-        return MambaLM.from_pretrained(source)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return language_model(RANDOM_MODELS[source]).eval()
+def open_model(source: str) -> MambaLM | Logits:
+    """A named shape with random weights, or `mq_ao.models.load(source)`."""
+    if source in SHAPES:
+        return random_model(source)
+    model = load(source)
+    return model if isinstance(model, MambaLM) else Logits(model)
 
 
 def random_ids(vocab_size: int, count: int, seed: int = 0) -> list[int]:
@@ -97,7 +97,7 @@ def random_ids(vocab_size: int, count: int, seed: int = 0) -> list[int]:
     return torch.randint(vocab_size, (count,), generator=generator).tolist()
 
 
-def calibration_of(model: MambaLM, tokens: int = 4096) -> list[torch.Tensor]:
+def calibration_of(model: MambaLM | Logits, tokens: int = 4096) -> list[torch.Tensor]:
     """The bundled text for byte-level models; random tokens for the others, which are only timed."""
     if model.config.vocab_size == BYTE_VOCABULARY and demo.CALIBRATION.is_file():
         text = read_tokens(demo.CALIBRATION, BYTE_VOCABULARY, ByteCodec())
@@ -107,7 +107,7 @@ def calibration_of(model: MambaLM, tokens: int = 4096) -> list[torch.Tensor]:
 
 
 def prepare(
-    model: MambaLM,
+    model: MambaLM | Logits,
     folder: Path,
     *,
     recipes: Sequence[Recipe],
@@ -142,8 +142,14 @@ def prepare(
         specs.append(Spec(name, kind, path, threads, longest))
 
     with step("writing the float model"):
-        save_pretrained(model, folder / "model")
-    add(FP32_EAGER, Kind.EAGER, folder / "model")
+        if isinstance(model, MambaLM):
+            save_pretrained(model, folder / "model")
+        else:
+            model.model.save_pretrained(folder / "model")
+    if isinstance(model, MambaLM):
+        add(FP32_EAGER, Kind.EAGER, folder / "model")
+    else:
+        add(TRANSFORMERS_EAGER, Kind.TRANSFORMERS, folder / "model")
     suffix = get_backend(backend).suffix
     with step("compiling in fp32"):
         api.compile_float(model, backend).save(folder / f"fp32{suffix}")
@@ -156,10 +162,11 @@ def prepare(
         del quantized  # the next one needs the memory
         add(name, Kind.PROGRAM, folder / f"int8-{index}{suffix}")
     if Peer.TRANSFORMERS in peers:
-        add("transformers eager", Kind.TRANSFORMERS, folder / "model")
+        add(TRANSFORMERS_EAGER, Kind.TRANSFORMERS, folder / "model")
     if Peer.LLAMA in peers:
         from mq_ao.bench.peer_llama import quantize_q8_0
 
+        assert isinstance(model, MambaLM), "the others were refused"
         with step("writing GGUF files"):
             write_f32(model, folder / "f32.gguf")
             quantize_q8_0(folder / "f32.gguf", folder / "q8_0.gguf", threads)

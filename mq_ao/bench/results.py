@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from mq_ao.bench.prepare import FP32, FP32_EAGER, is_int8
@@ -18,7 +19,7 @@ class Measured:
     Attributes:
         name: what tables call it.
         prefill: seconds, one a round, by number of tokens.
-        decode: seconds a token, one a round.
+        decode: seconds a token, one a round, by number of tokens before.
         memory: of its process after everything else, or None if it failed before.
         logits_error: relative L2 distance of its logits to the first contender's, or None.
         failure: why it could not be measured (further), or None.
@@ -26,7 +27,7 @@ class Measured:
 
     name: str
     prefill: dict[int, list[float]] = field(default_factory=dict)
-    decode: list[float] = field(default_factory=list)
+    decode: dict[int, list[float]] = field(default_factory=dict)
     memory: Memory | None = None
     logits_error: float | None = None
     failure: str | None = None
@@ -35,10 +36,9 @@ class Measured:
         """Median seconds for a prefill of that many tokens, or None if there was none."""
         return _median(self.prefill.get(tokens, []))
 
-    @property
-    def decode_median(self) -> float | None:
-        """Median seconds a token, or None."""
-        return _median(self.decode)
+    def decode_median(self, context: int) -> float | None:
+        """Median seconds a token after that many, or None."""
+        return _median(self.decode.get(context, []))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON: medians, and the samples that they come from."""
@@ -51,12 +51,14 @@ class Measured:
             }
             for tokens, samples in self.prefill.items()
         ]
-        decode = None
-        if self.decode:
-            decode = {
-                "ms_per_token": 1e3 * statistics.median(self.decode),
-                "samples_ms": [1e3 * sample for sample in self.decode],
+        decode = [
+            {
+                "context": context,
+                "ms_per_token": 1e3 * statistics.median(samples),
+                "samples_ms": [1e3 * sample for sample in samples],
             }
+            for context, samples in self.decode.items()
+        ]
         memory = None if self.memory is None else asdict(self.memory)
         return {
             "name": self.name,
@@ -88,12 +90,14 @@ class Results:
     Attributes:
         model: what was benched.
         lengths: prefill lengths.
+        contexts: tokens before the ones that decode measurements time.
         decode_tokens: tokens a decode measurement.
         contenders: by name, in the order of the rounds.
     """
 
     model: str
     lengths: tuple[int, ...]
+    contexts: tuple[int, ...]
     decode_tokens: int
     contenders: Mapping[str, Measured]
 
@@ -129,7 +133,7 @@ class Results:
     def _times(self, base: str, other: str) -> list[Figure]:
         ours, theirs = self.contenders[base], self.contenders[other]
         samples = [(f"prefill of {n} tokens", ours.prefill.get(n, []), theirs.prefill.get(n, [])) for n in self.lengths]
-        samples.append(("decode", ours.decode, theirs.decode))
+        samples += [(self.decoding(n), ours.decode.get(n, []), theirs.decode.get(n, [])) for n in self.contexts]
         # A recipe changes a few percent: neighbours in time are compared, so that a slow minute counts for both.
         return [
             Figure(
@@ -145,18 +149,25 @@ class Results:
             (f"prefill of {tokens} tokens", ours.prefill_median(tokens), theirs.prefill_median(tokens))
             for tokens in self.lengths
         ]
-        pairs.append(("decode", ours.decode_median, theirs.decode_median))
+        pairs += [(self.decoding(n), ours.decode_median(n), theirs.decode_median(n)) for n in self.contexts]
         return [
             Figure(f"{base} against {other}, {what}", b / a) for what, a, b in pairs if a is not None and b is not None
         ]
 
+    def decoding(self, context: int) -> str:
+        """What a decode measurement is called."""
+        return "decode" if len(self.contexts) == 1 else f"decode after {context} tokens"
+
     def _linearity(self, name: str) -> list[Figure]:
-        figures = []
-        for short, long in zip(self.lengths, self.lengths[1:], strict=False):
-            a, b = (self.contenders[name].prefill_median(tokens) for tokens in (short, long))
-            if a is not None and b is not None:
-                figures.append(Figure(f"{name}: prefill time of {long} against {short} tokens", b / a))
-        return figures
+        row = self.contenders[name]
+        prefill = [("prefill time of", n, row.prefill_median(n)) for n in self.lengths]
+        decode = [("decode time after", n, row.decode_median(n)) for n in self.contexts]
+        return [
+            Figure(f"{name}: {what} {long} against {short} tokens", b / a)
+            for medians in (prefill, decode)
+            for (what, short, a), (_, long, b) in pairwise(medians)
+            if a is not None and b is not None
+        ]
 
     def _weights(self, name: str) -> list[Figure]:
         ours, theirs = self.contenders[name].memory, self.contenders[FP32].memory
@@ -176,6 +187,7 @@ class Results:
         return {
             "model": self.model,
             "decode_tokens": self.decode_tokens,
+            "contexts": self.contexts,
             "contenders": [measured.to_dict() for measured in self.contenders.values()],
             "ratios": {figure.name: figure.value for figure in self.figures()},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 """`bar(what, total)` shows progress; it yields `advance(count, what)`."""
 
 PROMPT_TOKENS = 64
-"""Tokens before the ones that a decode measurement times."""
+"""Tokens before the ones that a decode measurement times, where the user does not say."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Plan:
         lengths: prefill lengths in tokens.
         repeats: rounds a length.
         decode_tokens: tokens a decode measurement.
+        contexts: tokens before the ones that a decode measurement times.
         patience: a contender that has spent this many seconds at one length sits out its remaining
             rounds: few want to wait for the slowest one many times.
     """
@@ -38,12 +40,13 @@ class Plan:
     lengths: tuple[int, ...] = (128, 1024, 4096)
     repeats: int = 5
     decode_tokens: int = 64
+    contexts: tuple[int, ...] = (PROMPT_TOKENS,)
     patience: float = 60.0
 
     @property
     def longest(self) -> int:
         """Most tokens in a sequence."""
-        return max(*self.lengths, PROMPT_TOKENS + self.decode_tokens)
+        return max(*self.lengths, max(PROMPT_TOKENS, *self.contexts) + self.decode_tokens)
 
 
 class Bench:
@@ -61,7 +64,7 @@ class Bench:
         self._plan = plan
         self._ids = random_ids(vocab_size, plan.longest)
         measured = {spec.name: Measured(spec.name) for spec in specs}
-        self._results = Results(model, plan.lengths, plan.decode_tokens, measured)
+        self._results = Results(model, plan.lengths, plan.contexts, plan.decode_tokens, measured)
         self._workers: dict[str, Worker] = {}
 
     def run(self, step: Step, bar: Bar) -> Results:
@@ -80,11 +83,12 @@ class Bench:
                     self._guard(spec.name, self._open, spec, stack)
             with step("comparing logits"):
                 self._compare_logits()
-            total = len(self._specs) * self._plan.repeats * (len(lengths) + 1)
+            total = len(self._specs) * self._plan.repeats * (len(lengths) + len(self._plan.contexts))
             with bar(model, total) as advance:
                 for tokens in lengths:
                     self._rounds(f"{model}, {tokens} tokens", partial(self._prefill, tokens), advance)
-                self._rounds(f"{model}, decode", self._decode, advance)
+                for context in self._plan.contexts:
+                    self._rounds(f"{model}, decode after {context} tokens", partial(self._decode, context), advance)
             for name in list(self._workers):
                 self._guard(name, self._memory, name)
         return self._results
@@ -98,7 +102,10 @@ class Bench:
             for name in self._results.contenders:
                 advance(0, f"{what}, round {index + 1}: {name}")
                 if name in self._workers and (index == 0 or spent[name] < self._plan.patience):
-                    spent[name] += self._guard(name, measure, name) or 0.0
+                    started = time.perf_counter()
+                    measured = self._guard(name, measure, name) or 0.0
+                    # What comes before a measurement takes time as well: a long prompt.
+                    spent[name] += max(measured, time.perf_counter() - started)
                 advance(1)
 
     def _prefill(self, tokens: int, name: str) -> float:
@@ -106,11 +113,11 @@ class Bench:
         self._results.contenders[name].prefill.setdefault(tokens, []).append(seconds)
         return seconds
 
-    def _decode(self, name: str) -> float:
+    def _decode(self, context: int, name: str) -> float:
         count = self._plan.decode_tokens
-        prompt, ids = self._ids[:PROMPT_TOKENS], self._ids[PROMPT_TOKENS : PROMPT_TOKENS + count]
+        prompt, ids = self._ids[:context], self._ids[context : context + count]
         seconds = self._workers[name].decode(prompt, ids)
-        self._results.contenders[name].decode.append(seconds)
+        self._results.contenders[name].decode.setdefault(context, []).append(seconds)
         return seconds * count
 
     def _compare_logits(self) -> None:

@@ -22,14 +22,18 @@ def _times(results: Results) -> Table:
     table.add_column("", overflow="fold")  # long names of recipes give way to figures
     for tokens in results.lengths:
         table.add_column(f"{tokens} tokens\nms", justify="right", no_wrap=True)
-    for name in ("decode\nms a token", "weights\nMB", "decoding, peak MB\n(libraries)", "logits\noff by"):
+    for context in results.contexts:
+        after = "" if len(results.contexts) == 1 else f" after\n{context} tokens,"
+        table.add_column(f"decode{after}\nms a token", justify="right", no_wrap=True)
+    for name in ("weights\nMB", "decoding, peak MB\n(libraries)", "logits\noff by"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results.contenders.values():
         prefill = [_against(row.prefill_median(n), base.prefill_median(n)) for n in results.lengths]
         weights = "-" if row.memory is None else f"{row.memory.weight_bytes / 1e6:.1f}"
         memory = "-" if row.memory is None else _memory(row.memory)
         error = "-" if row.logits_error is None else f"{row.logits_error:.1e}"
-        table.add_row(row.name, *prefill, _against(row.decode_median, base.decode_median), weights, memory, error)
+        decode = [_against(row.decode_median(n), base.decode_median(n)) for n in results.contexts]
+        table.add_row(row.name, *prefill, *decode, weights, memory, error)
     return table
 
 

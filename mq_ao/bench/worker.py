@@ -268,13 +268,17 @@ def _opener(spec: Spec) -> Callable[[], Any]:
             set_threads(spec.threads)
 
         return lambda: contender.Program(load(spec.path))
-    from mq_ao.models import MambaLM
+    from mq_ao import models
 
     if spec.kind is Kind.TRANSFORMERS:
         from mq_ao.bench.peer_transformers import Transformers
 
-        return lambda: Transformers(MambaLM.from_pretrained(spec.path))
-    return lambda: contender.Eager(MambaLM.from_pretrained(spec.path))
+        def transformers() -> Transformers:
+            model = models.load(spec.path)
+            return Transformers(model.model if isinstance(model, models.Logits) else model)
+
+        return transformers
+    return lambda: contender.Eager(models.MambaLM.from_pretrained(spec.path))
 
 
 def _row(ids: list[int]) -> Any:

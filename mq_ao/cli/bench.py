@@ -13,9 +13,11 @@ from mq_ao.cli.bench_gpu import gpu
 from mq_ao.cli.bench_kernels import kernels
 from mq_ao.cli.bench_quantize import quantize
 from mq_ao.cli.benching import (
+    CONTEXTS,
     DECODE_TOKENS,
     LENGTHS,
     REPEATS,
+    Contexts,
     DecodeTokens,
     Json,
     Lengths,
@@ -52,6 +54,7 @@ def bench(
     *,
     model: Models = None,
     tokens: Lengths = LENGTHS,
+    contexts: Contexts = CONTEXTS,
     decode_tokens: DecodeTokens = DECODE_TOKENS,
     repeats: Repeats = REPEATS,
     patience: Annotated[
@@ -82,13 +85,15 @@ def bench(
 
     mq-ao bench --model mamba-130m --recipe rtn-w8a8 --recipe mambaquant-w8a8 --peers none
 
+    mq-ao bench --model bamba-350m --recipe mambaquant-w8a8 --peers none --tokens 1024 --contexts 1024,16384
+
     mq-ao bench --model mamba-130m --backend executorch --recipe mambaquant-w8a8 --tokens 128,512
     """
     if context.invoked_subcommand is not None:
         _check_nothing_stands_before(context, context.invoked_subcommand)
         return
     check_json(json)
-    lengths = parse_lengths(tokens)
+    lengths, before = parse_lengths(tokens), parse_lengths(contexts, "--contexts")
     with step("starting"):
         from mq_ao.bench.prepare import installed_peers, parse_peers
         from mq_ao.bench.runner import Plan
@@ -99,7 +104,7 @@ def bench(
     names = [name for name in (peers or "").split(",") if name]
     chosen = installed_peers() if peers is None else [] if names == ["none"] else parse_peers(names)
     ready_kernels()
-    plan = Plan(lengths, repeats, decode_tokens, patience)
+    plan = Plan(lengths, repeats, decode_tokens, before, patience)
     runs = []
     for source in chosen_models(model):
         runs.append(_run(source, plan, chosen, recipes, backend, threads))

@@ -78,6 +78,7 @@ def bench_gpu(
     from mq_ao.bench.gpu import run
     from mq_ao.bench.prepare import open_model
     from mq_ao.lowering.cuda import require_cuda
+    from mq_ao.models import MambaLM
 
     wanted = torch.device(device)
     if wanted.type == "cuda":
@@ -87,6 +88,8 @@ def bench_gpu(
     for source in models:
         with step(f"loading {source}"):
             model = open_model(source)
+        if not isinstance(model, MambaLM):
+            raise MqAoError(f"{source} is a model of transformers: this bench takes Mamba and Mamba-2.")
         rows, left_out = run(model, recipes, plan, wanted, step)
         results.append({"model": source, "rows": [row.to_dict() for row in rows], "left out": left_out})
         if json != "-":

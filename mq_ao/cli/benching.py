@@ -20,19 +20,23 @@ if TYPE_CHECKING:
 
 Models = Annotated[
     list[str] | None,
-    typer.Option(help=f"mamba-130m (random weights), {MODEL_HELP} May be repeated. Default: demo and mamba-130m."),
+    typer.Option(
+        help="mamba-130m, mamba2-130m, bamba-350m or granite-moe-420m (random weights), "
+        f"{MODEL_HELP} May be repeated. Default: demo and mamba-130m."
+    ),
 ]
 Recipes = Annotated[
     list[str] | None,
     typer.Option(help="How ours is quantized: a name or a file. May be repeated. Default: rtn-w8a8."),
 ]
 Lengths = Annotated[str, typer.Option(help="Prefill lengths, comma-separated.")]
+Contexts = Annotated[str, typer.Option(help="Tokens before the ones that decode measures, comma-separated.")]
 DecodeTokens = Annotated[int, typer.Option(min=1, help="Tokens a decode measurement.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds; medians over them are reported.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of everything that is timed. Default: all cores.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")]
 
-LENGTHS, DECODE_TOKENS, REPEATS = "128,1024,4096", 64, 5
+LENGTHS, CONTEXTS, DECODE_TOKENS, REPEATS = "128,1024,4096", "64", 64, 5
 """Defaults."""
 
 
@@ -56,8 +60,8 @@ def chosen_recipes(names: list[str] | None) -> dict[str, Recipe]:
     return dict(zip(names, recipes, strict=True))
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """The value of `--tokens`, in order.
+def parse_lengths(text: str, option: str = "--tokens") -> tuple[int, ...]:
+    """The value of `--tokens`, or of another option of this kind, in order.
 
     Raises:
         MqAoError: no numbers, or one below 1.
@@ -65,9 +69,9 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     try:
         lengths = [int(part) for part in text.split(",")]
     except ValueError:
-        raise MqAoError(f"--tokens is {text!r}: give whole numbers, comma-separated, such as 128,1024.") from None
+        raise MqAoError(f"{option} is {text!r}: give whole numbers, comma-separated, such as 128,1024.") from None
     if min(lengths) < 1:
-        raise MqAoError(f"--tokens is {text!r}: a prefill has at least one token.")
+        raise MqAoError(f"{option} is {text!r}: a prefill has at least one token.")
     return tuple(sorted(set(lengths)))
 
 

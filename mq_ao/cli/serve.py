@@ -46,12 +46,15 @@ def serve(
     with step("starting"), needs("the server", "serve"):
         from mq_ao.serving.app import Server
         from mq_ao.serving.limits import Limits
+        from mq_ao.serving.model_thread import ModelThread
         from mq_ao.serving.run import run
 
     limits = Limits(
         batch=batch, queue=queue, prompt=max_prompt, new_tokens=max_new_tokens, prefix_bytes=prefix_megabytes * 2**20
     )
-    server = Server(open_any(model, tokenizer, states=True), name or model, limits, api_key)
+    thread = ModelThread()
+    opened = thread.submit(open_any, model, tokenizer, states=True).result()
+    server = Server(opened, name or model, limits, api_key, thread)
     if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         err().print(f"warning: {host} can be reached from elsewhere, and no --api-key is asked for", style="yellow")
     try:

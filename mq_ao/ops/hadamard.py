@@ -5,11 +5,13 @@ y = (x * scale) @ hadamard_matrix.matrix(n)   over the last axis, of size n.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mq_ao.ops import hadamard_matrix
-from mq_ao.ops.library import require
+from mq_ao.ops.library import require, schemas
 from mq_ao.ops.operator import Operands, like, operator
 
 
@@ -60,3 +62,18 @@ def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
     if scale is None:
         return rotate(x)
     return rotate(x.to(torch.float64) * scale).to(x.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, scale = ctx.saved_tensors
+    back = dy @ hadamard_matrix.matrix(x.shape[-1]).to(dy).t()
+    if scale is None:
+        return back, None
+    return back * scale, (back * x).flatten(0, -2).sum(0).to(scale.dtype)
+
+
+torch.library.register_autograd("mq_ao::hadamard", _autograd, setup_context=_setup_context, lib=schemas)

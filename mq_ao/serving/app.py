@@ -20,6 +20,7 @@ from mq_ao.opening import Opened
 from mq_ao.serving.answers import Answer
 from mq_ao.serving.engine import Engine, QueueFull
 from mq_ao.serving.limits import Limits, Refused
+from mq_ao.serving.model_thread import ModelThread
 from mq_ao.serving.requests import Asked, Chat, Completion, parsed
 from mq_ao.serving.shapes import Conversation, Texts, events, usage_of
 
@@ -32,12 +33,20 @@ class Server:
         name: as clients call it.
         limits: what they may ask for.
         key: that they have to send; None: none.
+        thread: that loaded the model, and is to run it.
 
     Raises:
         MqAoError: the model has no states that several requests could have, or no tokenizer is known.
     """
 
-    def __init__(self, opened: Opened, name: str, limits: Limits | None = None, key: str | None = None) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        name: str,
+        limits: Limits | None = None,
+        key: str | None = None,
+        thread: ModelThread | None = None,
+    ) -> None:
         carried = getattr(opened.run, "carried", None)
         if carried is None:
             raise MqAoError(
@@ -47,7 +56,8 @@ class Server:
         self.opened, self.name, self.key = opened, name, key
         self.limits = limits or Limits()
         self.codec = opened.needed_codec
-        self.engine = Engine(opened.run, carried, self.limits.batch, self.limits.queue, self.limits.prefix_bytes)
+        sizes = (self.limits.batch, self.limits.queue, self.limits.prefix_bytes)
+        self.engine = Engine(opened.run, carried, *sizes, thread)
         self.started = int(time.time())
 
     def app(self) -> FastAPI:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mq_ao.errors import MqAoError, first_line
 from mq_ao.models.generate import Sampling
 from mq_ao.models.states import States, Value
+from mq_ao.serving.model_thread import ModelThread
 from mq_ao.serving.prefixes import Prefixes
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class _Sequence:
 
 
 class Engine:
-    """Runs one model for many requests, in a thread of its own.
+    """Runs one model for many requests.
 
     Args:
         run: model or program, `(input_ids, *states) -> (logits, *states)`; its `prefill` is used where it has one.
@@ -75,9 +76,18 @@ class Engine:
         max_batch: sequences that are decoded at a time.
         max_queue: requests that may wait besides.
         prefix_bytes: of states that are kept for beginnings of prompts.
+        thread: where it runs, until it is closed: the one that loaded the model, if that is known.
     """
 
-    def __init__(self, run: Any, states: States, max_batch: int, max_queue: int, prefix_bytes: int) -> None:
+    def __init__(
+        self,
+        run: Any,
+        states: States,
+        max_batch: int,
+        max_queue: int,
+        prefix_bytes: int,
+        thread: ModelThread | None = None,
+    ) -> None:
         self._step, self._states = getattr(run, "step", run), states
         self._prefill = getattr(run, "prefill", run)
         self._joins = not any(item.grows for item in states.items)
@@ -89,8 +99,7 @@ class Engine:
         self._live: list[_Sequence] = []
         self._carried: list[tuple[Value, ...]] = []
         """States of all live sequences together, or one for each where they do not join."""
-        self._thread = threading.Thread(target=self._run, name="mq-ao engine", daemon=True)
-        self._thread.start()
+        self._running = (thread or ModelThread()).submit(self._run)
 
     @property
     def load(self) -> tuple[int, int]:
@@ -121,7 +130,7 @@ class Engine:
             self._changed.notify()
         for job in refused:
             job.emit(MqAoError("the server is shutting down."))
-        self._thread.join()
+        self._running.result()
 
     @torch.no_grad()
     def _run(self) -> None:

@@ -1,0 +1,233 @@
+"""Models quantized, saved, loaded and run by transformers itself, on our kernels."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason='needs transformers: pip install "mq-ao[hf]"')
+
+import transformers
+
+from mq_ao import MqAoError, api
+from mq_ao.integrations.transformers import MambaQuantConfig
+from mq_ao.integrations.transformers_model import GRAPH
+from mq_ao.lowering import portable
+from mq_ao.lowering.inductor import rebuild
+from mq_ao.models.generate import generate
+from tests import test_tokenizer
+from tests.test_capture_transformers import VOCAB, build
+from tests.test_tokenizer import WORDS
+
+words = test_tokenizer.words  # a fixture
+
+RECIPE = "mambaquant-w8a8"
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+BATCHES = [tokens(2, 64, seed=seed) for seed in (11, 12)]
+
+
+@pytest.fixture(scope="module", params=["Mamba", "Bamba"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp(request.param)
+    build(request.param).save_pretrained(place)
+    return place
+
+
+def opened(source: Path, **config: Any) -> Any:
+    settings = {"quantization_config": MambaQuantConfig(RECIPE, **config)} if config else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
+
+
+@pytest.fixture(scope="module")
+def quantized(folder: Path) -> Any:
+    return opened(folder, calibration=BATCHES, compile=False)
+
+
+@pytest.fixture(scope="module")
+def saved(quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("saved")
+    quantized.save_pretrained(place)
+    return place
+
+
+def ours(folder: Path) -> Any:
+    """The same model, quantized without transformers' doors."""
+    return api.quantize(api.models.load(folder), BATCHES, RECIPE)
+
+
+def test_it_runs_what_quantize_gives(folder: Path, quantized: Any) -> None:
+    program = ours(folder).lower()
+    ids = tokens(3, 12)
+    expected = program.generate(ids, 20)
+    assert quantized.integers.info["integer_kernels"] == program.integer_kernels
+    assert type(quantized).__name__ in ("MambaForCausalLM", "BambaForCausalLM") and not list(quantized.parameters())
+    got = quantized.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    # The same kernels; Inductor may round what lies between them otherwise.
+    assert float((got == expected).float().mean()) > 0.95
+    torch.testing.assert_close(quantized(ids).logits, program(ids)[0], rtol=0.0, atol=0.05)
+    assert torch.equal(quantized(ids, logits_to_keep=1).logits, quantized(ids).logits[:, -1:])
+
+
+def test_a_folder_is_loaded_without_calibration(quantized: Any, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = json.loads((saved / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "mq-ao" and said["recipe"] == RECIPE and "calibration" not in said
+    assert {path.name for path in saved.iterdir()} >= {"config.json", "model.safetensors", GRAPH}
+    again = opened(saved)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "mq_ao" in record.name]
+    ids = tokens(2, 9)
+    assert torch.equal(again(ids).logits, quantized(ids).logits)
+    for name, tensor in quantized.integers.named_buffers():
+        other = dict(again.integers.named_buffers())[name]
+        assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
+
+
+def test_it_is_compiled_once_on_a_machine(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "small"
+    shutil.copytree(saved, place)
+    config = json.loads((place / "config.json").read_text())
+    config["quantization_config"]["compile"] = True
+    (place / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(rebuild, "cache_dir", lambda: tmp_path / "cache")
+    first, ids = opened(place), tokens(2, 9)
+    logits = first(ids).logits
+    assert "compiling for this machine, once" in caplog.text
+    (code,) = (tmp_path / "cache" / "programs").iterdir()
+    assert code.stat().st_mtime_ns and first.integers.program.weight_bytes > 0
+    caplog.clear()
+    again = opened(place)
+    assert torch.equal(again(ids).logits, logits) and "compiling" not in caplog.text
+    # The code reads the model's own weights: there is one copy of them.
+    own = {tensor.data_ptr() for tensor in again.integers.buffers()}
+    read = again.integers.program._package.weights.values()
+    assert sum(tensor.nbytes for tensor in read if tensor.data_ptr() not in own) < 1000
+    # And it is a program as any other, that can be saved.
+    again.integers.program.save(tmp_path / "program.pt2")
+    assert torch.equal(api.load(tmp_path / "program.pt2")(ids)[0], logits)
+    torch.testing.assert_close(logits, opened(saved)(ids).logits, rtol=0.0, atol=0.05)
+
+
+def test_padded_prompts_and_their_continuations(quantized: Any) -> None:
+    rows = [tokens(1, length, seed=length)[0].clamp(min=1) for length in (5, 9, 9)]
+    ids = torch.stack([torch.nn.functional.pad(row, (9 - len(row), 0)) for row in rows])
+    mask = (torch.arange(9) >= torch.tensor([[4], [0], [0]])).long()
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    together = quantized.generate(ids, attention_mask=mask, **settings)
+    for row, got in zip(rows, together, strict=True):
+        assert torch.equal(quantized.generate(row[None], **settings)[0, len(row) :], got[9:])
+
+
+def test_beams_scores_and_sampling(quantized: Any) -> None:
+    ids = tokens(2, 6)
+    settings = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    beams = quantized.generate(ids, num_beams=3, do_sample=False, **settings)
+    cacheless = quantized.generate(ids, num_beams=3, do_sample=False, use_cache=False, **settings)
+    assert torch.equal(beams, cacheless)
+    torch.manual_seed(0)
+    sampled = quantized.generate(ids, do_sample=True, return_dict_in_generate=True, output_scores=True, **settings)
+    assert sampled.sequences.shape == (2, 12) and len(sampled.scores) == 6
+
+
+def test_it_goes_on_from_what_a_call_gave(quantized: Any) -> None:
+    ids = tokens(2, 10)
+    whole = quantized(ids).logits
+    first = quantized(ids[:, :4], use_cache=True)
+    second = quantized(ids[:, 4:9], past_key_values=first.past_key_values, use_cache=True)
+    last = quantized(ids[:, 9:], past_key_values=second.past_key_values, use_cache=True)
+    assert last.past_key_values.get_seq_length() == 10
+    parts = torch.cat([first.logits, second.logits, last.logits], dim=1)
+    torch.testing.assert_close(parts, whole, rtol=0.0, atol=1e-4)  # attention sums in another order
+    loss = quantized(ids, labels=ids).loss
+    expected = torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_pipelines_and_streamers(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("Mamba").save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    model = opened(tmp_path, calibration=[" ".join(WORDS * 4)], compile=False, tokens=256)
+    write = transformers.pipeline("text-generation", model=model, tokenizer=words)
+    (answer,) = write("w1 w2", max_new_tokens=5, do_sample=False)
+    assert answer["generated_text"].startswith("w1 w2")
+    streamer = transformers.TextStreamer(words)
+    given = words("w1 w2", return_tensors="pt", return_token_type_ids=False)
+    model.generate(**given, streamer=streamer, max_new_tokens=5, do_sample=False)
+    assert capsys.readouterr().out.startswith("w1 w2")
+
+
+def test_without_text_it_says_what_it_takes(words: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build("Mamba").save_pretrained(tmp_path)
+    with pytest.raises(MqAoError, match="its tokenizer is not beside it"):
+        opened(tmp_path, tokens=512, compile=False)
+    words.save_pretrained(tmp_path)
+    model = opened(tmp_path, tokens=512, compile=False)
+    assert "there is no text to calibrate on" in caplog.text and "Python" in caplog.text
+    assert model.integers.info["recipe"] == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / GRAPH).unlink(), f"has no {GRAPH}"),
+        (lambda folder: (folder / GRAPH).write_bytes(b"no archive"), "is not a program saved by mq_ao"),
+    ],
+)
+def test_damaged_folders(saved: Path, tmp_path: Path, change: Any, message: str) -> None:
+    place = tmp_path / "damaged"
+    shutil.copytree(saved, place)
+    change(place)
+    with pytest.raises(MqAoError, match=message):
+        opened(place)
+
+
+def test_what_is_refused(folder: Path, saved: Path, quantized: Any, tmp_path: Path) -> None:
+    with pytest.raises(MqAoError, match="unknown recipe"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=MambaQuantConfig("no-such"))
+    with pytest.raises(MqAoError, match="run on the CPU here"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=MambaQuantConfig(), device_map={"": "cuda:0"}
+        )
+    place = tmp_path / "newer"
+    shutil.copytree(saved, place)
+    config = json.loads((place / "config.json").read_text())
+    config["quantization_config"] |= {"format": 99, "version": "9.9"}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MqAoError, match=r"saved in format 99 by mq-ao 9\.9"):
+        opened(place)
+    with pytest.raises(MqAoError, match="outside the vocabulary"):
+        quantized(torch.full((1, 3), VOCAB))
+    with pytest.raises(MqAoError, match="inputs_embeds"):
+        quantized(inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(MqAoError, match="DynamicCache: give what the last call returned"):
+        quantized(tokens(1, 2), past_key_values=transformers.DynamicCache())
+    with pytest.raises(MqAoError, match="padding behind a token"):
+        quantized.generate(tokens(2, 3), attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]), max_new_tokens=2)
+
+
+def test_a_graph_is_saved_apart_from_its_weights(folder: Path, tmp_path: Path) -> None:
+    graph = ours(folder).portable()
+    graph.save(tmp_path / GRAPH)
+    assert not any("/weights/weight_" in name for name in zipfile.ZipFile(tmp_path / GRAPH).namelist())
+    read = portable.read(tmp_path / GRAPH)
+    assert all(tensor.is_meta for tensor in read.weights.values())
+    assert sum(tensor.nbytes for tensor in read.weights.values()) > 10_000
+    restored = read.with_weights(graph.weights)
+    assert restored.module.code == graph.module.code and restored.info == graph.info
+    from mq_ao.lowering.stateful_graph import StatefulGraph
+
+    first, second = (StatefulGraph(item.module, item.states) for item in (graph, restored))
+    ids = tokens(2, 7)
+    assert torch.equal(generate(first, ids, 5), generate(second, ids, 5))
