@@ -124,8 +124,10 @@ def test_gradients_match_float64_autograd_through_the_reference(case: Case) -> N
     grads = torch.autograd.grad(outputs, inputs, [s.float() for s in seeds])
     grads_exact = torch.autograd.grad(outputs_exact, inputs_exact, seeds)
     for grad, grad_exact in zip(grads, grads_exact, strict=True):
-        # Gradients of weight and bias add up to batch * length terms.
-        assert_near(grad, grad_exact, 4 * FLOAT32)
+        # Gradients of weight and bias add up to batch * length terms of about 1, which may cancel out.
+        terms = 1 if grad.shape == inputs[0].shape else (case.batch * case.length) ** 0.5
+        largest = max(float(grad_exact.abs().max()), terms)
+        assert float((grad.double() - grad_exact).abs().max()) <= 4 * FLOAT32 * largest
 
 
 def test_reference_is_torchs_convolution() -> None:

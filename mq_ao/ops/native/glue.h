@@ -50,7 +50,7 @@ inline bool is_native_dtype(const Tensor& t) {
 struct TorchThreads {
   template <typename Part>
   void operator()(int64_t count, int64_t grain, Part&& part) const {
-    at::parallel_for(0, count, grain, part);
+    at::parallel_for(0, count, grain, flushing(part));
   }
 };
 

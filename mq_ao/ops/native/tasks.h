@@ -4,9 +4,19 @@
 // least while there are so many.
 #pragma once
 
+#include "flush.h"
 #include "scan.h"
 
 namespace mq_ao {
+
+// The same part, in which small numbers become zero.
+template <typename Part>
+auto flushing(Part& part) {
+  return [&part](int64_t begin, int64_t end) {
+    const FlushToZero flush;
+    part(begin, end);
+  };
+}
 
 // Writes y and the last state; see scan_task for the types.
 template <typename In, typename Output, typename LastState, typename Threads>

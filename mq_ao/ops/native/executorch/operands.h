@@ -11,6 +11,7 @@
 
 #include "boxed.h"
 #include "scan.h"
+#include "tasks.h"
 
 namespace mq_ao::et {
 
@@ -91,7 +92,7 @@ struct RuntimeThreads {
 
   template <typename Part>
   void operator()(int64_t count, int64_t grain, Part&& part) const {
-    if (!executorch::extension::parallel_for(0, count, grain, part))
+    if (!executorch::extension::parallel_for(0, count, grain, flushing(part)))
       context.fail(executorch::runtime::Error::Internal);
   }
 };
