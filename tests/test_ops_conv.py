@@ -82,10 +82,10 @@ def tensors(operands: Operands) -> list[Tensor]:
     return [x.requires_grad_() for x in operands if isinstance(x, Tensor)]
 
 
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, least: float = 1e-6) -> None:
     assert actual.shape == expected.shape
     if expected.numel():
-        scale = max(expected.abs().max().item(), 1e-6)
+        scale = max(expected.abs().max().item(), least)
         assert (actual.double() - expected).abs().max().item() <= tolerance * scale
 
 
@@ -126,8 +126,7 @@ def test_gradients_match_float64_autograd_through_the_reference(case: Case) -> N
     for grad, grad_exact in zip(grads, grads_exact, strict=True):
         # Gradients of weight and bias add up to batch * length terms of about 1, which may cancel out.
         terms = 1 if grad.shape == inputs[0].shape else (case.batch * case.length) ** 0.5
-        largest = max(float(grad_exact.abs().max()), terms)
-        assert float((grad.double() - grad_exact).abs().max()) <= 4 * FLOAT32 * largest
+        assert_near(grad, grad_exact, 4 * FLOAT32, least=terms)
 
 
 def test_reference_is_torchs_convolution() -> None:
