@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import edit, walk
 from mq_ao.graph.views import Argument, View
 from mq_ao.quantizer.kernels import UINT8
+from mq_ao.quantizer.weights import QuantizedWeight
 
 qd = torch.ops.quantized_decomposed
 
@@ -115,6 +116,11 @@ class Weight:
         if tensors[0].dtype != torch.int8 or tensors[2].any():
             return None
         return cls(tensors[0], tensors[1].float(), bits, group_size)
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The same, of a matrix."""
+        return QuantizedWeight(self.values, self.scale, self.group_size or None, self.bits)
 
     def rows(self, start: int, stop: int) -> Weight:
         """Output channels start..stop."""

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "opening": "ops models lowering api text",
     "writing": "models opening text",
     "serving": "models opening text writing",
-    "integrations": "models lowering recipes api evaluate opening scoring text writing",
+    "integrations": f"{GRAPHS} models lowering recipe recipes api evaluate opening scoring text writing",
     "quantized": "models report",
     "prepared": "report quantized",
     "training": "graph quantizer lowering prepared quantized",

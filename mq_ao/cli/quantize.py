@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,14 @@ from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_model
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
 
+
+class Format(StrEnum):
+    """What is written."""
+
+    PROGRAM = "program"
+    COMPRESSED = "compressed-tensors"
+
+
 if TYPE_CHECKING:
     from mq_ao.lowering.executorch import Options
 
@@ -23,7 +32,11 @@ def quantize(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Program to write: .pt2 for inductor, .pte for executorch, .ptc for cuda."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Program to write: .pt2 for inductor, .pte for executorch, .ptc for cuda; or a folder, see --format.",
+        ),
     ],
     calibration: Annotated[
         Path | None,
@@ -50,6 +63,12 @@ def quantize(
         bool, typer.Option("--runner", help="executorch: also what ExecuTorch's LLM runner calls, for its apps.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="program, or compressed-tensors: a folder for vLLM and transformers, by their kernels (w8a8 or w4a16)."
+        ),
+    ] = Format.PROGRAM,
     report: Annotated[Path | None, typer.Option(help="Page to write with what was done, ending in .html.")] = None,
 ) -> None:
     """Calibrate, quantize and compile a model, and save the program.
@@ -67,7 +86,12 @@ def quantize(
     mq-ao quantize ./my-mamba --calibration wiki.txt --backend executorch --runner -o for-the-app.pte
 
     mq-ao quantize demo --backend cuda -o demo.ptc
+
+    mq-ao quantize ./my-bamba --calibration wiki.txt --format compressed-tensors -o my-bamba-w8a8
     """
+    if format is Format.COMPRESSED:
+        _compressed(model, output, calibration, recipe, tokens, tokenizer)
+        return
     check_output(output, get_backend(backend).suffix)
     if report is not None:
         check_output(report, ".html")
@@ -113,6 +137,39 @@ def quantize(
         )
     share = program.weight_bytes / opened.weight_bytes
     console.print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")
+
+
+def _compressed(
+    model: str, folder: Path, calibration: Path | None, recipe: str, tokens: int, tokenizer: str | None
+) -> None:
+    """Writes a folder of the compressed-tensors format."""
+    if calibration is None:
+        raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise MqAoError(f"{folder} is a folder that is not empty: name a new one.")
+    with step("starting"):
+        from mq_ao import tokenizer as tokenizers
+        from mq_ao.files import write_atomically
+        from mq_ao.integrations import compressed_tensors
+        from mq_ao.models.loading import find
+        from mq_ao.models.transformers_loading import load_folder
+        from mq_ao.text import calibration as batches_of
+    scheme = recipe.rpartition("-")[2]
+    with step(f"loading {model}"):
+        source = find(model)
+        loaded = load_folder(source)
+    batches = batches_of(calibration, tokenizer or loaded, tokens=tokens)
+    in_float = compressed_tensors.save_pretrained(loaded, folder, batches, scheme, progress=True)
+    if tokenizers.is_beside(tokenizer or source):
+        for name, text in tokenizers.files(tokenizer or source).items():
+            write_atomically(folder / name, text.encode())
+    used = compressed_tensors.RECIPES[compressed_tensors.Scheme(scheme)].name
+    out().print(
+        f"{folder}: {used} instead of {recipe}, which has parts that this format cannot hold: norms and the rotation of "
+        f"the residual stream are folded in. In float: {', '.join(in_float)}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _options(backend: str, max_length: int, max_context: int, scan: str, runner: bool) -> Options | None:

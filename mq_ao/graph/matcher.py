@@ -128,7 +128,7 @@ def match(module: GraphModule) -> Match:
         reason = outside.unsuited(node)
         if reason is not None:
             rejected.append(Rejection(node.name, reason))
-        elif outside.is_output(node):
+        elif outside.is_output(node) and not _is_cached(node):
             heads.append(node)
         else:
             linears.append(node)
@@ -140,6 +140,11 @@ def match(module: GraphModule) -> Match:
     embeddings = walk.calls(module, walk.EMBEDDING)
     convolutions = [node for node in walk.calls(module, {torch.ops.mq_ao.causal_conv1d.default}) if node not in taken]
     return Match(tuple(blocks), tuple(heads), tuple(embeddings), tuple(rejected), tuple(linears), tuple(convolutions))
+
+
+def _is_cached(node: Node) -> bool:
+    """Whether attention reads what the graph gives: keys or values, to be carried."""
+    return any(user.target in walk.ATTENTION for user in walk.downstream(node))
 
 
 @dataclass(frozen=True)
