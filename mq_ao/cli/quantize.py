@@ -165,8 +165,8 @@ def _compressed(
             write_atomically(folder / name, text.encode())
     used = compressed_tensors.RECIPES[compressed_tensors.Scheme(scheme)].name
     out().print(
-        f"{folder}: {used} instead of {recipe}, which has parts that this format cannot hold: norms and the rotation of "
-        f"the residual stream are folded in. In float: {', '.join(in_float)}",
+        f"{folder}: {used} instead of {recipe}, which has parts that this format cannot hold: norms and the rotation "
+        f"of the residual stream are folded in. In float: {', '.join(in_float)}",
         markup=False,
         soft_wrap=True,
     )

@@ -23,7 +23,7 @@ from mq_ao.api import quantize
 from mq_ao.errors import MqAoError
 from mq_ao.extras import needs
 from mq_ao.files import write_atomically
-from mq_ao.graph import edit, walk
+from mq_ao.graph import Role, edit, walk
 from mq_ao.graph.views import Layer, Norm
 from mq_ao.graph.walk import module_path
 from mq_ao.lowering.patterns import Weight
@@ -33,7 +33,7 @@ from mq_ao.quantizer import Activation, QuantizationConfig, RoleSpec, Rounding
 from mq_ao.recipe import Recipe
 
 _OFFLINE = (FoldNorm(), RotateResidual())
-_ROLES = ("in_proj", "x_proj", "out_proj", "linear")
+_ROLES = (Role.IN_PROJ, Role.X_PROJ, Role.OUT_PROJ, Role.LINEAR)
 """The head stays in float, as the format's readers expect it, and so do embeddings, convolutions, and dt_proj, whose
 weight transformers reads itself."""
 _GROUP = 64
@@ -63,7 +63,7 @@ RECIPES = {
 
 
 def save_pretrained(
-    model: nn.Module,
+    model: Any,
     folder: str | Path,
     calibration: Iterable[Any],
     scheme: Scheme | str = Scheme.W8A8,
@@ -106,10 +106,9 @@ def save_pretrained(
     return in_float
 
 
-def _ends(model: nn.Module) -> tuple[str, str]:
+def _ends(model: Any) -> tuple[str, str]:
     """Names of the weights of embedding and head."""
-    theirs: Any = model
-    modules = (theirs.get_input_embeddings(), theirs.get_output_embeddings())
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
     first, second = (next(name for name, item in model.named_modules() if item is module) for module in modules)
     return f"{first}.weight", f"{second}.weight"
 
@@ -144,11 +143,11 @@ def _tensors(
 
 
 @torch.no_grad()
-def _check_same(model: nn.Module, weights: Mapping[str, Tensor], scheme: Scheme) -> None:
+def _check_same(model: Any, weights: Mapping[str, Tensor], scheme: Scheme) -> None:
     """Raises MqAoError unless the model with the folder's weights computes about what it computed."""
-    ids = torch.arange(16)[None] % model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    ids = torch.arange(16)[None] % model.get_input_embeddings().num_embeddings
     exact = model(ids, use_cache=False).logits.float()
-    rounded: Any = copy.deepcopy(model).float()
+    rounded = copy.deepcopy(model).float()
     head = rounded.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())  # no longer the embedding's
     rounded.load_state_dict(weights)
