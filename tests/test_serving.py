@@ -22,6 +22,8 @@ import pytest
 import torch
 
 from mq_ao import MqAoError
+from mq_ao.bench.serving import Load, measure
+from mq_ao.bench.serving import served as bench_server
 from mq_ao.models import MambaConfig, MambaLM, Sampling
 from mq_ao.opening import Opened, open_any
 from mq_ao.text import TokenizerCodec
@@ -262,3 +264,16 @@ def test_the_command(tmp_path: Path, mq_ao: CommandLine) -> None:
         taken.listen()
         run = mq_ao("serve", "demo", "--port", str(taken.getsockname()[1]))
         assert "cannot be listened at" in error(run)
+
+
+def test_the_load_of_the_bench(address: str) -> None:
+    cost = measure("demo", address.removeprefix("http://"), 256, Load(3, 4, prompt=5, beginning=40, rounds=1))
+    figures = (cost.one, cost.all, cost.fresh, cost.kept)
+    assert all(value > 0 for value in figures) and cost.to_dict()["load"]["clients"] == 3
+    with pytest.raises(MqAoError, match="the server refuses: prompt: it has 409 tokens"):
+        measure("demo", address.removeprefix("http://"), 256, Load(1, 1, beginning=401, rounds=1))
+    with (
+        pytest.raises(MqAoError, match="the server of no-such did not start: error: there is no folder no-such"),
+        bench_server("no-such"),
+    ):
+        pass

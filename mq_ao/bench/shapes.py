@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mq_ao.errors import MqAoError
+from mq_ao.extras import needs
 from mq_ao.models import MAMBA2_130M, MAMBA_130M, Logits, MambaLM, language_model
 
 
 def _transformers(name: str, **config: Any) -> Logits:
     """A model of transformers."""
-    try:
+    with needs(name, "hf"):
         import transformers
-    except ImportError as error:
-        raise MqAoError(f'{name} is a model of transformers: run pip install "mq-ao[hf]".') from error
     shape = getattr(transformers, f"{name}Config")(**config)
     return Logits(getattr(transformers, f"{name}ForCausalLM")(shape))
 
@@ -75,3 +74,19 @@ def random_model(name: str, seed: int = 0) -> MambaLM | Logits:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SHAPES[name]().eval()
+
+
+def save_words(vocab_size: int, folder: Path) -> Path:
+    """Writes a tokenizer of so many words, for shapes that have none; returns its folder.
+
+    Raises:
+        MqAoError: transformers is not installed.
+    """
+    with needs("a tokenizer", "hf"):
+        import tokenizers
+        import transformers
+    words = {f"w{index}": index for index in range(vocab_size)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+    return folder

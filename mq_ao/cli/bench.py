@@ -12,6 +12,7 @@ from mq_ao.backends import get_backend
 from mq_ao.cli.bench_gpu import gpu
 from mq_ao.cli.bench_kernels import kernels
 from mq_ao.cli.bench_quantize import quantize
+from mq_ao.cli.bench_serve import serve
 from mq_ao.cli.benching import (
     CONTEXTS,
     DECODE_TOKENS,
@@ -42,10 +43,11 @@ if TYPE_CHECKING:
     from mq_ao.bench.runner import Plan
     from mq_ao.recipes import Recipe
 
-app = typer.Typer(subcommand_metavar="[gpu | kernels | quantize]", rich_markup_mode="rich")
+app = typer.Typer(subcommand_metavar="[gpu | kernels | quantize | serve]", rich_markup_mode="rich")
 app.command("gpu")(gpu)
 app.command("kernels")(kernels)
 app.command("quantize")(quantize)
+app.command("serve")(serve)
 
 
 @app.callback(invoke_without_command=True)
