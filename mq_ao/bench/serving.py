@@ -114,6 +114,8 @@ def measure(source: str, address: str, vocab_size: int, load: Load) -> ServingCo
             started = time.perf_counter()
             count = sum(_ask(clients[0], each, load.tokens) for each in prompts)
             one.append(count / (time.perf_counter() - started))
+            for client in clients:
+                client.close()  # they connect again: the server has closed what was idle
             started = time.perf_counter()
             count = sum(pool.map(_ask, clients, prompts, [load.tokens] * load.clients))
             many.append(count / (time.perf_counter() - started))
