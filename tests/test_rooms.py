@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "writing": "models opening text",
     "serving": "models opening text writing",
     "integrations": f"{GRAPHS} models lowering recipe recipes api evaluate opening scoring text writing",
-    "quantized": "models report",
+    "quantized": "models lowering report",
     "prepared": "report quantized",
     "training": "graph quantizer lowering prepared quantized",
     "api": f"{GRAPHS} models capture calibration lowering recipes report quantized prepared training",
