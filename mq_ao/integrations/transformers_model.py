@@ -81,13 +81,18 @@ class Carried:
     def __init__(self, step: Any, states: tuple[Any, ...], length: int, items: States) -> None:
         self.step, self.states, self.length, self._items = step, states, length, items
 
+    @property
+    def apart(self) -> bool:
+        """Whether rows of different lengths go on in batches of their own."""
+        return isinstance(self.step, Ragged) and any(item.grows for item in self._items.items)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that were read."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Goes on with these rows, as beam search asks for."""
-        if isinstance(self.step, Ragged) and len(self.states) != len(self._items.items):
+        if self.apart:
             raise MqAoError("beams of padded prompts are not possible with attention: give prompts of one length.")
         self.states = self._items.taken(self.states, beam_idx)
 
@@ -153,6 +158,8 @@ class QuantizedForCausalLM(PreTrainedModel):
         step = program if every else getattr(program, "prefill", program)
         length = ids.shape[1]
         if past is not None:
+            if past.apart and length > 1:
+                raise MqAoError("padded prompts go on token by token in models with attention: give one token a row.")
             run = past.step if isinstance(past.step, Ragged) else getattr(program, "step", program)
             logits, *states = (run if length == 1 else step)(ids, *past.states)
             return logits, Carried(run, tuple(states), past.length + length, program.carried)
@@ -187,8 +194,10 @@ class QuantizedForCausalLM(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Integers, scales and the graph; `from_pretrained` reads them."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self.integers.graph.save(Path(save_directory) / GRAPH)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.integers.graph.save(folder / GRAPH)  # first: what uploads the folder is in the other call
+        super().save_pretrained(folder, *args, **kwargs)
 
     @property
     def device(self) -> torch.device:
