@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,9 +108,9 @@ class TokenizerCodec:
         """The tokenizer itself."""
         return self._tokenizer
 
-    @property
+    @cached_property
     def known_tokens(self) -> int:
-        """See `Codec`."""
+        """See `Codec`; to make a table of all tokens takes as long as some steps of a model."""
         return 1 + max(self._tokenizer.get_vocab().values())
 
     @property
