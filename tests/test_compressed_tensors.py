@@ -112,7 +112,7 @@ def test_from_the_shell(mq_ao: CommandLine, words: Any, tmp_path: Path) -> None:
     given = ("--calibration", tmp_path / "text.txt", "--tokens", "128", "--format", "compressed-tensors")
     run = mq_ao("quantize", tmp_path / "model", *given, "-o", tmp_path / "out")
     assert run.code == 0, run.err
-    assert "compressed-tensors-w8a8" in run.out and "in float: lm_head" in run.out
+    assert "compressed-tensors-w8a8" in run.out and "In float: lm_head" in run.out
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded.generate(**tokenizer("w1 w2", return_tensors="pt"), max_new_tokens=3).shape[1] == 5

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def program(graph: Portable) -> InductorProgram:
     """The compiled program of a graph, which reads the graph's weights where they lie.
 
-    Machine code is kept in the folder of the native kernels (`mq-ao kernels` names it), without weights.
+    Machine code is kept beside the native kernels (see `shared_library.cache_dir`), without weights.
 
     Raises:
         MqAoError: there is no C++ compiler, or the folder cannot be written.
@@ -34,7 +34,7 @@ def program(graph: Portable) -> InductorProgram:
             path.parent.mkdir(parents=True, exist_ok=True)
             package.write(path, both(graph.module, graph.states), graph.info, apart=graph.weights.keys())
         except OSError as error:
-            raise MqAoError(f"the compiled program cannot be kept at {path} ({error}): set XDG_CACHE_HOME.") from error
+            raise MqAoError(f"the compiled program cannot be kept at {path} ({error}): set MQ_AO_CACHE.") from error
     loaded = package.read(path, graph.weights)
     # Of several graphs with one code each says of itself what it is.
     return InductorProgram(replace(loaded, info={**loaded.info, **graph.info}))
