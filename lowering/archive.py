@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.export import ExportedProgram
+
 from mq_ao.errors import MqAoError
+from mq_ao.files import replacing
 
 INFO = "mq_ao.json"
 """Name of the extra file in an archive."""
@@ -55,3 +59,30 @@ def read_info(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path} was saved for {key} {info.get(key)}, but this is {here}: quantize the model again here."
             )
     return info
+
+
+def versions(kind: str, number: int) -> dict[str, Any]:
+    """What a saved graph depends on: its format and PyTorch, but not on how that was built, nor on the processor."""
+    return {kind: number, "torch": torch.__version__.split("+")[0]}
+
+
+def write_graph(path: Path, exported: ExportedProgram, info: Mapping[str, Any]) -> None:
+    """Writes a graph, and what the file is to say, under a temporary name that is renamed when it is complete.
+
+    Raises:
+        MqAoError: the path cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.export.save(exported, file, extra_files={INFO: json.dumps(dict(info))})
+
+
+def read_graph(path: Path, expected: Mapping[str, Any]) -> tuple[ExportedProgram, dict[str, Any]]:
+    """The graph of a file, and what the file says of itself.
+
+    Raises:
+        MqAoError: see `read_info`.
+    """
+    info = read_info(path, expected)
+    # transformers reads within a context in which tensors have no values.
+    with path.open("rb") as file, torch.device("cpu"):
+        return torch.export.load(file), info

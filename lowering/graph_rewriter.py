@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mq_ao.graph import walk
+from mq_ao.graph import edit, walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
 from mq_ao.graph.views import Conv, Layer, Linear, Scan
@@ -180,9 +180,7 @@ class GraphRewriter(ABC):
 
     def replace(self, old: Node, new: Node) -> None:
         """Puts `new` in the place of `old`."""
-        new.meta = dict(old.meta)
-        old.replace_all_uses_with(new)
-        self.graph.erase_node(old)
+        edit.replace(old, new)
 
     def take_over(self, quantize: Node, producer: Node) -> None:
         """`producer` now gives the integers that `quantize` gave."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +16,6 @@ from torch.fx import GraphModule, Node
 
 import mq_ao.ops  # noqa: F401  (the operators of saved graphs)
 from mq_ao.errors import MqAoError
-from mq_ao.files import replacing
 from mq_ao.graph import edit
 from mq_ao.lowering import archive
 from mq_ao.lowering.language_graphs import flat
@@ -25,6 +23,7 @@ from mq_ao.lowering.prefill_decode import export_whole
 from mq_ao.models.states import States
 
 FORMAT = 1
+_VERSIONS = archive.versions("portable_format", FORMAT)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Portable:
         with graph.inserting_before(inputs[-1].next):
             for node, (name, tensor) in zip(inputs, self.weights.items(), strict=False):
                 module.register_buffer(name, tensor)
-                _stands_for(graph.get_attr(name), node)
+                edit.replace(node, graph.get_attr(name))
         module.recompile()
         return module
 
@@ -80,9 +79,7 @@ class Portable:
             MqAoError: the path cannot be written.
         """
         shapes = {name: [list(item.shape), str(item.dtype)[6:]] for name, item in self.weights.items()}
-        described = json.dumps({**self.info, "weights": shapes, **_versions()})
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.export.save(self.exported, file, extra_files={archive.INFO: described})
+        archive.write_graph(path, self.exported, {**self.info, "weights": shapes, **_VERSIONS})
 
 
 def read(path: Path) -> Portable:
@@ -91,13 +88,10 @@ def read(path: Path) -> Portable:
     Raises:
         MqAoError: the file is missing, damaged, not ours, or of another version.
     """
-    info = archive.read_info(path, _versions())
-    # transformers reads within a context in which tensors have no values.
-    with path.open("rb") as file, torch.device("cpu"):
-        exported = torch.export.load(file)
+    exported, info = archive.read_graph(path, _VERSIONS)
     shapes = info.pop("weights").items()
     weights = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, (shape, dtype) in shapes}
-    for name in _versions():
+    for name in _VERSIONS:
         del info[name]
     if len(weights) + 1 + len(info["states"]) != len(exported.graph_signature.user_inputs):
         raise MqAoError(f"{path} does not fit its own description: copy or make it again.")
@@ -123,14 +117,3 @@ def _without_weights(module: GraphModule) -> tuple[GraphModule, dict[str, Tensor
         node.replace_all_uses_with(known[place])
         graph.erase_node(node)
     return GraphModule(torch.nn.Module(), graph), weights
-
-
-def _stands_for(new: Node, old: Node) -> None:
-    new.meta = dict(old.meta)
-    old.replace_all_uses_with(new)
-    old.graph.erase_node(old)
-
-
-def _versions() -> dict[str, Any]:
-    """What a saved graph depends on: not on how PyTorch was built, nor on the processor."""
-    return {"portable_format": FORMAT, "torch": torch.__version__.split("+")[0]}

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "integrations": f"{GRAPHS} models lowering recipe recipes api evaluate opening scoring text writing",
     "quantized": "models lowering report",
     "prepared": "report quantized",
-    "training": "graph quantizer lowering prepared quantized",
+    "training": "ops graph quantizer lowering prepared quantized",
     "api": f"{GRAPHS} models capture calibration lowering recipes report quantized prepared training",
     "mq_ao": "api capture checkout",
     "roofline": f"{GRAPHS} models calibration lowering recipes api",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -16,12 +15,13 @@ from torch.fx import GraphModule
 import mq_ao.ops  # noqa: F401  (the operators of saved graphs)
 from mq_ao.backends import CUDA
 from mq_ao.errors import MqAoError
-from mq_ao.files import check_output, replacing
+from mq_ao.files import check_output
 from mq_ao.graph import walk
 from mq_ao.lowering import archive
 from mq_ao.lowering.cuda.device import require_cuda
 
 FORMAT = 2
+_VERSIONS = archive.versions("cuda_format", FORMAT)
 
 
 class Mode(StrEnum):
@@ -105,9 +105,7 @@ class SavedGraph:
         Raises:
             MqAoError: the path cannot be written.
         """
-        described = json.dumps({**self._info, **_versions()})
-        with replacing(check_output(path, CUDA.suffix)) as temporary, temporary.open("wb") as file:
-            torch.export.save(self._exported, file, extra_files={archive.INFO: described})
+        archive.write_graph(check_output(path, CUDA.suffix), self._exported, {**self._info, **_VERSIONS})
 
 
 def read(path: Path) -> tuple[ExportedProgram, dict[str, Any]]:
@@ -116,11 +114,4 @@ def read(path: Path) -> tuple[ExportedProgram, dict[str, Any]]:
     Raises:
         MqAoError: the file is missing, damaged, not ours, or of another version.
     """
-    info = archive.read_info(path, _versions())
-    with path.open("rb") as file:
-        return torch.export.load(file), info
-
-
-def _versions() -> dict[str, Any]:
-    """What a saved graph depends on: not on how PyTorch was built."""
-    return {"cuda_format": FORMAT, "torch": torch.__version__.split("+")[0]}
+    return archive.read_graph(path, _VERSIONS)

@@ -144,12 +144,10 @@ def prepare(
     with step("writing the float model"):
         if isinstance(model, MambaLM):
             save_pretrained(model, folder / "model")
+            add(FP32_EAGER, Kind.EAGER, folder / "model")
         else:
             model.model.save_pretrained(folder / "model")
-    if isinstance(model, MambaLM):
-        add(FP32_EAGER, Kind.EAGER, folder / "model")
-    else:
-        add(TRANSFORMERS_EAGER, Kind.TRANSFORMERS, folder / "model")
+            add(TRANSFORMERS_EAGER, Kind.TRANSFORMERS, folder / "model")
     suffix = get_backend(backend).suffix
     with step("compiling in fp32"):
         api.compile_float(model, backend).save(folder / f"fp32{suffix}")

@@ -273,11 +273,7 @@ def _opener(spec: Spec) -> Callable[[], Any]:
     if spec.kind is Kind.TRANSFORMERS:
         from mq_ao.bench.peer_transformers import Transformers
 
-        def transformers() -> Transformers:
-            model = models.load(spec.path)
-            return Transformers(model.model if isinstance(model, models.Logits) else model)
-
-        return transformers
+        return lambda: Transformers(models.load(spec.path))
     return lambda: contender.Eager(models.MambaLM.from_pretrained(spec.path))
 
 

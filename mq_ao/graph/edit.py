@@ -100,6 +100,13 @@ def readers(node: Node) -> list[Node]:
     return found
 
 
+def replace(old: Node, new: Node) -> None:
+    """Puts `new` in the place of `old`, with what is known of its value."""
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
 def get_attr(module: GraphModule, name: str, value: Tensor, like: Node) -> Node:
     """Registers `value` as a parameter of that name (with a number where it is taken); returns a get_attr node for it.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e.observer import MappingType
 
 from mq_ao.errors import MqAoError
+from mq_ao.ops.linear_packed import int8_per_token
 from mq_ao.quantizer.observers import PER_TOKEN_EPS, PlannedState, PlannedWeight
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight, spread, to_grid
 
@@ -104,8 +105,8 @@ class RoundedTokens(nn.Module):
         """(..., channels)."""
         detached = value.detach()
         if self._symmetric:
-            scale = (detached.abs().amax(-1, keepdim=True) / 127).clamp(min=PER_TOKEN_EPS)
-            return straight_through(value, torch.round(detached / scale).clamp(-127, 127) * scale)
+            integers, scale = int8_per_token(detached)
+            return straight_through(value, integers * scale)
         low, high = detached.amin(-1, keepdim=True).clamp(max=0), detached.amax(-1, keepdim=True).clamp(min=0)
         scale = ((high - low) / 255).clamp(min=PER_TOKEN_EPS)
         zero = -128 - torch.round(low / scale)

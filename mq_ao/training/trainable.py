@@ -38,7 +38,7 @@ class TrainableModel(nn.Module):
         self._prepared, self._states = prepared, find_states(prepared.source.graph)
         self.graph = _with_parameters(prepared.graph)
         self._observers: dict[str, nn.Module] = {}
-        for node in self._observed():
+        for node in _observed(self.graph):
             name = str(node.target)
             if name not in self._observers:
                 self._observers[name] = self.graph.get_submodule(name)
@@ -70,7 +70,7 @@ class TrainableModel(nn.Module):
             MqAoError: a weight became NaN or Inf.
         """
         graph = copied(self.graph)
-        for node in self._observed(graph):
+        for node in _observed(graph):
             name = str(node.target)
             observer, quantizer = self._observers[name], self.graph.get_submodule(name)
             if isinstance(quantizer, TrainedWeight):
@@ -81,21 +81,21 @@ class TrainableModel(nn.Module):
             graph.set_submodule(name, observer)
         return self._prepared.quantized(graph)
 
-    def _observed(self, graph: GraphModule | None = None) -> list[Node]:
-        """Calls of observers, or of what stands in their place."""
-        graph = graph or self.graph
-        return [node for node in graph.graph.nodes if node.op == "call_module"]
-
     @torch.no_grad()
     def _begin(self) -> None:
         """Weights that GPTQ rounds otherwise begin where it rounds them, unless others read them too."""
-        for node in self._observed():
+        for node in _observed(self.graph):
             quantizer, source = self.graph.get_submodule(str(node.target)), _source(node)
             if isinstance(quantizer, TrainedWeight) and source.op == "get_attr":
                 readers = [n for n in self.graph.graph.find_nodes(op="get_attr") if n.target == source.target]
                 if len(readers) == 1 and len(source.users) == 1:
                     parameter = edit.attribute(self.graph, str(source.target))
                     parameter.copy_(quantizer.begin(parameter))
+
+
+def _observed(graph: GraphModule) -> list[Node]:
+    """Calls of observers, or of what stands in their place."""
+    return [node for node in graph.graph.nodes if node.op == "call_module"]
 
 
 def _source(node: Node) -> Node:
