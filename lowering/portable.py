@@ -110,7 +110,9 @@ def _without_weights(module: GraphModule) -> tuple[GraphModule, dict[str, Tensor
             name = str(node.target).replace(".", "_")
             if name in weights:
                 name = f"{name}_{len(weights)}"
-            weights[name] = tensor.contiguous()
+            # One storage under two shapes (scales of a tied embedding and head) is no weight that files can share.
+            shared = any(tensor.data_ptr() == other.data_ptr() for other in weights.values())
+            weights[name] = tensor.clone() if shared else tensor.contiguous()
             with graph.inserting_before(first):
                 known[place] = graph.placeholder(name)
             known[place].meta = copy.copy(node.meta)

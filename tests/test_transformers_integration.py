@@ -93,6 +93,15 @@ def test_a_folder_is_loaded_without_calibration(quantized: Any, saved: Path, cap
         assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
 
 
+def test_tied_weights_are_saved_and_loaded(tmp_path: Path) -> None:
+    build("Mamba").save_pretrained(tmp_path / "float")
+    settings = MambaQuantConfig("rtn-w8a8", BATCHES, compile=False)  # without R1, embedding and head stay one weight
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=settings)
+    model.save_pretrained(tmp_path / "small")
+    ids = tokens(2, 9)
+    assert torch.equal(opened(tmp_path / "small")(ids).logits, model(ids).logits)
+
+
 def test_it_is_compiled_once_on_a_machine(
     saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

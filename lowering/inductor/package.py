@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 import mq_ao.ops
-from mq_ao.compat.archives import AOTICompiledModel, load_pt2, package_pt2
+from mq_ao.compat.archives import AOTICompiledModel, load_pt2, package_pt2, run
 from mq_ao.compat.compiling import aot_compile
 from mq_ao.lowering import archive
 from mq_ao.lowering.language_graphs import INNER
@@ -49,6 +49,10 @@ class Package:
     info: Mapping[str, Any]
     path: Path
     complete: bool = True
+
+    def run(self, name: str, *inputs: Tensor) -> list[Tensor]:
+        """Outputs of one of the programs."""
+        return run(self.programs[name], inputs)
 
     def copy(self, path: Path) -> None:
         """Writes the archive, complete, to another file."""

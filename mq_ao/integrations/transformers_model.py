@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mq_ao.errors import MqAoError
@@ -97,7 +97,7 @@ class Carried:
         self.states = self._items.taken(self.states, beam_idx)
 
 
-class QuantizedForCausalLM(PreTrainedModel):
+class QuantizedForCausalLM(PreTrainedModel, GenerationMixin):
     """What replaces a model's own methods; see `become`."""
 
     integers: Integers
