@@ -1,4 +1,4 @@
-"""Fills the language half of MambaQuant's table: accuracy of recipes on lm-evaluation-harness's tasks.
+"""Fills the language half of MambaQuant's tables: accuracy of recipes on lm-evaluation-harness's tasks.
 
     python examples/paper_table.py state-spaces/mamba-130m-hf state-spaces/mamba-1.4b-hf \
         --tokenizer EleutherAI/gpt-neox-20b --calibration wiki.txt
@@ -9,23 +9,20 @@ are made, figures as they are measured. Started again, it goes on from there.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
+from paper_figures import FLOAT, Figures, Row, table
 
 from mq_ao import MqAoError, api
 from mq_ao.backends import get_backend
-from mq_ao.cli.console import err, out
-from mq_ao.files import write_atomically
+from mq_ao.cli.console import out
 from mq_ao.models import demo
 from mq_ao.opening import Opened, open_model
 from mq_ao.recipes import get_recipe
 from mq_ao.text import calibration_batches, read_tokens
 
-FLOAT = "float32"
 TASKS = "arc_easy,arc_challenge,piqa,winogrande,hellaswag,lambada_openai"
 RECIPES = "rtn-w8a8,smoothquant-w8a8,quarot-w8a8,mambaquant-w8a8,rtn-w4a8,quarot-w4a8,mambaquant-w4a8"
 
@@ -46,21 +43,19 @@ def main(
 ) -> None:
     """Measure every model under every recipe, and print a table."""
     chosen = [get_recipe(name).name for name in recipes.split(",")]
-    output.mkdir(parents=True, exist_ok=True)
-    figures = output / "figures.json"
-    known: dict[str, Any] = json.loads(figures.read_text("utf-8")) if figures.is_file() else {}
+    names = tasks.split(",")
+    figures, rows = Figures(output, f"{tasks} {limit}"), {}
     for model in models:
         for recipe in (FLOAT, *chosen):
-            key = f"{model} {recipe} {tasks} {limit}"
-            if key in known:
-                continue
-            err().print(f"{model}: {recipe}", markup=False)
-            source = model
-            if recipe != FLOAT:
-                source = str(program(model, tokenizer, recipe, calibration, tokens, backend, output))
-            known[key] = measured(source, tokenizer, tasks.split(","), include_path, limit)
-            write_atomically(figures, json.dumps(known, indent=2).encode())
-    out().print(table(known, models, (FLOAT, *chosen), tasks, limit))
+
+            def measure(model: str = model, recipe: str = recipe) -> Row:
+                source = model
+                if recipe != FLOAT:
+                    source = str(program(model, tokenizer, recipe, calibration, tokens, backend, output))
+                return measured(source, tokenizer, names, include_path, limit)
+
+            rows[model, recipe] = figures.row(model, recipe, measure)
+    out().print(table(rows, [*names, "mean"]))
 
 
 def program(
@@ -86,9 +81,7 @@ def program(
     return path
 
 
-def measured(
-    source: str, tokenizer: str | None, tasks: list[str], include_path: Path | None, limit: int | None
-) -> dict[str, float]:
+def measured(source: str, tokenizer: str | None, tasks: list[str], include_path: Path | None, limit: int | None) -> Row:
     """The accuracy of each task in per cent, and their mean as the paper has it."""
     from mq_ao.integrations.lm_eval import MqAoLM, results
 
@@ -101,20 +94,8 @@ def measured(
     return {**accuracy, "mean": sum(accuracy.values()) / len(accuracy)}
 
 
-def table(
-    known: dict[str, dict[str, float]], models: list[str], recipes: tuple[str, ...], tasks: str, limit: int | None
-) -> Table:
-    """A row a model and recipe."""
-    columns = [*tasks.split(","), "mean"]
-    made = Table()
-    for name in ("model", "recipe", *columns):
-        made.add_column(name, justify="left" if name in ("model", "recipe") else "right")
-    for model in models:
-        for recipe in recipes:
-            row = known[f"{model} {recipe} {tasks} {limit}"]
-            made.add_row(model, recipe, *(f"{row.get(name, float('nan')):.1f}" for name in columns))
-    return made
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except MqAoError as error:
+        raise SystemExit(f"error: {error}") from None

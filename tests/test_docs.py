@@ -12,7 +12,7 @@ import pytest
 from mq_ao.passes import PASSES
 from tests.test_packaging import ROOT, tracked
 
-DOCS = ("docs/design.md", "docs/method.md")
+DOCS = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 CITING = (".py", ".h", ".cpp", ".md")
 # "section 3", "sections 2 and 3", "decisions 1, 4 and 5", "sections 1 to 4"; "S2", "S2, S4 and R1"; "shift".
 NUMBERS = r"\d+(?:(?:, | and | to )\d+)*"

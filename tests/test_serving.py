@@ -270,6 +270,9 @@ def test_the_load_of_the_bench(address: str) -> None:
     cost = measure("demo", address.removeprefix("http://"), 256, Load(3, 4, prompt=5, beginning=40, rounds=1))
     figures = (cost.one, cost.all, cost.fresh, cost.kept)
     assert all(value > 0 for value in figures) and cost.to_dict()["load"]["clients"] == 3
+    assert measure("demo", address.removeprefix("http://"), None, Load(1, 2, prompt=5, beginning=40, rounds=1)).one > 0
+    with pytest.raises(MqAoError, match="no server of completions answers at localhost:9: "):
+        measure("demo", "localhost:9", None, Load(1, 1, rounds=1))
     with pytest.raises(MqAoError, match="the server refuses: prompt: it has 409 tokens"):
         measure("demo", address.removeprefix("http://"), 256, Load(1, 1, beginning=401, rounds=1))
     with (

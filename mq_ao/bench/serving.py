@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from mq_ao.errors import MqAoError
+
+Prompt = list[int] | list[str]
+"""Tokens, or words."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,17 @@ def served(source: str, *options: str) -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def measure(source: str, address: str, vocab_size: int, load: Load) -> ServingCost:
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "this", "are", "or", "his", "from", "at", "which", "but", "have"]
+"""Prompts for servers that take text alone: common words, which are mostly a token each."""
+
+
+def measure(source: str, address: str, vocab_size: int | None, load: Load) -> ServingCost:
     """Asks a server for answers, in rounds.
 
     Args:
         source: name of the model.
         address: host and port.
-        vocab_size: prompts are random tokens below it.
+        vocab_size: prompts are random tokens below it; None: so many words.
         load: what to ask.
 
     Raises:
@@ -102,7 +109,9 @@ def measure(source: str, address: str, vocab_size: int, load: Load) -> ServingCo
     """
     draw = random.Random(0)
 
-    def prompt(length: int) -> list[int]:
+    def prompt(length: int) -> Prompt:
+        if vocab_size is None:
+            return draw.choices(WORDS, k=length)
         return [draw.randrange(1, vocab_size) for _ in range(length)]
 
     with ThreadPoolExecutor(load.clients) as pool:
@@ -114,33 +123,42 @@ def measure(source: str, address: str, vocab_size: int, load: Load) -> ServingCo
             started = time.perf_counter()
             count = sum(_ask(clients[0], each, load.tokens) for each in prompts)
             one.append(count / (time.perf_counter() - started))
-            for client in clients:
-                client.close()  # they connect again: the server has closed what was idle
+            _close(clients)
             started = time.perf_counter()
             count = sum(pool.map(_ask, clients, prompts, [load.tokens] * load.clients))
             many.append(count / (time.perf_counter() - started))
+            _close(clients)
             beginning = prompt(load.beginning)
             # A beginning is known to be one when a second prompt has it, and is kept from there on.
             times = [_first(clients[0], [*beginning, *prompt(8)]) for _ in range(4)]
             fresh.append(times[0])
             kept.append(min(times[2:]))
-        for client in clients:
-            client.close()
+        _close(clients)
     medians = map(statistics.median, (one, many, fresh, kept))
     return ServingCost(Path(source).name, load, *medians)
 
 
-def _first(client: HTTPConnection, prompt: list[int]) -> float:
+def _close(clients: list[HTTPConnection]) -> None:
+    """They connect again when they are used: servers close what is idle for some seconds."""
+    for client in clients:
+        client.close()
+
+
+def _first(client: HTTPConnection, prompt: Prompt) -> float:
     started = time.perf_counter()
     _ask(client, prompt, 1)
     return time.perf_counter() - started
 
 
-def _ask(client: HTTPConnection, prompt: list[int], tokens: int) -> int:
+def _ask(client: HTTPConnection, prompt: Prompt, tokens: int) -> int:
     """Tokens of an answer."""
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    client.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    answer = json.loads(client.getresponse().read())
+    given = " ".join(map(str, prompt)) if isinstance(prompt[0], str) else prompt
+    body = {"prompt": given, "max_tokens": tokens, "temperature": 0}
+    try:
+        client.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = json.loads(client.getresponse().read())
+    except (OSError, HTTPException, ValueError) as error:
+        raise MqAoError(f"no server of completions answers at {client.host}:{client.port}: {error}") from error
     if "error" in answer:
         raise MqAoError(f"the server refuses: {answer['error']['message']}")
     return answer["usage"]["completion_tokens"]

@@ -23,6 +23,9 @@ def serve(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
     beginning: Annotated[int, typer.Option(min=1, help="Tokens that prompts begin with in common.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians over them are reported.")] = 3,
+    at: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of a server to ask beside ours, in words. May be repeated.")
+    ] = None,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -33,6 +36,8 @@ def serve(
     mq-ao bench serve --model demo
 
     mq-ao bench serve --model mamba-130m --clients 32 --json serving.json
+
+    mq-ao bench serve --model mamba-130m --at localhost:8080
     """
     check_json(json)
     with step("starting"), needs("the server", "serve"):
@@ -45,6 +50,13 @@ def serve(
     ready_kernels()
     load = Load(clients, tokens, beginning=beginning, rounds=repeats)
     costs = []
+
+    def ask(name: str, address: str, vocab_size: int | None) -> None:
+        with step(f"asking {name}"):
+            costs.append(measure(name, address, vocab_size, load))
+        if json != "-":
+            out().print(_text(costs[-1]))
+
     for source in chosen_models(model):
         with tempfile.TemporaryDirectory(prefix="mq_ao_bench_") as folder, ExitStack() as stack:
             path = Path(folder) / f"{Path(source).name}.pt2"
@@ -56,10 +68,9 @@ def serve(
             words = save_words(opened.config.vocab_size, Path(folder) / "words")
             with step(f"starting the server of {source}"):
                 address = stack.enter_context(served(str(path), "--tokenizer", str(words)))
-            with step("asking"):
-                costs.append(measure(source, address, opened.config.vocab_size, load))
-        if json != "-":
-            out().print(_text(costs[-1]))
+            ask(source, address, opened.config.vocab_size)
+    for address in at or ():
+        ask(address, address, None)
     write({"machine": machine(threads), "recipe": recipe, "serving": [cost.to_dict() for cost in costs]}, json)
 
 
