@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "opening": "ops models lowering api text",
     "writing": "models opening text",
     "serving": "models opening text writing",
-    "integrations": f"{GRAPHS} models capture lowering recipe recipes quantized api evaluate opening scoring text writing",
+    "integrations": f"{GRAPHS} models capture lowering recipe recipes quantized api "
+    "evaluate opening scoring text writing",
     "quantized": "models lowering report",
     "prepared": "report quantized",
     "training": "ops graph quantizer lowering prepared quantized",

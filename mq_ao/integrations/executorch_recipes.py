@@ -9,8 +9,8 @@ recipe = ExportRecipe.get_recipe(MambaRecipe["MAMBAQUANT_W8A8"], calibration=bat
 export(captured(model, (ids,)), [(ids,)], recipe).save_to_pte("small.pte")
 ```
 
-Such a program has one method, `forward`, of the sizes that are exported, and no states. Those that decode token by token
-are made by `mq_ao.quantize(model, batches, backend="executorch").lower()`.
+Such a program has one method, `forward`, of the sizes that are exported, and no states. Those that decode token by
+token are made by `mq_ao.quantize(model, batches, backend="executorch").lower()`.
 """
 
 from __future__ import annotations
