@@ -1,7 +1,7 @@
 // Integer matrix product for linear layers: activations of unsigned bytes, signed weights of 8 or 4 bits, exact 32-bit
 // sums, float32 epilogue. No torch types and no threads: the caller hands out the parts of a `Plan`.
 //
-// A tile of the output (6 rows of 64 columns with AVX-512, 32 with AMX) stays in registers over all inputs, or over one
+// A tile of the output (6 rows of 64 columns with AVX-512, 32 with AMX, 6 of 16 with AVX2) stays in registers over all inputs, or over one
 // group of them where groups have scales of their own. There is no other blocking over inputs: a panel of 5120 inputs still fits
 // the second-level cache. For few rows, weights of 4 bits are taken apart in registers; for many, and by instruction
 // sets without that kernel, a panel is expanded to bytes once, and used while it is in the cache.
@@ -160,7 +160,7 @@ inline constexpr auto kAsIs = [](Vec y) { return y; };
 // One tile of LANES vectors of outputs, whose weights begin at `weights`.
 template <int LANES>
 inline void tile(const Activations& x, const Linear& w, const Weights& weights, const Output& out, const Tile& at) {
-  constexpr int64_t kMost = (amx::kPresent ? 3 * amx::kRows : std::max(Dot::kRows, 3)) * kPanel;
+  constexpr int64_t kMost = (amx::kPresent ? 3 * amx::kRows : std::max<int64_t>(Dot::kRows, wide::kRows)) * kPanel;
   alignas(64) int32_t sums[kMost];
   alignas(64) float partial[kMost];
   const Layout& l = w.layout;
@@ -168,6 +168,10 @@ inline void tile(const Activations& x, const Linear& w, const Weights& weights, 
   const uint8_t* rows = x.data + at.row * x.planes * x.stride;
   const auto dot = [&](int64_t g) {
     const int64_t begin = g * group, end = std::min(depth, begin + group);
+    if (wide::kPresent && weights.wide) {
+      const int64_t first = (at.row - weights.first_row) * x.planes;
+      return wide::dot_rows(*weights.wide, at.rows * x.planes, first, at.column % kPanel, begin, end, sums);
+    }
     const Weights from{weights.data + begin / 4 * weights.step, weights.step, weights.nibbles};
     if (at.rows >= amx::kRows) {
       return amx::dot_rows(at.rows * x.planes, LANES, rows + begin, x.stride, from.data, from.step, end - begin, sums);
@@ -245,10 +249,42 @@ class Expanded {
 // panel costs as much as half a strip of rows.
 inline constexpr int64_t kMostDirectStrips = 4;
 
+// Several rows in 16 bits; see `block`.
+inline void wide_block(const Activations& x, const Linear& w, const Output& out, int64_t row, int64_t row_end,
+                       int64_t column, int64_t column_end) {
+  const Layout& l = w.layout;
+  const int64_t together = std::max<int64_t>(1, wide::kRows / x.planes);
+  // So many activations stay in the second-level cache while the weights pass.
+  const int64_t most = std::max<int64_t>(4 * together, (128 << 10) / (l.depth() * x.planes));
+  const int64_t blocks = (row_end - row + most - 1) / most;
+  wide::Operands operands(std::min(most, row_end - row) * x.planes, l.depth());
+  Expanded expanded;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t begin = cut(row, row_end, i, blocks), end = cut(row, row_end, i + 1, blocks);
+    const int64_t strips = (end - begin + together - 1) / together;
+    operands.take_rows(x.data + begin * x.planes * x.stride, x.stride, (end - begin) * x.planes);
+    for (int64_t n = column, first; n < column_end; n = std::min(column_end, first + kPanel)) {
+      first = n / kPanel * kPanel;
+      const Weights panel = l.bits == 4 ? expanded(w, first) : Weights{w.packed + l.panel(first), 4 * l.width(first), false};
+      operands.take_panel(panel.data, panel.step);
+      const Weights weights{nullptr, 0, false, &operands, begin};
+      for (int64_t at = n; at < std::min(column_end, first + kPanel); at += kLane) {
+        for (int64_t s = 0; s < strips; ++s) {
+          const int64_t from = cut(begin, end, s, strips);
+          tile<1>(x, w, weights, out, {from, cut(begin, end, s + 1, strips) - from, at});
+        }
+      }
+    }
+  }
+}
+
 // Rows [row, row_end) of columns [column, column_end); `column` is a multiple of the layout's unit.
 inline void block(const Activations& x, const Linear& w, const Output& out, int64_t row, int64_t row_end,
                   int64_t column, int64_t column_end) {
   const Layout& l = w.layout;
+  if (wide::kPresent && (row_end - row) * x.planes >= wide::few(l.bits)) {
+    return wide_block(x, w, out, row, row_end, column, column_end);
+  }
   const int64_t together = tile_rows(x.planes);
   // So many activations stay in the second-level cache while the panels pass.
   const int64_t most = std::max<int64_t>(4 * together, (256 << 10) / (l.depth() * x.planes));
@@ -282,9 +318,10 @@ struct Plan {
   int64_t parts() const { return rows * columns; }
 };
 
-// Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second, 2 T by AMX.
+// Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second, 2 T by AMX,
+// 0.1 T in 16 bits.
 inline double cost(int64_t m, int64_t n, const Layout& l) {
-  const double bytes = static_cast<double>(l.bits) / 8, rate = amx::allowed() && m >= amx::kRows ? 2000 : 500;
+  const double bytes = static_cast<double>(l.bits) / 8, rate = amx::allowed() && m >= amx::kRows ? 2000 : wide::kPresent ? 100 : 500;
   return static_cast<double>(n) * static_cast<double>(l.k) * (bytes / 40 + static_cast<double>(m) / rate);
 }
 

@@ -2,9 +2,11 @@
 // instruction set. Every variant is exact: sums have 32 bits and no step saturates.
 //
 // A variant gives
-//   kRows, kLanes  largest tile whose sums fit the registers: rows, and groups of 16 columns (`kLanes` is 1 or 4);
+//   kRows, kLanes  largest tile: rows, and groups of 16 columns (`kLanes` is 1 or 4);
+//   kSums          so many sums of 16 columns fit the registers; of more rows, fewer columns are summed at a time;
 //   kOffset        what it subtracts from each activation (128 where the instruction wants signed bytes);
 //   kNibbles       whether it also takes weights of 4 bits as they are packed; others need `expand_panel` first;
+//   kNibbleShift   such weights, and the sums, are multiplied by two to this power;
 //   Activation, Weights, Sum, and the functions on them.
 #pragma once
 
@@ -30,7 +32,7 @@ inline int32_t load_word(const void* p) {
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 
 struct Dot {
-  static constexpr int kRows = 6, kLanes = 4, kOffset = 0;
+  static constexpr int kRows = 6, kLanes = 4, kSums = 24, kOffset = 0, kNibbleShift = 4;
   static constexpr bool kNibbles = true;
   using Activation = __m512i;
   using Weights = __m512i;
@@ -50,13 +52,14 @@ struct Dot {
     w[1] = Weights(words & 0xf0f0);
   }
   static void dot(Sum& sum, const Activation& a, const Weights& w) { sum = _mm512_dpbusd_epi32(sum, a, w); }
+  static void dot_nibbles(Sum& sum, const Activation& a, const Weights& w) { dot(sum, a, w); }
   static void store(const Sum& sum, int32_t* p) { _mm512_store_si512(p, sum); }
 };
 
 #elif defined(__AVXVNNI__)
 
 struct Dot {
-  static constexpr int kRows = 6, kLanes = 1, kOffset = 0;
+  static constexpr int kRows = 6, kLanes = 1, kSums = 6, kOffset = 0;
   static constexpr bool kNibbles = false;
   using Activation = __m256i;
   struct Weights {
@@ -77,45 +80,57 @@ struct Dot {
 
 #elif defined(__AVX2__)
 
-// maddubs saturates, so both factors are widened to 16 bits; each column then has two partial sums until `store`.
+// maddubs sums two products in 16 bits and saturates: with 7 bits of an activation, and with the eighth, it cannot.
 struct Dot {
-  static constexpr int kRows = 2, kLanes = 1, kOffset = 0;
-  static constexpr bool kNibbles = false;
-  using Activation = __m256i;
+  static constexpr int kRows = 2, kLanes = 4, kSums = 4, kOffset = 0, kNibbleShift = 0;
+  static constexpr bool kNibbles = true;
+  struct Activation {
+    __m256i all, low, high;
+  };
   struct Weights {
-    __m256i part[4];
+    __m256i part[2];
   };
   using Sum = Weights;
-  static Sum zero() {
-    const __m256i z = _mm256_setzero_si256();
-    return {{z, z, z, z}};
-  }
+  static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static Activation load_activation(const uint8_t* p) {
-    return _mm256_broadcastq_epi64(_mm_cvtepu8_epi16(_mm_cvtsi32_si128(load_word(p))));
+    const __m256i a = _mm256_set1_epi32(load_word(p)), top = _mm256_set1_epi8(-128);
+    return {a, _mm256_andnot_si256(top, a), _mm256_and_si256(top, a)};
   }
   static Weights load_weights(const int8_t* p) {
-    Weights w;
-    for (int i = 0; i < 4; ++i) {
-      w.part[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+    auto* v = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+  }
+  static void load_nibbles(const int8_t* p, Weights* w) {
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int i = 0; i < 2; ++i) {
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+      w[0].part[i] = _mm256_shuffle_epi8(values, _mm256_and_si256(both, mask));
+      w[1].part[i] = _mm256_shuffle_epi8(values, _mm256_and_si256(_mm256_srli_epi16(both, 4), mask));
     }
-    return w;
+  }
+  // Products of 4 bits do not saturate.
+  static void dot_nibbles(Sum& sum, const Activation& a, const Weights& w) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i pairs = _mm256_maddubs_epi16(a.all, w.part[i]);
+      sum.part[i] = _mm256_add_epi32(sum.part[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
   }
   static void dot(Sum& sum, const Activation& a, const Weights& w) {
-    for (int i = 0; i < 4; ++i) sum.part[i] = _mm256_add_epi32(sum.part[i], _mm256_madd_epi16(a, w.part[i]));
-  }
-  static void store(const Sum& sum, int32_t* p) {
+    const __m256i ones = _mm256_set1_epi16(1);
     for (int i = 0; i < 2; ++i) {
-      // hadd works within 128-bit halves: columns come out as 0 1 4 5 | 2 3 6 7.
-      const __m256i pairs = _mm256_hadd_epi32(sum.part[2 * i], sum.part[2 * i + 1]);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(p) + i, _mm256_permute4x64_epi64(pairs, 0xd8));
+      const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(a.low, w.part[i]), ones);
+      const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(a.high, w.part[i]), ones);
+      sum.part[i] = _mm256_add_epi32(sum.part[i], _mm256_add_epi32(low, high));
     }
   }
+  static void store(const Sum& sum, int32_t* p) { std::memcpy(p, &sum, sizeof sum); }
 };
 
 #elif defined(__ARM_FEATURE_DOTPROD)
 
 struct Dot {
-  static constexpr int kRows = 6, kLanes = 1, kOffset = 128;
+  static constexpr int kRows = 6, kLanes = 1, kSums = 6, kOffset = 128;
   static constexpr bool kNibbles = false;
   using Activation = int8x16_t;
   using Weights = int8x16x4_t;
@@ -140,7 +155,7 @@ struct Dot {
 
 // 64 partial sums that any compiler vectorises; every product fits in 16 bits, which is what vector units multiply.
 struct Dot {
-  static constexpr int kRows = 1, kLanes = 1, kOffset = 0;
+  static constexpr int kRows = 1, kLanes = 1, kSums = 1, kOffset = 0;
   static constexpr bool kNibbles = false;
   struct Activation {
     int16_t value[64];

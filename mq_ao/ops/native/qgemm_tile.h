@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "qgemm_dot.h"
+#include "qgemm_wide.h"
 
 namespace mq_ao::qgemm {
 
@@ -13,6 +14,8 @@ struct Weights {
   const int8_t* data;
   int64_t step;  // bytes from 4 inputs to the next 4
   bool nibbles;
+  const wide::Operands* wide = nullptr;  // these weights, and all rows of a block from `first_row` on, in 16 bits
+  int64_t first_row = 0;
 };
 
 // ROWS rows of `depth` inputs, `stride` bytes apart; sums lie kPanel apart. The sums stay in registers throughout.
@@ -46,7 +49,13 @@ __attribute__((noinline)) void dot_tile(const uint8_t* x, int64_t stride, const 
     for (int m = 0; m < ROWS; ++m) {
       const typename D::Activation a = D::load_activation(rows[m] + k);
 #pragma GCC unroll 4
-      for (int v = 0; v < LANES; ++v) D::dot(sum[m][v], a, b[v]);
+      for (int v = 0; v < LANES; ++v) {
+        if constexpr (NIBBLES) {
+          D::dot_nibbles(sum[m][v], a, b[v]);
+        } else {
+          D::dot(sum[m][v], a, b[v]);
+        }
+      }
     }
   }
 #pragma GCC unroll 8
@@ -56,25 +65,38 @@ __attribute__((noinline)) void dot_tile(const uint8_t* x, int64_t stride, const 
   }
 }
 
-// Weights in nibbles are used times 16. Not in `dot_tile`: GCC would spill inside its loop.
-template <int ROWS, int LANES>
-inline void dot_nibbles(const uint8_t* x, int64_t stride, const Weights& w, int64_t depth, int32_t* sums) {
-  dot_tile<ROWS, LANES, true>(x, stride, w.data, w.step, depth, sums);
-  for (int i = 0; i < ROWS * kPanel; ++i) sums[i] >>= 4;
+// The shift is not in `dot_tile`: GCC would spill inside its loop.
+template <int ROWS, int LANES, typename D = Dot>
+inline void dot_nibbles(const uint8_t* x, int64_t stride, const int8_t* weights, int64_t step, int64_t depth,
+                        int32_t* sums) {
+  dot_tile<ROWS, LANES, true>(x, stride, weights, step, depth, sums);
+  if constexpr (D::kNibbleShift) {
+    for (int i = 0; i < ROWS * kPanel; ++i) sums[i] >>= D::kNibbleShift;
+  }
 }
 
 template <int ROWS>
 inline void dot_lanes(int lanes, const uint8_t* x, int64_t stride, const Weights& w, int64_t depth, int32_t* sums) {
   if constexpr (Dot::kNibbles) {
-    if (w.nibbles && lanes > 2) return dot_nibbles<ROWS, 4>(x, stride, w, depth, sums);
-    if (w.nibbles) return dot_nibbles<ROWS, 2>(x, stride, w, depth, sums);
+    if (w.nibbles && lanes > 2) {
+      if constexpr (Dot::kSums >= 4 * ROWS) return dot_nibbles<ROWS, 4>(x, stride, w.data, w.step, depth, sums);
+      dot_nibbles<ROWS, 2>(x, stride, w.data + 64, w.step, depth, sums + 2 * kLane);
+    }
+    if (w.nibbles) return dot_nibbles<ROWS, 2>(x, stride, w.data, w.step, depth, sums);
   }
+  const int8_t* data = w.data;
   if constexpr (Dot::kLanes == 4) {
-    if (lanes == 4) return dot_tile<ROWS, 4, false>(x, stride, w.data, w.step, depth, sums);
-    if (lanes == 3) return dot_tile<ROWS, 3, false>(x, stride, w.data, w.step, depth, sums);
-    if (lanes == 2) return dot_tile<ROWS, 2, false>(x, stride, w.data, w.step, depth, sums);
+    constexpr int kMost = std::min(4, Dot::kSums / ROWS);
+    for (; lanes > kMost; lanes -= kMost, data += 4 * kLane * kMost, sums += kLane * kMost) {
+      dot_tile<ROWS, kMost, false>(x, stride, data, w.step, depth, sums);
+    }
+    if constexpr (kMost == 4) {
+      if (lanes == 4) return dot_tile<ROWS, 4, false>(x, stride, data, w.step, depth, sums);
+      if (lanes == 3) return dot_tile<ROWS, 3, false>(x, stride, data, w.step, depth, sums);
+    }
+    if (lanes == 2) return dot_tile<ROWS, 2, false>(x, stride, data, w.step, depth, sums);
   }
-  dot_tile<ROWS, 1, false>(x, stride, w.data, w.step, depth, sums);
+  dot_tile<ROWS, 1, false>(x, stride, data, w.step, depth, sums);
 }
 
 // Any number of rows, as many at once as the registers hold.
