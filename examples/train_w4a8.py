@@ -52,7 +52,7 @@ def main(
         held_out = demo.HELDOUT.read_bytes()
         exact = bits_per_byte(model, held_out)
         before = bits_per_byte(trainable.convert().lower(), held_out)
-    train(trainable, model, Batches(collect().modules, length, batch, seed), steps, learning_rate, scale_rate)
+    train(trainable, model, Batches(collect().train, length, batch, seed), steps, learning_rate, scale_rate)
     with step("converting, compiling and measuring"):
         program = trainable.convert().lower()
         after = bits_per_byte(program, held_out)

@@ -19,7 +19,7 @@ from mq_ao.files import replacing
 INFO = "mq_ao.json"
 """Name of the extra file in an archive."""
 
-_DAMAGE = (
+DAMAGE = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, EOFError, OSError),
     # Of names, offsets, flags and methods that were hit:
     *(LookupError, TypeError, ValueError, OverflowError, RuntimeError),
@@ -49,7 +49,7 @@ def read_info(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
             with zipfile.ZipFile(file) as archive:
                 info = dict(json.loads(archive.read(f"{root(archive)}/extra/{INFO}")))
                 damaged = archive.testzip()
-        except _DAMAGE:
+        except DAMAGE:
             raise MqAoError(f"{path} is not a program saved by mq_ao: make one with `mq-ao quantize`.") from None
     if damaged is not None:
         raise MqAoError(f"{path} is damaged at {damaged}: copy or make it again.")

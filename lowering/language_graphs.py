@@ -19,8 +19,6 @@ from mq_ao.models.states import State, States
 
 aten = torch.ops.aten
 POSITIONS = "positions"
-INNER = "graph_module."
-"""What `export` puts before the names of a graph's weights."""
 qd = torch.ops.quantized_decomposed
 _QUANTIZE = frozenset(
     {

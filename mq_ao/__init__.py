@@ -16,14 +16,14 @@ from mq_ao.version import __version__
 __all__ = ["MqAoError", "__version__", "export", "load", "prepare_qat", "quantize"]
 
 if TYPE_CHECKING:
-    from mq_ao.api import load as load
     from mq_ao.api import prepare_qat as prepare_qat
     from mq_ao.api import quantize as quantize
     from mq_ao.capture import export as export
+    from mq_ao.loading import load as load
 
 find_packages_beside()
 
-_HOMES = {"export": "mq_ao.capture", "load": "mq_ao.api", "prepare_qat": "mq_ao.api", "quantize": "mq_ao.api"}
+_HOMES = {"export": "mq_ao.capture", "load": "mq_ao.loading", "prepare_qat": "mq_ao.api", "quantize": "mq_ao.api"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`quantize` and `load`: the whole walk from a float model to a quantized program."""
+"""`quantize`: the whole walk from a float model to a quantized program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from mq_ao import models, passes
 from mq_ao import tokenizer as tokenizers
-from mq_ao.backends import BACKENDS, backend_of, get_backend
+from mq_ao.backends import get_backend
 from mq_ao.calibration import Calibration, calibrate
 from mq_ao.calibration.calls import Call
 from mq_ao.calibration.graph_inputs import tokens
@@ -286,21 +286,6 @@ def compile_float(model: nn.Module, backend: str = "inductor", options: Any = No
     with in_float32(model):
         graph = _stateful(model)
         return lowering.lower_float(graph, {"recipe": dtype, **_info(model, graph)}, options)
-
-
-def load(path: str | Path) -> LanguageProgram | Any:
-    """Loads a program that `save` wrote: `.pt2` (inductor), `.pte` (executorch) or `.ptc` (cuda).
-
-    A program for cuda runs on the GPU if there is one, else on the CPU, slowly; `mq_ao.lowering.cuda.load` can choose.
-
-    Raises:
-        MqAoError: the file is missing, damaged, not ours, or of another version.
-    """
-    backend = backend_of(path)
-    if backend is None:
-        suffixes = ", ".join(item.suffix for item in BACKENDS.values())
-        raise MqAoError(f"{path} is not a program saved by mq_ao: those end in {suffixes}.")
-    return backend.lowering.load(path)
 
 
 def _opened(model: nn.Module | ExportedProgram | str | Path) -> nn.Module:

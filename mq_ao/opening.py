@@ -183,7 +183,7 @@ def open_any(source: str, tokenizer: str | None = None, *, states: bool = False,
     if backend_of(source) is INDUCTOR:
         ready_kernels(step)
     with step(f"loading {source}"):
-        from mq_ao.api import load
+        from mq_ao.loading import load
         from mq_ao.models.program_interface import is_language_program
 
         program = load(source)

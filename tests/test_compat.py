@@ -21,7 +21,8 @@ from torch.export import Dim
 from mq_ao.compat import compiling, graph_constants, trees
 from mq_ao.compat.executorch import deserialize_pte_binary
 from mq_ao.compat.observers import AffineQuantizedPlaceholderObserver
-from mq_ao.compat.tracing import REFUSALS, FakeTensorMode, is_fake, parse_schema, size_checks, size_guards
+from mq_ao.compat.operators import is_fake, parse_schema
+from mq_ao.compat.tracing import REFUSALS, FakeTensorMode, size_checks, size_guards
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchao", "executorch", "transformers", "mamba_ssm")

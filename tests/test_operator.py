@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mq_ao import MqAoError
-from mq_ao.compat.tracing import TorchDispatchMode
+from mq_ao.compat.operators import TorchDispatchMode
 from mq_ao.ops import linear_packed, linear_packed_weight_only, packing
 from mq_ao.ops.gate import gate
 from mq_ao.ops.hadamard import hadamard

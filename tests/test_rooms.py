@@ -32,21 +32,22 @@ MAY_IMPORT = {
     "evaluate": "models text",
     "checkout": "",
     "scoring": "models",
-    "opening": "ops models lowering api text",
+    "opening": "ops models lowering api loading text",
     "writing": "models opening text",
     "serving": "models opening text writing",
     "integrations": f"{GRAPHS} models capture lowering recipe recipes quantized api "
-    "evaluate opening scoring text writing",
+    "evaluate loading opening scoring text writing",
     "quantized": "models lowering report",
     "prepared": "report quantized",
     "training": "ops graph quantizer lowering prepared quantized",
     "api": f"{GRAPHS} models capture calibration lowering recipes report quantized prepared training",
-    "mq_ao": "api capture checkout",
+    "loading": "models lowering",
+    "mq_ao": "api capture checkout loading",
     "roofline": f"{GRAPHS} models calibration lowering recipes api",
     "ablation": f"{GRAPHS} models recipes api evaluate text",
-    "bench": "ops models lowering recipes api text",
+    "bench": "ops models lowering loading recipes api text",
     "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline ablation bench "
-    "opening writing integrations serving",
+    "loading opening writing integrations serving",
     "__main__": "cli",
 }
 """What else every other room, a folder or a file of `mq_ao`, may import; "mq_ao" is the package's own `__init__`."""

@@ -19,6 +19,7 @@ import transformers
 from mq_ao import MqAoError, api
 from mq_ao.integrations.transformers import MambaQuantConfig
 from mq_ao.integrations.transformers_model import GRAPH
+from mq_ao.loading import load
 from mq_ao.lowering import portable
 from mq_ao.lowering.inductor import rebuild
 from mq_ao.models.generate import generate
@@ -125,7 +126,7 @@ def test_it_is_compiled_once_on_a_machine(
     assert sum(tensor.nbytes for tensor in read if tensor.data_ptr() not in own) < 1000
     # And it is a program as any other, that can be saved.
     again.integers.program.save(tmp_path / "program.pt2")
-    assert torch.equal(api.load(tmp_path / "program.pt2")(ids)[0], logits)
+    assert torch.equal(load(tmp_path / "program.pt2")(ids)[0], logits)
     torch.testing.assert_close(logits, opened(saved)(ids).logits, rtol=0.0, atol=0.05)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from mq_ao.lowering.inductor.kernels import KERNELS
-from mq_ao.lowering.inductor.lower import compiled, compiled_float, lower, lower_float, portable, rewrite
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
-from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS
+
+if TYPE_CHECKING:
+    from mq_ao.lowering.inductor.build import compiled, compiled_float, lower, lower_float, portable, rewrite
+    from mq_ao.lowering.inductor.kernels import KERNELS
+    from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS
 
 __all__ = [
     "INTEGER_KERNELS",
@@ -20,3 +25,12 @@ __all__ = [
     "portable",
     "rewrite",
 ]
+
+_HOMES = {"INTEGER_KERNELS": "rewriter", "KERNELS": "kernels"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loading a program should not wait for what makes one: quantizer, torchao and Inductor take seconds to import.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'build')}"), name)

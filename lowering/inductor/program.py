@@ -59,7 +59,7 @@ class InductorProgram(_Packaged, StatefulProgram):
 
     def run(self, name: str, *inputs: Tensor) -> Sequence[Tensor]:
         """See `StatefulProgram.run`."""
-        return self._package.run(name, *inputs)
+        return self._package.programs[name](inputs)
 
 
 class InductorModule(_Packaged, ModuleProgram):
@@ -75,7 +75,7 @@ class InductorModule(_Packaged, ModuleProgram):
 
     def run(self, *inputs: Tensor) -> Sequence[Tensor]:
         """See `ModuleProgram.run`."""
-        return self._package.run("forward", *inputs)
+        return self._package.programs["forward"](inputs)
 
 
 def load(path: str | Path) -> InductorProgram | InductorModule:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mq_ao.errors import MqAoError
-from mq_ao.lowering.inductor import package
+from mq_ao.lowering.inductor import package, packaging
 from mq_ao.lowering.inductor.program import InductorProgram
 from mq_ao.lowering.portable import Portable
 from mq_ao.lowering.prefill_decode import both
@@ -32,7 +32,7 @@ def program(graph: Portable) -> InductorProgram:
         logger.warning("compiling for this machine, once: this takes a minute or some (%s)", path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            package.write(path, both(graph.module, graph.states), graph.info, apart=graph.weights.keys())
+            packaging.write(path, both(graph.module, graph.states), graph.info, apart=graph.weights.keys())
         except OSError as error:
             raise MqAoError(f"the compiled program cannot be kept at {path} ({error}): set MQ_AO_CACHE.") from error
     loaded = package.read(path, graph.weights)

@@ -261,7 +261,7 @@ def _opener(spec: Spec) -> Callable[[], Any]:
 
         return lambda: Llama(spec.path, spec.threads, spec.longest)
     if spec.kind is Kind.PROGRAM:
-        from mq_ao.api import load
+        from mq_ao.loading import load
         from mq_ao.lowering.executorch import set_threads
 
         if backend_of(spec.path) is EXECUTORCH:

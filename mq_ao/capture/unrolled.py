@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mq_ao.capture import frames
-from mq_ao.compat.tracing import TorchDispatchMode
+from mq_ao.compat.operators import TorchDispatchMode
 from mq_ao.compat.trees import tree_leaves, tree_map
 from mq_ao.errors import MqAoError
 

@@ -59,6 +59,7 @@ def demo(
     with step("starting"):
         from mq_ao import api
         from mq_ao.evaluate import compare
+        from mq_ao.loading import load
         from mq_ao.models import MambaLM
         from mq_ao.models import demo as bundled
         from mq_ao.recipes import get_recipe
@@ -76,7 +77,7 @@ def demo(
             programs.append(quantized.lower("inductor"))
     err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
     programs[-1].save(output)
-    programs[-1] = api.load(output)
+    programs[-1] = load(output)
     text = read_tokens(bundled.HELDOUT, BYTE_VOCABULARY, ByteCodec())
     with bar(f"evaluating {text.predicted} held-out bytes", text.predicted * len(recipes)) as advance:
         comparisons = [compare(programs[0], program, text, progress=advance) for program in programs[1:]]

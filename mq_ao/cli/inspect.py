@@ -69,7 +69,7 @@ def _program(path: Path) -> None:
     from rich.table import Table
 
     with step(f"loading {path}"):
-        from mq_ao.api import load
+        from mq_ao.loading import load
 
         program = load(path)
     console = out()

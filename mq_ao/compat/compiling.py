@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch._inductor import aot_compile
 from torch._inductor.constant_folding import constant_fold
+from torch.export.pt2_archive._package import package_pt2
 
-__all__ = ["aot_compile", "constant_fold", "dynamo_settings", "inductor_settings", "keep_address"]
+__all__ = ["aot_compile", "constant_fold", "dynamo_settings", "inductor_settings", "keep_address", "package_pt2"]
 
 
 def inductor_settings(**values: Any) -> Any:

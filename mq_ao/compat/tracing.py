@@ -1,29 +1,18 @@
-"""What tracing is made of: tensors without values, modes that see every operator, sizes that are known, its errors."""
+"""What tracing is made of: tensors without values, sizes that are known, its errors. It takes seconds to import."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
 from torch._dynamo.exc import Unsupported, UserError
 from torch._export.verifier import SpecViolationError
-from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
-from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "REFUSALS",
     "FakeTensorMode",
-    "OpOverload",
-    "OpOverloadPacket",
     "SpecViolationError",
-    "TorchDispatchMode",
-    "is_fake",
-    "parse_schema",
     "size_checks",
     "size_guards",
     "statically_known_true",
@@ -31,16 +20,6 @@ __all__ = [
 
 REFUSALS = (UserError, Unsupported, GuardOnDataDependentSymNode)
 """What torch.export raises where a model cannot be captured as it is written. They have no public base class."""
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no values, as while a model is traced."""
-    return isinstance(tensor, FakeTensor)
-
-
-def parse_schema(text: str) -> Any:
-    """A schema such as "mq_ao::f(Tensor x) -> Tensor", with its arguments, defaults and aliases."""
-    return torch._C.parse_schema(text)
 
 
 def size_checks(module: GraphModule) -> list[Node]:

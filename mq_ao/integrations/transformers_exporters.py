@@ -45,7 +45,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from mq_ao.api import load, quantize
+from mq_ao.api import quantize
+from mq_ao.loading import load
 from mq_ao.quantized import QuantizedModel
 from mq_ao.recipes import Recipe, get_recipe
 

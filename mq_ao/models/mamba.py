@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mq_ao.ops  # noqa: F401  (registers torch.ops.mq_ao)
-from mq_ao.compat.tracing import is_fake
+from mq_ao.compat.operators import is_fake
 from mq_ao.models import pretrained
 from mq_ao.models.config import Mamba2Config, MambaConfig
 from mq_ao.models.generate import Sampling, generate

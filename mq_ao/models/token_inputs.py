@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.arrays import as_tensor
-from mq_ao.compat.tracing import is_fake
+from mq_ao.compat.operators import is_fake
 from mq_ao.errors import MqAoError
 
 _INTEGERS = frozenset(

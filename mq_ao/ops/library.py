@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import SymBool
 
-from mq_ao.compat.tracing import parse_schema
+from mq_ao.compat.operators import parse_schema
 from mq_ao.errors import MqAoError
 from mq_ao.ops.native import build
 

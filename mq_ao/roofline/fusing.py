@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mq_ao.compat.tracing import OpOverload, OpOverloadPacket
+from mq_ao.compat.operators import OpOverload, OpOverloadPacket
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.lowering.cuda.compiled import summed

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 import mq_ao.ops
 from mq_ao.backends import INDUCTOR
 from mq_ao.compat.compiling import inductor_settings
-from mq_ao.lowering.inductor import package
+from mq_ao.lowering.inductor import packaging
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
 from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
@@ -141,7 +141,7 @@ def _write(programs: Mapping[str, ExportedProgram], info: Mapping[str, Any]) -> 
     folder = tempfile.mkdtemp(prefix="mq_ao_")
     path = Path(folder) / "program.pt2"
     try:
-        package.write(path, programs, info)
+        packaging.write(path, programs, info)
         program = load(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
