@@ -262,11 +262,11 @@ def _opener(spec: Spec) -> Callable[[], Any]:
         return lambda: Llama(spec.path, spec.threads, spec.longest)
     if spec.kind is Kind.PROGRAM:
         from mq_ao.loading import load
-        from mq_ao.lowering.executorch import set_threads
 
         if backend_of(spec.path) is EXECUTORCH:
-            set_threads(spec.threads)
+            from mq_ao.lowering.executorch import set_threads
 
+            set_threads(spec.threads)
         return lambda: contender.Program(load(spec.path))
     from mq_ao import models
 
