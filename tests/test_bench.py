@@ -81,16 +81,18 @@ def test_gguf(tmp_path: Path, changes: dict[str, Any]) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
     from mq_ao.bench.gguf_writer import write_f32
-    from mq_ao.bench.peer_llama import Llama, quantize_q8_0
+    from mq_ao.bench.peer_llama import Llama, quantize
 
     model = random_model(**changes)
     write_f32(model, tmp_path / "f32.gguf")
-    quantize_q8_0(tmp_path / "f32.gguf", tmp_path / "q8_0.gguf", threads=2)
+    for kind in ("Q8_0", "Q4_0"):
+        quantize(tmp_path / "f32.gguf", tmp_path / f"{kind}.gguf", kind, threads=2)
     full = Llama(tmp_path / "f32.gguf", threads=2, longest=64)
-    small = Llama(tmp_path / "q8_0.gguf", threads=2, longest=64)
+    small, smaller = (Llama(tmp_path / f"{kind}.gguf", threads=2, longest=64) for kind in ("Q8_0", "Q4_0"))
     check(full, model, 1e-5)
     check(small, model, 0.1)  # 8-bit weights and activations
-    assert full.weight_bytes > 2 * small.weight_bytes
+    check(smaller, model, 0.5)  # 4-bit weights of a random model
+    assert full.weight_bytes > 2 * small.weight_bytes > 2 * smaller.weight_bytes
 
 
 def test_gguf_refuses_what_llama_cannot_compute(tmp_path: Path) -> None:
@@ -104,13 +106,13 @@ def test_gguf_refuses_what_llama_cannot_compute(tmp_path: Path) -> None:
 
 def test_llama_refuses_a_broken_file(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from mq_ao.bench.peer_llama import Llama, quantize_q8_0
+    from mq_ao.bench.peer_llama import Llama, quantize
 
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and no more")
     with pytest.raises(MqAoError, match=r"could not load broken\.gguf"):
         Llama(tmp_path / "broken.gguf", threads=1, longest=8)
     with pytest.raises(MqAoError, match="could not quantize"):
-        quantize_q8_0(tmp_path / "broken.gguf", tmp_path / "q8_0.gguf", threads=1)
+        quantize(tmp_path / "broken.gguf", tmp_path / "q8_0.gguf", "Q8_0", threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,16 @@ llama_cpp.llama_log_set(_ignore, ctypes.c_void_p(0))
 llama_cpp.llama_backend_init()
 
 
-def quantize_q8_0(source: Path, path: Path, threads: int) -> None:
-    """Quantizes a float GGUF file to Q8_0 with llama.cpp's own quantizer.
+_TYPES = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
+
+
+def quantize(source: Path, path: Path, kind: str, threads: int) -> None:
+    """Quantizes a float GGUF file with llama.cpp's own quantizer.
 
     Args:
         source: file of `gguf_writer.write_f32`.
         path: file to write.
+        kind: "Q8_0" or "Q4_0": 8 or 4 bits in groups of 32.
         threads: threads to use.
 
     Raises:
@@ -36,9 +40,9 @@ def quantize_q8_0(source: Path, path: Path, threads: int) -> None:
     """
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = threads
-    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    params.ftype = _TYPES[kind]
     if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params)) != 0:
-        raise MqAoError("llama.cpp could not quantize this model to Q8_0: run the bench without --peers llama.cpp.")
+        raise MqAoError(f"llama.cpp could not quantize this model to {kind}: run the bench without --peers llama.cpp.")
 
 
 class Llama:

@@ -162,12 +162,19 @@ def prepare(
     if Peer.TRANSFORMERS in peers:
         add(TRANSFORMERS_EAGER, Kind.TRANSFORMERS, folder / "model")
     if Peer.LLAMA in peers:
-        from mq_ao.bench.peer_llama import quantize_q8_0
+        from mq_ao.bench.peer_llama import quantize
 
         assert isinstance(model, MambaLM), "the others were refused"
+        kinds = ["Q8_0", *(["Q4_0"] if any(map(_has_four_bits, recipes)) else [])]
         with step("writing GGUF files"):
-            write_f32(model, folder / "f32.gguf")
-            quantize_q8_0(folder / "f32.gguf", folder / "q8_0.gguf", threads)
-        add("llama.cpp F32", Kind.LLAMA, folder / "f32.gguf")
-        add("llama.cpp Q8_0", Kind.LLAMA, folder / "q8_0.gguf")
+            write_f32(model, folder / "F32.gguf")
+            for kind in kinds:
+                quantize(folder / "F32.gguf", folder / f"{kind}.gguf", kind, threads)
+        for kind in ("F32", *kinds):
+            add(f"llama.cpp {kind}", Kind.LLAMA, folder / f"{kind}.gguf")
     return specs
+
+
+def _has_four_bits(recipe: Recipe) -> bool:
+    """Whether some of the weights have 4 bits."""
+    return any(spec.bits == 4 for spec in recipe.scheme.roles.values())

@@ -90,11 +90,9 @@ inline void dot_lanes(int lanes, const uint8_t* x, int64_t stride, const Weights
     for (; lanes > kMost; lanes -= kMost, data += 4 * kLane * kMost, sums += kLane * kMost) {
       dot_tile<ROWS, kMost, false>(x, stride, data, w.step, depth, sums);
     }
-    if constexpr (kMost == 4) {
-      if (lanes == 4) return dot_tile<ROWS, 4, false>(x, stride, data, w.step, depth, sums);
-      if (lanes == 3) return dot_tile<ROWS, 3, false>(x, stride, data, w.step, depth, sums);
-    }
-    if (lanes == 2) return dot_tile<ROWS, 2, false>(x, stride, data, w.step, depth, sums);
+    if (lanes == 4) return dot_tile<ROWS, std::min(4, kMost), false>(x, stride, data, w.step, depth, sums);
+    if (lanes == 3) return dot_tile<ROWS, std::min(3, kMost), false>(x, stride, data, w.step, depth, sums);
+    if (lanes == 2) return dot_tile<ROWS, std::min(2, kMost), false>(x, stride, data, w.step, depth, sums);
   }
   dot_tile<ROWS, 1, false>(x, stride, data, w.step, depth, sums);
 }

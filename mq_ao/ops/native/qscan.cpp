@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> scan_states(
   Tensor last_state = at::empty({u.size(0), A.size(0), A.size(1)}, u.options());
   const ScanInputs<float> inputs = in.inputs<float>();
   const ScanTasks tasks{inputs.shape, kRangeBlocks * kLanes};
-  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+  TorchThreads{}(tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       states_task(inputs, tasks.task(i), all.data_ptr<float>(), last_state.data_ptr<float>());
   });

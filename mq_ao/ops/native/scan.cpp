@@ -53,7 +53,7 @@ Gradients selective_scan_backward(
         rows<const T>(grad), dlast.const_data_ptr<float>(), rows<T>(du), rows<T>(ddelta), dA.data_ptr<float>(),
         dD.data_ptr<float>(), dbias.data_ptr<float>(), dinit.data_ptr<float>(), dB.data_ptr<float>(),
         dC.data_ptr<float>()};
-    at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+    TorchThreads{}(tasks.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         GradientTask<T>(inputs, tasks.task(i), i % tasks.ranges(), out).run();
     });
