@@ -262,9 +262,9 @@ def refuses(ids: torch.Tensor) -> Any:
 def test_eval_of_programs_without_states(
     mq_ao: CommandLine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mq_ao import api
+    from mq_ao import loading
 
-    monkeypatch.setattr(api, "load", lambda path: Saved(Logits(load(folder))))
+    monkeypatch.setattr(loading, "load", lambda path: Saved(Logits(load(folder))))
     run = mq_ao("eval", tmp_path / "x.pt2", "--text", folder / "ids.npy", "--against", folder, "--json", "-")
     assert run.code == 0, run.err
     content = json.loads(run.out)
@@ -272,5 +272,5 @@ def test_eval_of_programs_without_states(
     assert content["models"][1]["tokens"] == 120
     assert "without states, and cannot generate yet" in error(mq_ao("generate", tmp_path / "x.pt2", "-p", "x"))
     for other in (refuses, lambda ids: ids, lambda ids: (ids,)):
-        monkeypatch.setattr(api, "load", lambda path, other=other: Saved(other))
+        monkeypatch.setattr(loading, "load", lambda path, other=other: Saved(other))
         assert "x.pt2 is a program of no language model" in error(mq_ao("eval", tmp_path / "x.pt2"))

@@ -1,10 +1,11 @@
 // Integer matrix product for linear layers: activations of unsigned bytes, signed weights of 8 or 4 bits, exact 32-bit
 // sums, float32 epilogue. No torch types and no threads: the caller hands out the parts of a `Plan`.
 //
-// A tile of the output (6 rows of 64 columns with AVX-512, 32 with AMX, 6 of 16 with AVX2) stays in registers over all inputs, or over one
-// group of them where groups have scales of their own. There is no other blocking over inputs: a panel of 5120 inputs still fits
-// the second-level cache. For few rows, weights of 4 bits are taken apart in registers; for many, and by instruction
-// sets without that kernel, a panel is expanded to bytes once, and used while it is in the cache.
+// A tile of the output (6 rows of 64 columns with AVX-512, 32 with AMX, 6 of 16 with AVX2) stays in registers over all
+// inputs, or over one group of them where groups have scales of their own. There is no other blocking over inputs: a
+// panel of 5120 inputs still fits the second-level cache. For few rows, weights of 4 bits are taken apart in registers;
+// for many, and by instruction sets without that kernel, a panel is expanded to bytes once, and used while it is in the
+// cache. With AVX2 alone, bytes of many rows are multiplied in 16 bits (qgemm_wide.h).
 #pragma once
 
 #include <algorithm>
@@ -204,17 +205,14 @@ inline void tile(const Activations& x, const Linear& w, const Weights& weights, 
 // Columns [column, end) of one panel, whose weights begin at `panel`, for the rows of one tile.
 inline void strip(const Activations& x, const Linear& w, const Weights& panel, const Output& out, int64_t row,
                   int64_t row_end, int64_t column, int64_t end) {
-  for (; column < end; column += kLane * Dot::kLanes) {
-    const Tile at{row, row_end - row, column};
-    const int64_t inside = column % kPanel * (panel.nibbles ? 2 : 4);
-    const Weights weights{panel.data + inside, panel.step, panel.nibbles};
-    if constexpr (Dot::kLanes == 4) {
-      const int64_t lanes = (end - column + kLane - 1) / kLane;
-      if (lanes > 3 || (lanes == 3 && panel.nibbles)) return tile<4>(x, w, weights, out, at);
-      if (lanes == 3) return tile<3>(x, w, weights, out, at);
-      if (lanes == 2 || panel.nibbles) return tile<2>(x, w, weights, out, at);
-    }
-    tile<1>(x, w, weights, out, at);
+  const Tile at{row, row_end - row, column};
+  const int64_t inside = column % kPanel * (panel.nibbles ? 2 : 4);
+  const Weights weights{panel.data + inside, panel.step, panel.nibbles};
+  switch ((end - column + kLane - 1) / kLane) {
+    case 1: return panel.nibbles ? tile<2>(x, w, weights, out, at) : tile<1>(x, w, weights, out, at);
+    case 2: return tile<2>(x, w, weights, out, at);
+    case 3: return panel.nibbles ? tile<4>(x, w, weights, out, at) : tile<3>(x, w, weights, out, at);
+    default: return tile<4>(x, w, weights, out, at);
   }
 }
 
@@ -265,7 +263,8 @@ inline void wide_block(const Activations& x, const Linear& w, const Output& out,
     operands.take_rows(x.data + begin * x.planes * x.stride, x.stride, (end - begin) * x.planes);
     for (int64_t n = column, first; n < column_end; n = std::min(column_end, first + kPanel)) {
       first = n / kPanel * kPanel;
-      const Weights panel = l.bits == 4 ? expanded(w, first) : Weights{w.packed + l.panel(first), 4 * l.width(first), false};
+      const Weights panel =
+          l.bits == 4 ? expanded(w, first) : Weights{w.packed + l.panel(first), 4 * l.width(first), false};
       operands.take_panel(panel.data, panel.step);
       const Weights weights{nullptr, 0, false, &operands, begin};
       for (int64_t at = n; at < std::min(column_end, first + kPanel); at += kLane) {
@@ -318,10 +317,11 @@ struct Plan {
   int64_t parts() const { return rows * columns; }
 };
 
-// Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second, 2 T by AMX,
-// 0.1 T in 16 bits.
+// Nanoseconds on one core: weights come from memory at some 40 GB/s, rows cost some 0.5 T products a second, 2 T by
+// AMX, 0.1 T in 16 bits.
 inline double cost(int64_t m, int64_t n, const Layout& l) {
-  const double bytes = static_cast<double>(l.bits) / 8, rate = amx::allowed() && m >= amx::kRows ? 2000 : wide::kPresent ? 100 : 500;
+  const double bytes = static_cast<double>(l.bits) / 8;
+  const double rate = amx::allowed() && m >= amx::kRows ? 2000 : wide::kPresent ? 100 : 500;
   return static_cast<double>(n) * static_cast<double>(l.k) * (bytes / 40 + static_cast<double>(m) / rate);
 }
 

@@ -2,8 +2,9 @@
 // instruction set. Every variant is exact: sums have 32 bits and no step saturates.
 //
 // A variant gives
-//   kRows, kLanes  largest tile: rows, and groups of 16 columns (`kLanes` is 1 or 4);
-//   kSums          so many sums of 16 columns fit the registers; of more rows, fewer columns are summed at a time;
+//   kRows          rows of the largest tile;
+//   kSums          so many sums of 16 columns fit the registers: of few rows, those of several groups of columns, so that
+//                  weights are read in the order in which they lie;
 //   kOffset        what it subtracts from each activation (128 where the instruction wants signed bytes);
 //   kNibbles       whether it also takes weights of 4 bits as they are packed; others need `expand_panel` first;
 //   kNibbleShift   such weights, and the sums, are multiplied by two to this power;
@@ -32,7 +33,7 @@ inline int32_t load_word(const void* p) {
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 
 struct Dot {
-  static constexpr int kRows = 6, kLanes = 4, kSums = 24, kOffset = 0, kNibbleShift = 4;
+  static constexpr int kRows = 6, kSums = 24, kOffset = 0, kNibbleShift = 4;
   static constexpr bool kNibbles = true;
   using Activation = __m512i;
   using Weights = __m512i;
@@ -59,7 +60,7 @@ struct Dot {
 #elif defined(__AVXVNNI__)
 
 struct Dot {
-  static constexpr int kRows = 6, kLanes = 1, kSums = 6, kOffset = 0;
+  static constexpr int kRows = 6, kSums = 4, kOffset = 0;
   static constexpr bool kNibbles = false;
   using Activation = __m256i;
   struct Weights {
@@ -82,7 +83,7 @@ struct Dot {
 
 // maddubs sums two products in 16 bits and saturates: with 7 bits of an activation, and with the eighth, it cannot.
 struct Dot {
-  static constexpr int kRows = 2, kLanes = 4, kSums = 4, kOffset = 0, kNibbleShift = 0;
+  static constexpr int kRows = 2, kSums = 4, kOffset = 0, kNibbleShift = 0;
   static constexpr bool kNibbles = true;
   struct Activation {
     __m256i all, low, high;
@@ -101,7 +102,8 @@ struct Dot {
     return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
   }
   static void load_nibbles(const int8_t* p, Weights* w) {
-    const __m256i values = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+    const __m256i values =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
     const __m256i mask = _mm256_set1_epi8(15);
     for (int i = 0; i < 2; ++i) {
       const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
@@ -130,7 +132,7 @@ struct Dot {
 #elif defined(__ARM_FEATURE_DOTPROD)
 
 struct Dot {
-  static constexpr int kRows = 6, kLanes = 1, kSums = 6, kOffset = 128;
+  static constexpr int kRows = 6, kSums = 4, kOffset = 128;
   static constexpr bool kNibbles = false;
   using Activation = int8x16_t;
   using Weights = int8x16x4_t;
@@ -155,7 +157,7 @@ struct Dot {
 
 // 64 partial sums that any compiler vectorises; every product fits in 16 bits, which is what vector units multiply.
 struct Dot {
-  static constexpr int kRows = 1, kLanes = 1, kSums = 1, kOffset = 0;
+  static constexpr int kRows = 1, kSums = 1, kOffset = 0;
   static constexpr bool kNibbles = false;
   struct Activation {
     int16_t value[64];

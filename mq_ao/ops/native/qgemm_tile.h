@@ -84,17 +84,17 @@ inline void dot_lanes(int lanes, const uint8_t* x, int64_t stride, const Weights
     }
     if (w.nibbles) return dot_nibbles<ROWS, 2>(x, stride, w.data, w.step, depth, sums);
   }
+  constexpr int kMost = std::clamp(Dot::kSums / ROWS, 1, 4);
   const int8_t* data = w.data;
-  if constexpr (Dot::kLanes == 4) {
-    constexpr int kMost = std::min(4, Dot::kSums / ROWS);
-    for (; lanes > kMost; lanes -= kMost, data += 4 * kLane * kMost, sums += kLane * kMost) {
-      dot_tile<ROWS, kMost, false>(x, stride, data, w.step, depth, sums);
-    }
-    if (lanes == 4) return dot_tile<ROWS, std::min(4, kMost), false>(x, stride, data, w.step, depth, sums);
-    if (lanes == 3) return dot_tile<ROWS, std::min(3, kMost), false>(x, stride, data, w.step, depth, sums);
-    if (lanes == 2) return dot_tile<ROWS, std::min(2, kMost), false>(x, stride, data, w.step, depth, sums);
+  for (; lanes > kMost; lanes -= kMost, data += 4 * kLane * kMost, sums += kLane * kMost) {
+    dot_tile<ROWS, kMost, false>(x, stride, data, w.step, depth, sums);
   }
-  dot_tile<ROWS, 1, false>(x, stride, data, w.step, depth, sums);
+  switch (lanes) {
+    case 1: return dot_tile<ROWS, 1, false>(x, stride, data, w.step, depth, sums);
+    case 2: return dot_tile<ROWS, std::min(2, kMost), false>(x, stride, data, w.step, depth, sums);
+    case 3: return dot_tile<ROWS, std::min(3, kMost), false>(x, stride, data, w.step, depth, sums);
+    default: return dot_tile<ROWS, kMost, false>(x, stride, data, w.step, depth, sums);
+  }
 }
 
 // Any number of rows, as many at once as the registers hold.
