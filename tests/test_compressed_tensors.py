@@ -66,8 +66,7 @@ def test_transformers_computes_what_the_simulation_computes(name: str, scheme: S
 
     # The same integers. Sums in another order put a value on the border between two integers on its other side, which
     # then moves all that follows: of single tokens, many have no such value.
-    # How many tokens are free of such values depends on the processor's roundings: 3 of 40 were with AVX2.
-    assert (errors(tokens(40, 1)) < 1e-4).any()
+    assert (errors(tokens(40, 1)) < 1e-4).float().mean() > 0.25
     assert errors(tokens(2, 12, seed=1)).mean() < 0.05
     stored = load_file(tmp_path / "model.safetensors")
     integers = [key for key, value in stored.items() if value.dtype in (torch.int8, torch.int32)]
