@@ -14,6 +14,8 @@ from mq_ao.files import write_atomically
 FLOAT = "float32"
 """Stands where a recipe does, for the model as it is."""
 
+RECIPES = "rtn-w8a8,smoothquant-w8a8,quarot-w8a8,mambaquant-w8a8,rtn-w4a8,quarot-w4a8,mambaquant-w4a8"
+
 Row = dict[str, float]
 
 

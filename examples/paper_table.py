@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from paper_figures import FLOAT, Figures, Row, table
+from paper_figures import FLOAT, RECIPES, Figures, Row, table
 
 from mq_ao import MqAoError, api
 from mq_ao.backends import get_backend
@@ -24,7 +24,6 @@ from mq_ao.recipes import get_recipe
 from mq_ao.text import calibration_batches, read_tokens
 
 TASKS = "arc_easy,arc_challenge,piqa,winogrande,hellaswag,lambada_openai"
-RECIPES = "rtn-w8a8,smoothquant-w8a8,quarot-w8a8,mambaquant-w8a8,rtn-w4a8,quarot-w4a8,mambaquant-w4a8"
 
 
 def main(

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 from image_folder import ImageFolder
-from paper_figures import FLOAT, Figures, Row, table
+from paper_figures import FLOAT, RECIPES, Figures, Row, table
 from torch import nn
 from vim_fashion import in_integers
 
@@ -23,8 +23,6 @@ from mq_ao import MqAoError, api
 from mq_ao.cli.console import bar, out
 from mq_ao.models import Vim
 from mq_ao.recipes import get_recipe
-
-RECIPES = "rtn-w8a8,smoothquant-w8a8,quarot-w8a8,mambaquant-w8a8,rtn-w4a8,quarot-w4a8,mambaquant-w4a8"
 
 
 def main(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from mq_ao.errors import MqAoError
+
+Owner = TypeVar("Owner")
 
 
 def check_output(path: str | Path, suffix: str | None = None) -> Path:
@@ -67,6 +72,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def owned(name: str, make: Callable[[Path], Owner]) -> Owner:
+    """What `make` makes of a temporary file of this name, which stays on disk while it lives."""
+    folder = tempfile.mkdtemp(prefix="mq_ao_")
+    try:
+        owner = make(Path(folder) / name)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return owner
 
 
 def _unwritable(path: Path, error: OSError) -> MqAoError:

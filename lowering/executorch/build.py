@@ -7,10 +7,7 @@ import copy
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from torch.fx import GraphModule
 from mq_ao.compat.compiling import constant_fold
 from mq_ao.compat.tracing import SpecViolationError
 from mq_ao.errors import MqAoError, first_line
+from mq_ao.files import owned
 from mq_ao.graph import edit, walk
 from mq_ao.graph.views import Linear
 from mq_ao.lowering.executorch.delegates import Delegation, delegation, refusals
@@ -219,15 +217,10 @@ def _write(
         # That states start from zero is what is wanted.
         warnings.filterwarnings("ignore", message="Mutation on a buffer")
         program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
-    folder = tempfile.mkdtemp(prefix="mq_ao_")
-    path = Path(folder) / "program.pte"
-    try:
+
+    def made(path: Path) -> ExecutorchProgram | ExecutorchModule:
         with path.open("wb") as file:
             program.write_to_file(file)
-        result = load(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    # The file stays on disk while the program lives, so that save() only copies it.
-    weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
-    return result
+        return load(path)
+
+    return owned("program.pte", made)  # save() only copies the file

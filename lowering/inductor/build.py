@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from torch.fx import GraphModule
 import mq_ao.ops
 from mq_ao.backends import INDUCTOR
 from mq_ao.compat.compiling import inductor_settings
+from mq_ao.files import owned
 from mq_ao.lowering.inductor import packaging
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
 from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS, Rewriter
@@ -138,14 +136,9 @@ def _compile(module: GraphModule, states: States, info: Mapping[str, Any]) -> In
 def _write(programs: Mapping[str, ExportedProgram], info: Mapping[str, Any]) -> InductorProgram | InductorModule:
     compiler()  # Inductor's own complaint would come late, and say less
     mq_ao.ops.load_native()
-    folder = tempfile.mkdtemp(prefix="mq_ao_")
-    path = Path(folder) / "program.pt2"
-    try:
+
+    def made(path: Path) -> InductorProgram | InductorModule:
         packaging.write(path, programs, info)
-        program = load(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    # The archive stays on disk while the program lives, so that save() only copies it.
-    weakref.finalize(program, shutil.rmtree, folder, ignore_errors=True)
-    return program
+        return load(path)
+
+    return owned("program.pt2", made)  # save() only copies the archive

@@ -165,7 +165,7 @@ def prepare(
         from mq_ao.bench.peer_llama import quantize
 
         assert isinstance(model, MambaLM), "the others were refused"
-        kinds = ["Q8_0", *(["Q4_0"] if any(map(_has_four_bits, recipes)) else [])]
+        kinds = ["Q8_0", "Q4_0"] if any(map(_has_four_bits, recipes)) else ["Q8_0"]
         with step("writing GGUF files"):
             write_f32(model, folder / "F32.gguf")
             for kind in kinds:

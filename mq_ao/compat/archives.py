@@ -31,8 +31,7 @@ class Compiled:
     def __call__(self, inputs: Iterable[Tensor]) -> list[Tensor]:
         """Outputs, of tensors alone.
 
-        Below autograd: operators with a gradient in Python would be entered through Python, 0.07 ms of a token of the
-        bundled model, which takes 0.6.
+        Below autograd: operators with a gradient in Python would be entered through Python.
         """
         with torch._C._AutoDispatchBelowAutograd():
             return self._loader.boxed_run(list(inputs))

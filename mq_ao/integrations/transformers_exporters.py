@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mq_ao.errors import MqAoError
 from mq_ao.extras import needs
@@ -95,7 +95,7 @@ class MambaExporter(HfExporter):
     export_format = "mq-ao"
     config_class = DynamoConfig
     program_suffix = ".pt2"
-    required_packages = ["torch", "torchao"]  # noqa: RUF012
+    required_packages: ClassVar[list[str]] = ["torch", "torchao"]
 
     def export_program(
         self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: DynamoConfig
@@ -158,7 +158,7 @@ class MambaExecutorchExporter(MambaExporter):
     export_format = "mq-ao-executorch"
     config_class = ExecutorchConfig
     program_suffix = ".pte"
-    required_packages = ["torch", "torchao", "executorch"]  # noqa: RUF012
+    required_packages: ClassVar[list[str]] = ["torch", "torchao", "executorch"]
 
     def lower(self, quantized: QuantizedModel, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The program of a quantized model."""
