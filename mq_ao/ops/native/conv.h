@@ -54,9 +54,9 @@ void conv_block(
     Vec sum = bias;
     if (t >= taps - 1) {
       const T* newest = in.x.at(b, t) + c;
-      for (int64_t k = 0; k < taps; ++k) sum += weight[k] * load(newest - (taps - 1 - k) * in.x.time, lanes);
+      for (int64_t k = 0; k < taps; ++k) sum = multiply_add(weight[k], load(newest - (taps - 1 - k) * in.x.time, lanes), sum);
     } else {
-      for (int64_t k = 0; k < taps; ++k) sum += weight[k] * padded_row(in, b, t + k, c, lanes);
+      for (int64_t k = 0; k < taps; ++k) sum = multiply_add(weight[k], padded_row(in, b, t + k, c, lanes), sum);
     }
     store(in.silu ? silu(sum) : sum, y.at(b, t) + c, lanes);
   }

@@ -11,7 +11,11 @@
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define MQ_AO_AVX512
+#endif
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace mq_ao {
@@ -108,6 +112,20 @@ inline void for_vectors(int64_t n, F&& f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<int, kLanes>());
   if (i < n) f(i, int(n - i));
+}
+
+// a * b + c rounded once, where the target can, even if a branch lies between the factors and the sum: GCC only
+// fuses what stands in one basic block.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(MQ_AO_AVX512)
+  return bit_cast<Vec>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+#elif defined(__AVX2__) && defined(__FMA__)
+  return bit_cast<Vec>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+#elif defined(__aarch64__)
+  return bit_cast<Vec>(vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
+#else
+  return a * b + c;
+#endif
 }
 
 // NaN in `x` passes through both: x86's min and max return their second operand then.
