@@ -10,6 +10,7 @@ from mq_ao.cli.console import err, step
 from mq_ao.cli.opened import ANY_HELP, TOKENIZER_HELP, open_any
 from mq_ao.errors import MqAoError
 from mq_ao.extras import needs
+from mq_ao.memory import keep_freed
 
 
 def serve(
@@ -52,6 +53,7 @@ def serve(
     limits = Limits(
         batch=batch, queue=queue, prompt=max_prompt, new_tokens=max_new_tokens, prefix_bytes=prefix_megabytes * 2**20
     )
+    keep_freed()
     thread = ModelThread()
     opened = thread.submit(open_any, model, tokenizer, states=True).result()
     server = Server(opened, name or model, limits, api_key, thread)

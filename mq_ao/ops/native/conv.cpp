@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor> causal_conv1d(
     using T = decltype(type);
     const ConvInputs<T> in = inputs<T>(x_, weight_, bias_, state, activation.has_value());
     const Rows<T> out = rows<T>(y);
-    for_channel_ranges(batch, length, channels, TorchThreads(), [&](int64_t b, int64_t first, int64_t count) {
-      conv_task(in, b, first, count, out, last_state.data_ptr<float>());
+    for_channel_ranges(batch, length, channels, TorchThreads(), [&](const ChannelTask& task) {
+      conv_task(in, task, out, last_state.data_ptr<float>());
     });
   };
   x.scalar_type() == at::kFloat ? run(float{}) : run(BFloat16{});

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "scan.h"
+#include "tasks.h"
 
 namespace mq_ao {
 
@@ -62,10 +63,10 @@ void conv_block(
   }
 }
 
-// All of batch element b in channels [first, first + count).
 template <typename T>
-void conv_task(const ConvInputs<T>& in, int64_t b, int64_t first, int64_t count, Rows<T> y, float* last_state) {
+void conv_task(const ConvInputs<T>& in, const ChannelTask& task, Rows<T> y, float* last_state) {
   const int64_t taps = in.shape.d_conv, length = in.shape.length, channels = in.shape.channels;
+  const int64_t end = task.first + task.count;
   constexpr int kFewTaps = 8;
   Vec few[kFewTaps];
   std::optional<Scratch<Vec>> many;
@@ -73,21 +74,23 @@ void conv_task(const ConvInputs<T>& in, int64_t b, int64_t first, int64_t count,
   Vec* weight = many ? many->get() : few;
   // Time is cut into chunks, so that the blocks of a range read neighbouring memory in turn.
   for (int64_t start = 0; start < length; start += kChunk) {
-    for (int64_t c = first; c < first + count; c += kLanes) {
-      const int lanes = int(std::min<int64_t>(kLanes, first + count - c));
+    for (int64_t c = task.first; c < end; c += kLanes) {
+      const int lanes = int(std::min<int64_t>(kLanes, end - c));
       for (int64_t k = 0; k < taps; ++k) weight[k] = gather(in.weight + c * taps + k, taps, lanes);
       const Vec bias = in.bias ? load(in.bias + c, lanes) : Vec{};
-      for_taps(taps, [&](auto constant) {
-        conv_block<decltype(constant)::value>(
-            in, b, c, lanes, start, std::min(start + kChunk, length), weight, bias, y);
-      });
+      for (int64_t b = task.begin; b < task.end; ++b)
+        for_taps(taps, [&](auto constant) {
+          conv_block<decltype(constant)::value>(
+              in, b, c, lanes, start, std::min(start + kChunk, length), weight, bias, y);
+        });
     }
   }
-  for (int64_t p = 0; p < taps - 1; ++p)
-    for (int64_t c = first; c < first + count; c += kLanes) {
-      const int lanes = int(std::min<int64_t>(kLanes, first + count - c));
-      store(padded_row(in, b, length + p, c, lanes), last_state + (b * (taps - 1) + p) * channels + c, lanes);
-    }
+  for (int64_t b = task.begin; b < task.end; ++b)
+    for (int64_t p = 0; p < taps - 1; ++p)
+      for (int64_t c = task.first; c < end; c += kLanes) {
+        const int lanes = int(std::min<int64_t>(kLanes, end - c));
+        store(padded_row(in, b, length + p, c, lanes), last_state + (b * (taps - 1) + p) * channels + c, lanes);
+      }
 }
 
 template <typename T>

@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor> qcausal_conv1d(
                        activation.has_value()};
   const QOutput out(y.data_ptr(), y.stride(0), y.stride(1), is_signed(x), out_scale, out_zero_point);
   float* last = last_state.data_ptr<float>();
-  for_channel_ranges(batch, length, channels, TorchThreads(), [&](int64_t b, int64_t first, int64_t count) {
-    qconv_task(in, b, first, count, out, last);
+  for_channel_ranges(batch, length, channels, TorchThreads(), [&](const ChannelTask& task) {
+    qconv_task(in, task, out, last);
   });
   return {y, last_state};
 }

@@ -61,36 +61,38 @@ void qconv_block(
   }
 }
 
-// All of batch element b in channels [first, first + count), which are at most kRangeBlocks vectors.
-inline void qconv_task(
-    const QConvInputs& in, int64_t b, int64_t first, int64_t count, const QOutput& y, float* last_state) {
+// At most kRangeBlocks vectors of channels.
+inline void qconv_task(const QConvInputs& in, const ChannelTask& task, const QOutput& y, float* last_state) {
   const int64_t taps = in.shape.d_conv, length = in.shape.length, channels = in.shape.channels;
-  const auto lanes_at = [&](int64_t c) { return int(std::min<int64_t>(kLanes, first + count - c)); };
+  const int64_t first = task.first, end = first + task.count;
+  const auto lanes_at = [&](int64_t c) { return int(std::min<int64_t>(kLanes, end - c)); };
   constexpr int kFewTaps = 4;
   Vec few[kRangeBlocks * kFewTaps + kChunk + kFewTaps - 1];
   std::optional<Scratch<Vec>> many;
   if (taps > kFewTaps) many.emplace(kRangeBlocks * taps + kChunk + taps - 1);
   Vec* window = many ? many->get() : few;
   Vec* weights = window + kChunk + taps - 1;
-  for (int64_t c = first; c < first + count; c += kLanes)
+  for (int64_t c = first; c < end; c += kLanes)
     for (int64_t k = 0; k < taps; ++k)
       for (int i = 0; i < kLanes; ++i)
         weights[(c - first) / kLanes * taps + k][i] = i < lanes_at(c) ? float(in.weight[(c + i) * taps + k]) : 0.0f;
-  // Time is cut into chunks, so that the blocks of a range read neighbouring memory in turn.
-  for (int64_t start = 0; start < length; start += kChunk)
-    for (int64_t c = first; c < first + count; c += kLanes)
-      for_taps(taps, [&](auto constant) {
-        with_lanes(lanes_at(c), [&](auto lanes) {
-          qconv_block<decltype(constant)::value>(
-              in, b, c, lanes, start, std::min(start + kChunk, length), weights + (c - first) / kLanes * taps, window,
-              y);
+  for (int64_t b = task.begin; b < task.end; ++b) {
+    // Time is cut into chunks, so that the blocks of a range read neighbouring memory in turn.
+    for (int64_t start = 0; start < length; start += kChunk)
+      for (int64_t c = first; c < end; c += kLanes)
+        for_taps(taps, [&](auto constant) {
+          with_lanes(lanes_at(c), [&](auto lanes) {
+            qconv_block<decltype(constant)::value>(
+                in, b, c, lanes, start, std::min(start + kChunk, length), weights + (c - first) / kLanes * taps,
+                window, y);
+          });
         });
-      });
-  for (int64_t p = 0; p < taps - 1; ++p)
-    for (int64_t c = first; c < first + count; c += kLanes) {
-      const Vec row = qpadded_row(in, b, length + p, c, lanes_at(c)) * in.grid.scale;
-      store(row, last_state + (b * (taps - 1) + p) * channels + c, lanes_at(c));
-    }
+    for (int64_t p = 0; p < taps - 1; ++p)
+      for (int64_t c = first; c < end; c += kLanes) {
+        const Vec row = qpadded_row(in, b, length + p, c, lanes_at(c)) * in.grid.scale;
+        store(row, last_state + (b * (taps - 1) + p) * channels + c, lanes_at(c));
+      }
+  }
 }
 
 }  // namespace mq_ao

@@ -286,36 +286,47 @@ void states_task(const In& in, const ScanTask& task, float* all, float* last_sta
 
 // A task of a sequence of length 1: states lie in the vector lanes as they do in memory, so nothing is transposed.
 // d_state must be a multiple of kLanes.
-template <typename Source, typename T, typename State, typename Output, typename LastState>
-void scan_step(
-    const ScanOperands<Source, T, State>& in, const ScanTask& task, const Output& y, const LastState& last_state) {
-  const int64_t N = in.shape.d_state, b = task.b, end = task.first + task.count;
+template <bool kCarried, typename Source, typename T, typename State, typename Lanes, typename Output, typename LastState>
+void scan_step_block(
+    const ScanOperands<Source, T, State>& in, const ScanTask& task, int64_t c, Lanes lanes, const Output& y,
+    const LastState& last_state) {
+  const int64_t N = in.shape.d_state, b = task.b;
   const T *B = in.B.at(b, 0, task.g), *C = in.C.at(b, 0, task.g);
-  for (int64_t c = task.first; c < end; c += kLanes) {
-    const int lanes = int(std::min<int64_t>(kLanes, end - c));
-    const Vec bias = in.delta_bias ? load(in.delta_bias + c, lanes) : Vec{};
-    const Vec raw = raw_step(in, bias, b, 0, c, lanes);
-    const Vec dt = in.delta_softplus ? softplus(raw) : raw;
-    const Vec u = load_row(in.u, b, 0, c, lanes);
-    float exponent[kLanes], dtu[kLanes], sums[kLanes] = {};
-    store(dt * kLog2E, exponent);
-    store(dt * u, dtu);
+  const Vec bias = in.delta_bias ? load(in.delta_bias + c, lanes) : Vec{};
+  const Vec raw = raw_step(in, bias, b, 0, c, lanes);
+  const Vec dt = in.delta_softplus ? softplus(raw) : raw;
+  const Vec u = load_row(in.u, b, 0, c, lanes);
+  float exponent[kLanes], dtu[kLanes];
+  store(dt * kLog2E, exponent);
+  store(dt * u, dtu);
+  Vec total[kLanes] = {};
+  for (int64_t n = 0; n < N; n += kLanes) {
+    const Vec input = load(B + n), weight = load(C + n);
+    // Exponentials are long chains: those of channels side by side do not wait for each other.
+#pragma GCC unroll 4
     for (int lane = 0; lane < lanes; ++lane) {
-      Vec total{};
-      for (int64_t n = 0; n < N; n += kLanes) {
-        const StateIndex at = in.shape.index(b, c + lane, n);
-        Vec h = dtu[lane] * load(B + n);
-        if (in.initial_state)
-          h += exp2(exponent[lane] * load(in.A + at.parameter)) * load_state(in.initial_state, at);
-        store_state(h, last_state, at);
-        total += h * load(C + n);
-      }
-      sums[lane] = sum(total);
+      const StateIndex at = in.shape.index(b, c + lane, n);
+      Vec h = dtu[lane] * input;
+      if constexpr (kCarried)
+        h += exp2(exponent[lane] * load(in.A + at.parameter)) * load_state(in.initial_state, at);
+      store_state(h, last_state, at);
+      total[lane] += h * weight;
     }
-    Vec out = load(sums);
-    if (in.D) out += load(in.D + c, lanes) * u;
-    store_row(out, y, b, 0, c, lanes);
   }
+  Vec out = lane_sums(total);
+  if (in.D) out += load(in.D + c, lanes) * u;
+  store_row(out, y, b, 0, c, lanes);
+}
+
+template <typename In, typename Output, typename LastState>
+void scan_step(const In& in, const ScanTask& task, const Output& y, const LastState& last_state) {
+  for (int64_t c = task.first; c < task.first + task.count; c += kLanes)
+    with_lanes(task.first + task.count - c, [&](auto lanes) {
+      if (in.initial_state)
+        scan_step_block<true>(in, task, c, lanes, y, last_state);
+      else
+        scan_step_block<false>(in, task, c, lanes, y, last_state);
+    });
 }
 
 }  // namespace mq_ao

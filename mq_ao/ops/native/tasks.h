@@ -37,16 +37,22 @@ void run_scan(const In& in, const Output& y, const LastState& last_state, Thread
   });
 }
 
-// Calls task(batch element, first channel, channel count) for all of (batch, channels).
+// Channels [first, first + count) of batch elements [begin, end): what a thread prepares of channels serves them all.
+struct ChannelTask {
+  int64_t begin, end, first, count;
+};
+
+// Calls task(ChannelTask) for parts that together are all of (batch, channels).
 template <typename Threads, typename Task>
 void for_channel_ranges(int64_t batch, int64_t length, int64_t channels, Threads&& threads, Task&& task) {
   const int64_t range = kRangeBlocks * kLanes, ranges = ceil_div(channels, range);
-  // A thread is woken for 32768 outputs, some microseconds of work.
-  const int64_t grain = std::max<int64_t>(1, 32768 / (range * length));
+  // A thread is woken for 2048 outputs, some microseconds of work.
+  const int64_t grain = std::max<int64_t>(1, 2048 / (range * length));
   threads(batch * ranges, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % ranges * range;
-      task(i / ranges, first, std::min(range, channels - first));
+    for (int64_t i = begin; i < end;) {
+      const int64_t first = i / batch * range, b = i % batch, elements = std::min(batch - b, end - i);
+      task(ChannelTask{b, b + elements, first, std::min(range, channels - first)});
+      i += elements;
     }
   });
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define MQ_AO_AVX512
@@ -152,6 +153,25 @@ inline float sum(Vec v) {
     for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
   return parts[0];
 #endif
+}
+
+// Of every Width neighbouring lanes of a, then of b, the first half plus the second.
+template <int Width, int... Lane>
+inline Vec add_halves(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
+  constexpr int kHalf = Width / 2;
+  return __builtin_shufflevector(a, b, (Lane / kHalf * Width + Lane % kHalf)...) +
+      __builtin_shufflevector(a, b, (Lane / kHalf * Width + Lane % kHalf + kHalf)...);
+}
+
+// In lane i the sum of the lanes of v[i], which change.
+template <int Width = kLanes>
+inline Vec lane_sums(Vec (&v)[kLanes]) {
+  if constexpr (Width > 1) {
+    for (int i = 0; i < Width / 2; ++i)
+      v[i] = add_halves<Width>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kLanes>());
+    return lane_sums<Width / 2>(v);
+  }
+  return v[0];
 }
 
 // Nearest integer, as a float; |x| < 2^22. Adding 1.5 * 2^23 leaves no room for a fraction.

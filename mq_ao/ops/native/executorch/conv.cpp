@@ -59,7 +59,7 @@ void causal_conv1d(
   float* last = last_state.mutable_data_ptr<float>();
   for_channel_ranges(
       s.batch, s.length, s.channels, RuntimeThreads{context},
-      [&](int64_t b, int64_t first, int64_t count) { conv_task(in, b, first, count, out, last); });
+      [&](const ChannelTask& task) { conv_task(in, task, out, last); });
 }
 
 void qcausal_conv1d(
@@ -93,7 +93,7 @@ void qcausal_conv1d(
   float* last = last_state.mutable_data_ptr<float>();
   for_channel_ranges(
       s.batch, s.length, s.channels, RuntimeThreads{context},
-      [&](int64_t b, int64_t first, int64_t count) { qconv_task(in, b, first, count, out, last); });
+      [&](const ChannelTask& task) { qconv_task(in, task, out, last); });
 }
 
 [[maybe_unused]] const bool entered =
