@@ -80,8 +80,8 @@ class Sampling:
             generator.manual_seed(self.seed)
         return generator
 
-    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """Next token for each row: logits (batch, vocab_size) -> (batch, 1) int64."""
+    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Next token for each row: logits (batch, vocab_size) -> (batch, 1) int64. Greedy draws nothing."""
         logits = logits[..., : self.known_tokens]
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)

@@ -52,14 +52,16 @@ class _Sequence:
         self.job, self.tokens = job, list[int]()
         self._generator: torch.Generator | None = None
 
-    def take(self, logits: Tensor) -> bool:
-        """Chooses the next token from logits (1, vocab_size); returns whether the sequence goes on."""
-        sampling = self.job.sampling
-        self._generator = self._generator or sampling.generator(logits.device)
-        token = int(sampling.choose(logits, self._generator))
+    def choose(self, logits: Tensor) -> int:
+        """The next token, from logits (1, vocab_size)."""
+        self._generator = self._generator or self.job.sampling.generator(logits.device)
+        return int(self.job.sampling.choose(logits, self._generator))
+
+    def take(self, token: int) -> bool:
+        """Gives the next token out; returns whether the sequence goes on."""
         self.tokens.append(token)
         self.job.emit(token)
-        return token not in sampling.ends and len(self.tokens) < self.job.max_new_tokens
+        return token not in self.job.sampling.ends and len(self.tokens) < self.job.max_new_tokens
 
     @property
     def read(self) -> Tensor:
@@ -154,7 +156,7 @@ class Engine:
         try:
             logits, states = self._read(job.prompt)
             sequence = _Sequence(job)
-            if sequence.take(logits[:, -1]):
+            if sequence.take(sequence.choose(logits[:, -1])):
                 self._join(sequence, states)
             else:
                 self._end(sequence, states)
@@ -187,21 +189,25 @@ class Engine:
             self._fail(jobs, error)
             return
         on: list[int] = []
-        for place, sequence in enumerate(self._live):
+        # Whoever waits for a token wakes with it, and takes the interpreter from here: all are chosen before.
+        for place, (sequence, token) in enumerate(zip(self._live, self._chosen(logits), strict=True)):
             if sequence.job.cancelled.is_set():
                 sequence.job.emit(None)
-                continue
-            try:
-                goes_on = sequence.take(logits[place : place + 1])
-            except Exception as error:
-                self._fail([sequence.job], error)
-                continue
-            if goes_on:
+            elif isinstance(token, Exception):
+                self._fail([sequence.job], token)
+            elif sequence.take(token):
                 on.append(place)
             else:
                 self._end(sequence, self._of(place))
         if len(on) < len(self._live):
             self._keep(on)
+
+    def _chosen(self, logits: Tensor) -> list[int | Exception]:
+        """The next token of every live sequence, or why it has none."""
+        samplings = [sequence.job.sampling for sequence in self._live]
+        if all(sampling.temperature == 0 for sampling in samplings) and len({s.known_tokens for s in samplings}) == 1:
+            return samplings[0].choose(logits)[:, 0].tolist()
+        return [_tried(sequence, logits[place : place + 1]) for place, sequence in enumerate(self._live)]
 
     def _logits(self) -> Tensor:
         """Those of the next token of every live sequence, (sequences, vocab_size)."""
@@ -240,3 +246,10 @@ class Engine:
         logger.warning("%d requests failed: %s", len(jobs), first_line(error, type(error).__name__))
         for job in jobs:
             job.emit(error)
+
+
+def _tried(sequence: _Sequence, logits: Tensor) -> int | Exception:
+    try:
+        return sequence.choose(logits)
+    except Exception as error:  # of any kind: the others are served on
+        return error

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mq_ao.models.states import Value, tensors
+from mq_ao.serving.beginnings import Beginnings
 
 _SHORTEST = 16
 """Tokens of a beginning that is kept: a shorter one is read in the time that it takes to find it."""
@@ -44,30 +44,27 @@ class Prefixes:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._kept: OrderedDict[bytes, tuple[Tensor, tuple[Value, ...], int]] = OrderedDict()
+        self._kept: OrderedDict[bytes, tuple[tuple[Value, ...], int]] = OrderedDict()
         self._bytes = 0
-        self._recent: deque[Tensor] = deque(maxlen=_RECENT)
+        self._recent: deque[bytes] = deque()
+        self._beginnings_kept, self._beginnings_seen = Beginnings(), Beginnings()
 
     def longest(self, prompt: Tensor) -> Known:
         """The longest kept beginning of a prompt (length,) that leaves at least its last token to be read."""
-        best: tuple[int, bytes] | None = None
-        for key, (tokens, _, _) in self._kept.items():
-            size = len(tokens)
-            if size < len(prompt) and (best is None or size > best[0]) and torch.equal(tokens, prompt[:size]):
-                best = (size, key)
-        if best is None:
+        key = self._beginnings_kept.longest(_bytes(prompt[:-1]))
+        if key is None:
             return Known(0, ())
-        self._kept.move_to_end(best[1])
-        return Known(best[0], self._kept[best[1]][1])
+        self._kept.move_to_end(key)
+        states, _ = self._kept[key]
+        return Known(len(key) // prompt.itemsize, states)
 
     def shared(self, prompt: Tensor) -> int:
         """How many of a prompt's first tokens another prompt began with not long ago; it is one of them from now on."""
-        most = 0
-        for other in self._recent:
-            size = min(len(other), len(prompt) - 1)
-            equal = (other[:size] == prompt[:size]).cumprod(0)
-            most = max(most, int(equal.sum()))
-        self._recent.append(prompt)
+        most = self._beginnings_seen.shared(_bytes(prompt[:-1])) // prompt.itemsize
+        self._recent.append(_bytes(prompt))
+        self._beginnings_seen.add(self._recent[-1])
+        if len(self._recent) > _RECENT:
+            self._beginnings_seen.remove(self._recent.popleft())
         return most if most >= _SHORTEST else 0
 
     def keep(self, tokens: Tensor, states: Sequence[Any]) -> None:
@@ -75,11 +72,17 @@ class Prefixes:
         size = sum(tensor.nbytes for tensor in tensors(tuple(states)))
         if len(tokens) < _SHORTEST or size > self._most_bytes:
             return
-        key = tokens.numpy().tobytes()
+        key = _bytes(tokens)
         if key not in self._kept:
-            self._kept[key] = (tokens.clone(), tuple(states), size)
+            self._kept[key] = (tuple(states), size)
+            self._beginnings_kept.add(key)
             self._bytes += size
         self._kept.move_to_end(key)
         while self._bytes > self._most_bytes:
-            _, (_, _, freed) = self._kept.popitem(last=False)
+            oldest, (_, freed) = self._kept.popitem(last=False)
+            self._beginnings_kept.remove(oldest)
             self._bytes -= freed
+
+
+def _bytes(tokens: Tensor) -> bytes:
+    return tokens.numpy().tobytes()

@@ -24,8 +24,8 @@ void run_scan(const In& in, const Output& y, const LastState& last_state, Thread
   const ScanShape& s = in.shape;
   if (s.length == 1 && s.d_state % kLanes == 0) {
     const ScanTasks tasks{s, kLanes};
-    // A thread is woken for 32768 states, some microseconds of work.
-    const int64_t grain = std::max<int64_t>(1, 32768 / (kLanes * s.d_state));
+    // A thread is woken for 8192 states, some microseconds of work.
+    const int64_t grain = std::max<int64_t>(1, 8192 / (kLanes * s.d_state));
     threads(tasks.count(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) scan_step(in, tasks.task(i), y, last_state);
     });
@@ -46,8 +46,8 @@ struct ChannelTask {
 template <typename Threads, typename Task>
 void for_channel_ranges(int64_t batch, int64_t length, int64_t channels, Threads&& threads, Task&& task) {
   const int64_t range = kRangeBlocks * kLanes, ranges = ceil_div(channels, range);
-  // A thread is woken for 2048 outputs, some microseconds of work.
-  const int64_t grain = std::max<int64_t>(1, 2048 / (range * length));
+  // A thread is woken for 1024 outputs, some microseconds of work.
+  const int64_t grain = std::max<int64_t>(1, 1024 / (range * length));
   threads(batch * ranges, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {
       const int64_t first = i / batch * range, b = i % batch, elements = std::min(batch - b, end - i);
