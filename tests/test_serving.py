@@ -31,10 +31,10 @@ from mq_ao.writing import until, written
 from tests import test_tokenizer
 from tests.conftest import CommandLine, error
 
-REASON = 'needs pip install "mq-ao[serve]" and openai'
+REASON = 'needs pip install "mq-ao[serve]" openai httpx2'
 pytest.importorskip("fastapi", reason=REASON)
 openai = pytest.importorskip("openai", reason=REASON)
-httpx = pytest.importorskip("httpx", reason=REASON)
+httpx = pytest.importorskip("httpx2", reason=REASON)
 
 import uvicorn  # noqa: E402
 
