@@ -20,6 +20,10 @@ from mq_ao.serving.prefixes import Prefixes
 
 logger = logging.getLogger(__name__)
 
+_BETWEEN_STEPS = 256
+"""Tokens of prompts that are read between two steps, or one prompt: whoever is being served does not wait for all who
+come, and few who come together are soon served together."""
+
 
 class QueueFull(MqAoError):
     """There are as many waiting requests as are allowed."""
@@ -142,12 +146,21 @@ class Engine:
                     self._changed.wait()
                 if self._closing and not self._live:
                     return
-                # One prompt between two steps: who is being served does not wait for all who come.
-                job = self._waiting.popleft() if self._waiting and len(self._live) < self._max_batch else None
-            if job is not None:
+            read = 0
+            while job := self._next(read):
+                read += len(job.prompt)
                 self._admit(job)
             if self._live:
                 self._decode()
+
+    def _next(self, read: int) -> Job | None:
+        """The job whose prompt is read now, where `read` tokens were since the last step."""
+        with self._changed:
+            if not self._waiting or len(self._live) == self._max_batch:
+                return None
+            if read and read + len(self._waiting[0].prompt) > _BETWEEN_STEPS:
+                return None
+            return self._waiting.popleft()
 
     def _admit(self, job: Job) -> None:
         if job.cancelled.is_set():
