@@ -139,6 +139,36 @@ def test_live_requests_are_one_batch() -> None:
     assert len(rows) < 75, "150 tokens in fewer steps, since they share them"
 
 
+@pytest.mark.parametrize("breaks", [False, True])
+def test_prompts_that_wait_are_read_together(breaks: bool) -> None:
+    model = Counting(model_of("floats"))
+    model.gate.clear()
+
+    def run(ids: Tensor, *states: Any) -> Any:
+        if (ids == 7).any() and not states:
+            raise RuntimeError("a prompt that breaks it")
+        return model(ids, *states)
+
+    engine = Engine(run, model.carried, 8, 8, 0)
+    first = Client(torch.tensor([1, 2]), 3)
+    engine.submit(first.job)
+    while engine.load[1]:
+        time.sleep(0.001)
+    prompts = [torch.tensor(prompt) for prompt in ([1, 2, 3], [2, 3, 4], [3, 4, 7 if breaks else 5], [1, 2, 3, 4])]
+    clients = [Client(prompt, 5) for prompt in prompts]
+    for client in clients:
+        engine.submit(client.job)
+    model.gate.set()
+    if breaks:
+        with pytest.raises(RuntimeError, match="a prompt that breaks it"):
+            clients.pop(2).tokens()
+    for client in clients:
+        wanted = generate(model.model, client.job.prompt[None], 5)[0, len(client.job.prompt) :]
+        assert client.tokens() == wanted.tolist()
+    engine.close()
+    assert [read for read in model.read if read[1] > 2] == ([(1, 3)] * 2 if breaks else [(3, 3)]) + [(1, 4)]
+
+
 def test_who_is_gone_is_not_served_on() -> None:
     model = Counting(model_of("floats"))
     engine = Engine(model, model.carried, 4, 8, 0)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _BETWEEN_STEPS = 256
 """Tokens of prompts that are read between two steps, or one prompt: whoever is being served does not wait for all who
-come, and few who come together are soon served together."""
+come, and those who come together with short prompts are decoded together from the start."""
 
 
 class QueueFull(MqAoError):
@@ -71,6 +71,15 @@ class _Sequence:
     def read(self) -> Tensor:
         """The tokens that its states stand for: all but the last."""
         return torch.cat([self.job.prompt, torch.tensor(self.tokens[:-1], dtype=torch.int64)])
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A job, what is left to read of its prompt, and the states before that."""
+
+    job: Job
+    rest: Tensor
+    states: tuple[Value, ...]
 
 
 class Engine:
@@ -146,64 +155,87 @@ class Engine:
                     self._changed.wait()
                 if self._closing and not self._live:
                     return
-            read = 0
-            while job := self._next(read):
-                read += len(job.prompt)
-                self._admit(job)
+            for jobs in self._alike(self._next()):
+                self._admit(jobs)
             if self._live:
                 self._decode()
 
-    def _next(self, read: int) -> Job | None:
-        """The job whose prompt is read now, where `read` tokens were since the last step."""
+    def _next(self) -> list[Job]:
+        """Those whose prompts are read now."""
+        jobs, read = list[Job](), 0
         with self._changed:
-            if not self._waiting or len(self._live) == self._max_batch:
-                return None
-            if read and read + len(self._waiting[0].prompt) > _BETWEEN_STEPS:
-                return None
-            return self._waiting.popleft()
+            while self._waiting and len(self._live) + len(jobs) < self._max_batch:
+                job = self._waiting[0]
+                read += len(job.prompt)
+                if jobs and read > _BETWEEN_STEPS:
+                    break
+                jobs.append(self._waiting.popleft())
+        return jobs
 
-    def _admit(self, job: Job) -> None:
-        if job.cancelled.is_set():
-            job.emit(None)
-            return
-        try:
-            logits, states = self._read(job.prompt)
-            sequence = _Sequence(job)
-            if sequence.take(sequence.choose(logits[:, -1])):
-                self._join(sequence, states)
-            else:
-                self._end(sequence, states)
-        except Exception as error:  # of any kind: the others are served on
-            self._fail([job], error)
+    def _alike(self, jobs: Sequence[Job]) -> list[list[_Begun]]:
+        """What is to be read of prompts, those together that are one batch."""
+        together: dict[object, list[_Begun]] = {}
+        for job in jobs:
+            if job.cancelled.is_set():
+                job.emit(None)
+                continue
+            try:
+                begun = self._begun(job)
+            except Exception as error:  # of any kind: the others are served on
+                self._fail([job], error)
+                continue
+            alike = (len(begun.rest), bool(begun.states)) if self._joins else id(job)
+            together.setdefault(alike, []).append(begun)
+        return list(together.values())
 
-    def _read(self, prompt: Tensor) -> tuple[Tensor, tuple[Value, ...]]:
-        """Logits of a prompt's last token, and the states after it."""
+    def _begun(self, job: Job) -> _Begun:
+        """Reads the beginning that a prompt shares with others, if it is not known."""
+        prompt = job.prompt
         known, shared = self._prefixes.longest(prompt), self._prefixes.shared(prompt)
-        start, states = known.length, known.states
-        if shared > start:
-            _, *new = self._prefill(prompt[None, start:shared], *states)
-            start, states = shared, tuple(new)
-            self._prefixes.keep(prompt[:shared], states)
-        logits, *new = self._prefill(prompt[None, start:], *states)
-        return logits, tuple(new)
+        if shared <= known.length:
+            return _Begun(job, prompt[known.length :], known.states)
+        _, *states = self._prefill(prompt[None, known.length : shared], *known.states)
+        self._prefixes.keep(prompt[:shared], states)
+        return _Begun(job, prompt[shared:], tuple(states))
 
-    def _join(self, sequence: _Sequence, states: tuple[Value, ...]) -> None:
-        self._live.append(sequence)
-        self._carried.append(states)
-        if self._joins:
+    def _admit(self, batch: list[_Begun]) -> None:
+        """Reads rests of prompts that are as long; their first tokens are chosen, and they are live."""
+        given = [begun.states for begun in batch]
+        sequences = [_Sequence(begun.job) for begun in batch]
+        try:
+            carried = self._states.joined(given) if len(batch) > 1 and given[0] else given[0]
+            logits, *states = self._prefill(torch.stack([begun.rest for begun in batch]), *carried)
+            tokens = _chosen(sequences, logits[:, -1])
+        except Exception as error:
+            if len(batch) == 1:
+                self._fail([batch[0].job], error)
+            else:  # the fault may be in one of them
+                for begun in batch:
+                    self._admit([begun])
+            return
+        before = len(self._live)
+        self._live += sequences
+        self._carried.append(tuple(states))
+        if self._joins and before:
             self._carried = [self._states.joined(self._carried)]
+        self._take(tokens, before)
 
     def _decode(self) -> None:
         try:
-            logits = self._logits()
+            tokens = _chosen(self._live, self._logits())
         except Exception as error:
             jobs = [sequence.job for sequence in self._live]
             self._live, self._carried = [], []
             self._fail(jobs, error)
             return
-        on: list[int] = []
-        # Whoever waits for a token wakes with it, and takes the interpreter from here: all are chosen before.
-        for place, (sequence, token) in enumerate(zip(self._live, self._chosen(logits), strict=True)):
+        self._take(tokens)
+
+    def _take(self, tokens: Sequence[int | Exception], first: int = 0) -> None:
+        """Gives the live sequences from `first` on their next tokens, or fails them."""
+        on = list(range(first))
+        # Whoever waits for a token wakes with it, and takes the interpreter from here: all were chosen before.
+        for place, token in enumerate(tokens, first):
+            sequence = self._live[place]
             if sequence.job.cancelled.is_set():
                 sequence.job.emit(None)
             elif isinstance(token, Exception):
@@ -214,13 +246,6 @@ class Engine:
                 self._end(sequence, self._of(place))
         if len(on) < len(self._live):
             self._keep(on)
-
-    def _chosen(self, logits: Tensor) -> list[int | Exception]:
-        """The next token of every live sequence, or why it has none."""
-        samplings = [sequence.job.sampling for sequence in self._live]
-        if all(sampling.temperature == 0 for sampling in samplings) and len({s.known_tokens for s in samplings}) == 1:
-            return samplings[0].choose(logits)[:, 0].tolist()
-        return [_tried(sequence, logits[place : place + 1]) for place, sequence in enumerate(self._live)]
 
     def _logits(self) -> Tensor:
         """Those of the next token of every live sequence, (sequences, vocab_size)."""
@@ -259,6 +284,14 @@ class Engine:
         logger.warning("%d requests failed: %s", len(jobs), first_line(error, type(error).__name__))
         for job in jobs:
             job.emit(error)
+
+
+def _chosen(sequences: Sequence[_Sequence], logits: Tensor) -> list[int | Exception]:
+    """The next token of each, or why it has none."""
+    samplings = [sequence.job.sampling for sequence in sequences]
+    if all(sampling.temperature == 0 for sampling in samplings) and len({s.known_tokens for s in samplings}) == 1:
+        return samplings[0].choose(logits)[:, 0].tolist()
+    return [_tried(sequence, logits[place : place + 1]) for place, sequence in enumerate(sequences)]
 
 
 def _tried(sequence: _Sequence, logits: Tensor) -> int | Exception:
