@@ -55,7 +55,8 @@ void conv_block(
     Vec sum = bias;
     if (t >= taps - 1) {
       const T* newest = in.x.at(b, t) + c;
-      for (int64_t k = 0; k < taps; ++k) sum = multiply_add(weight[k], load(newest - (taps - 1 - k) * in.x.time, lanes), sum);
+      for (int64_t k = 0; k < taps; ++k)
+        sum = multiply_add(weight[k], load(newest - (taps - 1 - k) * in.x.time, lanes), sum);
     } else {
       for (int64_t k = 0; k < taps; ++k) sum = multiply_add(weight[k], padded_row(in, b, t + k, c, lanes), sum);
     }

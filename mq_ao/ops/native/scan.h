@@ -284,9 +284,10 @@ void states_task(const In& in, const ScanTask& task, float* all, float* last_sta
                                          FloatRows) { states_block(in, task.b, c, lanes, start, steps, block, B, all); });
 }
 
-// A task of a sequence of length 1: states lie in the vector lanes as they do in memory, so nothing is transposed.
-// d_state must be a multiple of kLanes.
-template <bool kCarried, typename Source, typename T, typename State, typename Lanes, typename Output, typename LastState>
+// A vector block of a task of a sequence of length 1: states lie in the vector lanes as they do in memory, so nothing
+// is transposed. d_state must be a multiple of kLanes; kCarried: there is an initial state.
+template <
+    bool kCarried, typename Source, typename T, typename State, typename Lanes, typename Output, typename LastState>
 void scan_step_block(
     const ScanOperands<Source, T, State>& in, const ScanTask& task, int64_t c, Lanes lanes, const Output& y,
     const LastState& last_state) {

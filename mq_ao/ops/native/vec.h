@@ -115,8 +115,8 @@ inline void for_vectors(int64_t n, F&& f) {
   if (i < n) f(i, int(n - i));
 }
 
-// a * b + c rounded once, where the target can, even if a branch lies between the factors and the sum: GCC only
-// fuses what stands in one basic block.
+// a * b + c rounded once, where the target can. GCC fuses such an expression in one place and not in another, by what
+// stands around it: this is for sums that must come out the same in both.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(MQ_AO_AVX512)
   return bit_cast<Vec>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
