@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -32,10 +32,9 @@ def release() -> None:
 
     glibc keeps freed tensors of up to 32 MB for later. Rewriting a model's weights one by one leaves gigabytes of them.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
 
 
 def keep_freed() -> None:
@@ -44,12 +43,13 @@ def keep_freed() -> None:
     Otherwise every tensor over 32 MB is mapped anew, and each of its pages is a fault. The states of 16 sequences of a
     model of 130 million parameters are as large, and new in each decode step.
     """
-    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+    set_option = _of_glibc("mallopt")
+    if set_option is None:
         return
     trim_threshold, most_mapped, most_arenas = -1, -4, -8  # of malloc.h
     # An arena of a thread's own is limited to 64 MB: the first one serves all.
     for option, value in ((trim_threshold, 2**31 - 1), (most_mapped, 0), (most_arenas, 1)):
-        library.mallopt(option, value)
+        set_option(option, value)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -89,6 +89,11 @@ def check_room(model: nn.Module, what: str) -> None:
             f"{what} needs {needed / 1e9:.1f} GB for its weights in float32, and {room / 1e9:.1f} GB of memory are "
             "available: use a machine with more memory, or close other programs."
         )
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where that is another one."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _left_in_cgroups() -> Iterable[int]:

@@ -10,7 +10,6 @@ from mq_ao.cli.console import err, step
 from mq_ao.cli.opened import ANY_HELP, TOKENIZER_HELP, open_any
 from mq_ao.errors import MqAoError
 from mq_ao.extras import needs
-from mq_ao.memory import keep_freed
 
 
 def serve(
@@ -45,6 +44,7 @@ def serve(
     curl localhost:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 20}'
     """
     with step("starting"), needs("the server", "serve"):
+        from mq_ao.memory import keep_freed
         from mq_ao.serving.app import Server
         from mq_ao.serving.limits import Limits
         from mq_ao.serving.model_thread import ModelThread

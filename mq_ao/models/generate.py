@@ -61,6 +61,11 @@ class Sampling:
             return ()
         return tuple(self.eos_token_id) if isinstance(self.eos_token_id, Iterable) else (self.eos_token_id,)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is chosen, and nothing is drawn."""
+        return self.temperature == 0
+
     def within(self, known_tokens: int | None) -> Sampling:
         """The same, that keeps to so many tokens too; None: to none more."""
         if known_tokens is None or (self.known_tokens is not None and self.known_tokens <= known_tokens):
@@ -83,7 +88,7 @@ class Sampling:
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Next token for each row: logits (batch, vocab_size) -> (batch, 1) int64. Greedy draws nothing."""
         logits = logits[..., : self.known_tokens]
-        if self.temperature == 0:
+        if self.greedy:
             return logits.argmax(-1, keepdim=True)
         logits = logits.float() / self.temperature
         if 0 < self.top_k < logits.shape[-1]:

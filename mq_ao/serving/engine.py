@@ -203,9 +203,12 @@ class Engine:
         given = [begun.states for begun in batch]
         sequences = [_Sequence(begun.job) for begun in batch]
         try:
-            carried = self._states.joined(given) if len(batch) > 1 and given[0] else given[0]
-            logits, *states = self._prefill(torch.stack([begun.rest for begun in batch]), *carried)
+            before = self._states.joined(given) if len(batch) > 1 and given[0] else given[0]
+            logits, *states = self._prefill(torch.stack([begun.rest for begun in batch]), *before)
             tokens = _chosen(sequences, logits[:, -1])
+            carried = [*self._carried, tuple(states)]
+            if self._joins and self._live:
+                carried = [self._states.joined(carried)]
         except Exception as error:
             if len(batch) == 1:
                 self._fail([batch[0].job], error)
@@ -213,12 +216,9 @@ class Engine:
                 for begun in batch:
                     self._admit([begun])
             return
-        before = len(self._live)
-        self._live += sequences
-        self._carried.append(tuple(states))
-        if self._joins and before:
-            self._carried = [self._states.joined(self._carried)]
-        self._take(tokens, before)
+        first = len(self._live)
+        self._live, self._carried = [*self._live, *sequences], carried
+        self._take(tokens, first)
 
     def _decode(self) -> None:
         try:
@@ -289,7 +289,7 @@ class Engine:
 def _chosen(sequences: Sequence[_Sequence], logits: Tensor) -> list[int | Exception]:
     """The next token of each, or why it has none."""
     samplings = [sequence.job.sampling for sequence in sequences]
-    if all(sampling.temperature == 0 for sampling in samplings) and len({s.known_tokens for s in samplings}) == 1:
+    if all(sampling.greedy for sampling in samplings) and len({sampling.known_tokens for sampling in samplings}) == 1:
         return samplings[0].choose(logits)[:, 0].tolist()
     return [_tried(sequence, logits[place : place + 1]) for place, sequence in enumerate(sequences)]
 
