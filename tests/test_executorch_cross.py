@@ -75,12 +75,12 @@ int main() {
   const ConvInputs<float> in{conv, rows(u.data(), kChannels), weight.data(), bias.data(), nullptr, true};
   const QConvInputs qin{conv, rows(reinterpret_cast<const uint8_t*>(q.data()), kChannels), Grid(true, 0.02, 5),
                         qweight.data(), scale.data(), bias.data(), nullptr, true};
-  for_channel_ranges(kBatch, kLength, kChannels, alone, [&](int64_t b, int64_t first, int64_t count) {
-    conv_task(in, b, first, count, rows(y.data(), kChannels), history.data());
+  for_channel_ranges(kBatch, kLength, kChannels, alone, [&](const ChannelTask& task) {
+    conv_task(in, task, rows(y.data(), kChannels), history.data());
   });
   print(y), print(history);
-  for_channel_ranges(kBatch, kLength, kChannels, alone, [&](int64_t b, int64_t first, int64_t count) {
-    qconv_task(qin, b, first, count, out, history.data());
+  for_channel_ranges(kBatch, kLength, kChannels, alone, [&](const ChannelTask& task) {
+    qconv_task(qin, task, out, history.data());
   });
   print(qy), print(history);
 }

@@ -68,7 +68,7 @@ extern "C" void scan_gradient(const long* s, const float** p, const float* dy, c
 
 extern "C" void conv(const long* s, const float** p, float* y, float* last_state) {
   const ConvInputs<float> in{{s[0], s[1], s[2], s[4]}, rows(p[0], s, s[2]), p[1], p[2], p[3], true};
-  for (long b = 0; b < s[0]; ++b) conv_task(in, b, 0, s[2], rows(y, s, s[2]), last_state);
+  conv_task(in, ChannelTask{0, s[0], 0, s[2]}, rows(y, s, s[2]), last_state);
 }
 
 // s: batch, length, heads, groups, d_state, headdim. All units in one range.

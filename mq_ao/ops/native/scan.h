@@ -292,6 +292,7 @@ void scan_step_block(
     const ScanOperands<Source, T, State>& in, const ScanTask& task, int64_t c, Lanes lanes, const Output& y,
     const LastState& last_state) {
   const int64_t N = in.shape.d_state, b = task.b;
+  const int channels = lanes;
   const T *B = in.B.at(b, 0, task.g), *C = in.C.at(b, 0, task.g);
   const Vec bias = in.delta_bias ? load(in.delta_bias + c, lanes) : Vec{};
   const Vec raw = raw_step(in, bias, b, 0, c, lanes);
@@ -305,7 +306,7 @@ void scan_step_block(
     const Vec input = load(B + n), weight = load(C + n);
     // Exponentials are long chains: those of channels side by side do not wait for each other.
 #pragma GCC unroll 4
-    for (int lane = 0; lane < lanes; ++lane) {
+    for (int lane = 0; lane < channels; ++lane) {
       const StateIndex at = in.shape.index(b, c + lane, n);
       Vec h = dtu[lane] * input;
       if constexpr (kCarried)
