@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from mq_ao.graph import edit, walk
 from mq_ao.graph.gate import gate_of
 from mq_ao.graph.rows import pieces
-from mq_ao.graph.views import Conv, Layer, Linear, Scan
+from mq_ao.graph.views import Conv, Layer, Linear, Norm, Scan
 from mq_ao.lowering.patterns import (
     DQ_STATE,
     Q_STATIC,
@@ -106,6 +106,38 @@ class GraphRewriter(ABC):
             return None
         y, z = self.operand(gate.y), self.operand(gate.z)
         return *y.arguments, *z.arguments, gate.scale, rotated
+
+    def norm(self, operator: Any, quantize: Node) -> None:
+        """The sum before an RMSNorm, the norm, and the one quantize step that reads it as one `operator`.
+
+        It takes `(x, residual, weight, eps, out_scale, out_zero_point)` and gives integers, scales and the sum.
+        """
+        norm = walk.argument(quantize, 0)
+        if norm.target != aten.rms_norm.default or walk.only_user(norm) is not quantize or not self.readable(quantize):
+            return
+        given = Norm.of(norm)
+        if len(given.shape) != 1 or given.eps is None:
+            return
+        x: Any = given.x
+        fuses = x.target in walk.ADD and not x.kwargs and _alike(*x.args)
+        new = self.fused(quantize, operator, (*(x.args if fuses else (x, None)), given.weight, given.eps))
+        if fuses:
+            with self.graph.inserting_after(new):
+                total = self.graph.call_function(walk.getitem, (new, 2))
+            total.meta = dict(x.meta)
+            x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not norm)
+
+    def fused(self, quantize: Node, operator: Any, args: tuple[Any, ...]) -> Node:
+        """`operator`, which ends with the quantize step, in its place; it gives integers and scales."""
+        with self.graph.inserting_before(quantize):
+            if quantize.target != Q_STATIC:
+                new = self.graph.call_function(operator, args)
+                self.replace(quantize, new)
+            else:
+                new = self.graph.call_function(operator, (*args, *grid_of(quantize)))
+                integers, _ = self.outputs(new)
+                self.replace(quantize, integers)
+        return new
 
     def readable(self, quantize: Node) -> bool:
         """Whether a quantize node gives integers that the backend's kernels give."""
@@ -233,3 +265,11 @@ class LinearRewriter(GraphRewriter):
         bounds = pieces(node)
         if bounds is None or not self.in_pieces(x, weight, bias, bounds):
             self.replace(node, self.product(node, x, weight, bias))
+
+
+def _alike(a: object, b: object) -> bool:
+    """Whether two operands of a sum are values of one shape, on floats."""
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return False
+    first, second = walk.value(a), walk.value(b)
+    return first.shape == second.shape and first.dtype == second.dtype == torch.float32

@@ -43,7 +43,7 @@ class Portable:
     @classmethod
     def of(cls, module: GraphModule, states: States, info: Mapping[str, Any]) -> Portable:
         """Takes the weights out of a graph `(input_ids, *states) -> (logits, *states)`, which is not changed."""
-        module, weights = _without_weights(flat(module))
+        module, weights = without_weights(flat(module))
         exported = export_whole(module, states, tuple(weights.values()))
         exported.example_inputs = None  # which are the weights
         return cls(exported, weights, {**info, "states": states.described})
@@ -98,8 +98,8 @@ def read(path: Path) -> Portable:
     return Portable(exported, weights, info)
 
 
-def _without_weights(module: GraphModule) -> tuple[GraphModule, dict[str, Tensor]]:
-    """The graph with its weights as first inputs, each tensor once."""
+def without_weights(module: GraphModule) -> tuple[GraphModule, dict[str, Tensor]]:
+    """A flat graph, which is changed, with its weights as first inputs, each tensor once; and those weights."""
     graph, first = module.graph, module.graph.find_nodes(op="placeholder")[0]
     weights: dict[str, Tensor] = {}
     known: dict[tuple[Any, ...], Node] = {}

@@ -45,11 +45,13 @@ class Backend:
         name: what users call it.
         suffix: how its saved programs end.
         runs_on: in words, for lists of choices.
+        integers: what its kernels compute on: backends with the same take each other's graphs.
     """
 
     name: str
     suffix: str
     runs_on: str
+    integers: str
 
     @property
     def lowering(self) -> Lowering:
@@ -66,11 +68,12 @@ class Backend:
         raise MqAoError(f"the options of backend {self.name!r} are {wanted}, and not {type(options).__name__}.")
 
 
-INDUCTOR = Backend("inductor", ".pt2", "this machine's CPU")
-EXECUTORCH = Backend("executorch", ".pte", "edge devices")
-CUDA = Backend("cuda", ".ptc", "GPUs")
+INDUCTOR = Backend("inductor", ".pt2", "this machine's CPU", "uint8")
+NATIVE = Backend("native", ".ptn", "any CPU that there are kernels for, without a compiler", "uint8")
+EXECUTORCH = Backend("executorch", ".pte", "edge devices", "int8, XNNPACK")
+CUDA = Backend("cuda", ".ptc", "GPUs", "int8")
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType({item.name: item for item in (INDUCTOR, EXECUTORCH, CUDA)})
+BACKENDS: Mapping[str, Backend] = MappingProxyType({item.name: item for item in (INDUCTOR, NATIVE, EXECUTORCH, CUDA)})
 """The backends by name."""
 
 

@@ -70,16 +70,17 @@ class QuantizedModel:
         `Program`, which is called with the model's inputs and gives what the model gives.
 
         Args:
-            backend: the one that the graph was quantized for; None: that one.
+            backend: the one that the graph was quantized for, or one with its integers; None: that one.
             options: of that backend: `mq_ao.lowering.executorch.Options` has batch, longest prefill and more.
 
         Raises:
             MqAoError: unknown or other backend, nothing quantized, or a graph that cannot be saved as a program.
         """
-        wanted = get_backend(self._report.backend)
-        if backend is not None and get_backend(backend) is not wanted:
+        quantized_for = get_backend(self._report.backend)
+        wanted = quantized_for if backend is None else get_backend(backend)
+        if wanted.integers != quantized_for.integers:
             raise MqAoError(
-                f"this graph was quantized for {wanted.name}, whose integers are not those of {backend}: "
+                f"this graph was quantized for {quantized_for.name}, whose integers are not those of {backend}: "
                 f"call mq_ao.quantize(..., backend={backend!r})."
             )
         return wanted.lowering.lower(self.converted, self._described, options)

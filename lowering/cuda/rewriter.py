@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
-from mq_ao.graph.views import Norm
 from mq_ao.lowering.cuda.kernels import KERNELS
 from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, each
 from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, per_token_source
@@ -54,7 +54,7 @@ class Rewriter(LinearRewriter):
         return (
             *super().steps,
             each({Q_STATIC, int8_per_token}, self._gate),
-            each({Q_STATIC, int8_per_token}, self._norm),
+            each({Q_STATIC, int8_per_token}, partial(self.norm, mq.int8_rms_norm.default)),
         )
 
     def in_pieces(self, x: Node, weight: Weight, bias: Any, bounds: list[tuple[Node, int, int]]) -> bool:
@@ -141,37 +141,7 @@ class Rewriter(LinearRewriter):
         """Gate, rotation and quantize step of out_proj's input as one operator."""
         args = self.gate(quantize)
         if args is not None:
-            self._fused(quantize, mq.int8_gate.default, args)
-
-    def _norm(self, quantize: Node) -> None:
-        """The sum before an RMSNorm, the norm, and the one quantize step that reads it as one operator."""
-        norm = walk.argument(quantize, 0)
-        if norm.target != aten.rms_norm.default or walk.only_user(norm) is not quantize:
-            return
-        given = Norm.of(norm)
-        if len(given.shape) != 1 or given.eps is None:
-            return
-        x: Any = given.x
-        fuses = x.target in walk.ADD and not x.kwargs and _alike(*x.args)
-        args = (*(x.args if fuses else (x, None)), given.weight, given.eps)
-        new = self._fused(quantize, mq.int8_rms_norm.default, args)
-        if fuses:
-            with self.graph.inserting_after(new):
-                total = self.graph.call_function(walk.getitem, (new, 2))
-            total.meta = dict(x.meta)
-            x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not norm)
-
-    def _fused(self, quantize: Node, operator: Any, args: tuple[Any, ...]) -> Node:
-        """`operator`, which ends with the quantize step, in its place."""
-        with self.graph.inserting_before(quantize):
-            if quantize.target != Q_STATIC:
-                new = self.graph.call_function(operator, args)
-                self.replace(quantize, new)
-            else:
-                new = self.graph.call_function(operator, (*args, *grid_of(quantize)))
-                integers, _ = self.outputs(new)
-                self.replace(quantize, integers)
-        return new
+            self.fused(quantize, mq.int8_gate.default, args)
 
     def store(self, kind: str, value: Tensor) -> Node:
         """A get_attr node for a buffer, one for each tensor: embedding and head may share their integers."""
@@ -186,11 +156,3 @@ class Rewriter(LinearRewriter):
             # Rows of a weight: alone they can be saved, moved and freed by themselves.
             self.module.register_buffer(str(node.target), stored.clone())
         return node
-
-
-def _alike(a: object, b: object) -> bool:
-    """Whether two operands of a sum are values of one shape, on floats."""
-    if not isinstance(a, Node) or not isinstance(b, Node):
-        return False
-    first, second = walk.value(a), walk.value(b)
-    return first.shape == second.shape and first.dtype == second.dtype == torch.float32

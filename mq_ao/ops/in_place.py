@@ -1,11 +1,13 @@
-"""`mq_ao::<name>_` of every operator that carries a state: it overwrites `initial_state` by the last, and gives y.
+"""Twins of every operator that carries a state, for decoding, where states are most of what moves besides weights.
 
-They are for decoding, where states are most of what moves besides weights. On the CPU they run the operator and copy.
+`mq_ao::<name>_` overwrites `initial_state` by the last state and gives y; on the CPU it runs the operator and copies.
+`mq_ao::<name>_into` takes the tensor that becomes the last state as its last argument, and gives y.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,31 +39,42 @@ def state_index(name: str) -> int:
 def check_state(name: str, state: Tensor, last_state: Tensor) -> None:
     """Raises MqAoError unless one can be copied into the other as it is."""
     require(
-        state.dtype == last_state.dtype,
-        f"{name}_: initial_state must be {last_state.dtype}, as the last state is, not {state.dtype}.",
+        state.dtype == last_state.dtype and state.dim() == last_state.dim(),
+        f"{name}: the state that is written must be {last_state.dtype} {tuple(last_state.shape)}, as the last state "
+        f"is, not {state.dtype} {tuple(state.shape)}.",
     )
 
 
 def _define(name: str) -> None:
+    """Both twins."""
     operator, index = getattr(torch.ops.mq_ao, name).default, state_index(name)
+    arguments = str(operator._schema).partition("(")[2].rpartition(") -> ")[0]
+    arguments = _DEFAULT.sub("", arguments)
+    in_place = arguments.replace("Tensor? initial_state", "Tensor(a!) initial_state")
+    _twin(f"{name}_", in_place, operator, lambda args: (args, args[index]))
+    _twin(f"{name}_into", f"{arguments}, Tensor(a!) last_state", operator, lambda args: (args[:-1], args[-1]))
 
-    def results(*args: Any) -> tuple[Tensor, Tensor]:
-        y, last_state = operator(*args)
-        check_state(name, args[index], last_state)
-        return y, last_state
+
+def _twin(
+    name: str, arguments: str, operator: Any, given: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], Tensor]]
+) -> None:
+    """One of them; `given` says what the operator is called with, and where the last state goes."""
+
+    def results(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        called, memory = given(args)
+        y, last_state = operator(*called)
+        check_state(name, memory, last_state)
+        return y, last_state, memory
 
     def fake(*args: Any) -> Tensor:
-        y, _ = results(*args)
-        return y
+        return results(args)[0]
 
     def reference(*args: Any) -> Tensor:
-        y, last_state = results(*args)
-        args[index].copy_(last_state)
+        y, last_state, memory = results(args)
+        memory.copy_(last_state)
         return y
 
-    arguments = str(operator._schema).partition("(")[2].rpartition(" -> ")[0]
-    arguments = _DEFAULT.sub("", arguments).replace("Tensor? initial_state", "Tensor(a!) initial_state")
-    library.define(f"{name}_", f"({arguments} -> Tensor", fake=fake, reference=reference)
+    library.define(name, f"({arguments}) -> Tensor", fake=fake, reference=reference)
 
 
 for _name in STATEFUL:

@@ -15,9 +15,9 @@ from torch import Tensor
 from mq_ao.ops.gate import check_rows as check_gate
 from mq_ao.ops.gate import gated
 from mq_ao.ops.grids import Grid, check_grid, dequantize
-from mq_ao.ops.int8_rows import check_rows, empty_rows, quantize_rows
 from mq_ao.ops.library import require
 from mq_ao.ops.operator import Operands, operator
+from mq_ao.ops.quantized_rows import check_rows, empty_rows, quantize_rows
 
 
 def _results(a: Operands) -> tuple[Tensor, Tensor]:
@@ -27,8 +27,8 @@ def _results(a: Operands) -> tuple[Tensor, Tensor]:
             check_grid(f"int8_gate: {name}", x.dtype, Grid.of(a, name))
     check_gate(a)
     out = Grid.of(a, "out")
-    check_rows("int8_gate", out)
-    return empty_rows(a.y, out)
+    check_rows("int8_gate", torch.int8, out)
+    return empty_rows(a.y, torch.int8, out)
 
 
 @operator(results=_results)
@@ -69,4 +69,4 @@ def int8_gate(
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
     left, right = dequantize(y, Grid(y_scale, y_zero_point)), dequantize(z, Grid(z_scale, z_zero_point))
-    return quantize_rows(gated(left, right, s, hadamard), Grid(out_scale, out_zero_point))
+    return quantize_rows(gated(left, right, s, hadamard), torch.int8, Grid(out_scale, out_zero_point))

@@ -6,34 +6,12 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops.grids import Grid
-from mq_ao.ops.int8_rows import check_rows, empty_rows, quantize_rows
-from mq_ao.ops.library import require
-from mq_ao.ops.operator import Operands, like, operator
+from mq_ao.ops.norm_rows import normalize, results
+from mq_ao.ops.operator import Operands, operator
 
 
 def _results(a: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual, weight, out = a.x, a.residual, a.weight, Grid.of(a, "out")
-    require(
-        x.dtype == torch.float32 and x.dim() >= 1,
-        f"int8_rms_norm takes float32 (..., n), not {x.dtype} {tuple(x.shape)}.",
-    )
-    n = x.shape[-1]
-    require(n > 0, "int8_rms_norm needs at least one value in a row, but the last axis is empty.")
-    if residual is not None:
-        message = (
-            f"residual must be float32 of the shape of x, {tuple(x.shape)}, not {residual.dtype} "
-            f"{tuple(residual.shape)}."
-        )
-        require(residual.dtype == torch.float32 and residual.dim() == x.dim(), message)
-        for size, wanted in zip(residual.shape, x.shape, strict=True):
-            require(size == wanted, message)
-    if weight is not None:
-        require(
-            weight.dtype == torch.float32 and weight.dim() == 1 and weight.shape[0] == n,
-            f"weight must be a float32 vector of {n} values, not {weight.dtype} {tuple(weight.shape)}.",
-        )
-    check_rows("int8_rms_norm", out)
-    return *empty_rows(x, out), like(x, (0,) if residual is None else x.shape)
+    return results("int8_rms_norm", torch.int8, a)
 
 
 @operator(results=_results)
@@ -45,7 +23,7 @@ def int8_rms_norm(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds, normalises by `torch.nn.functional.rms_norm` and quantizes.
+    """Adds, normalizes by `torch.nn.functional.rms_norm` and quantizes.
 
     The Triton kernel sums squares in another order, so that values next to a rounding boundary may come out one step
     apart.
@@ -66,7 +44,4 @@ def int8_rms_norm(
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
-    total = x if residual is None else (x + residual).contiguous()
-    normalised = torch.nn.functional.rms_norm(total, (x.shape[-1],), weight, eps)
-    q, scale = quantize_rows(normalised, Grid(out_scale, out_zero_point))
-    return q.contiguous(), scale, x.new_empty(0) if residual is None else total
+    return normalize(x, residual, weight, eps, torch.int8, Grid(out_scale, out_zero_point))

@@ -35,6 +35,7 @@ def _library() -> SharedLibrary:
         flags=FLAGS,
         versions=(torch.__version__,),
         toolkit=_toolkit,
+        common=_HERE / "glue.h",
     )
 
 

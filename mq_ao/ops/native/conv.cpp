@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include "glue.h"
+#include "last_state.h"
 
 namespace mq_ao {
 namespace {
@@ -40,7 +41,7 @@ std::tuple<Tensor, Tensor> causal_conv1d(
   const OptionalTensor bias_ = float_contiguous(bias), state = float_contiguous(initial_state);
   const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2), taps = weight.size(1);
   Tensor y = at::empty(x.sizes(), x.options());
-  Tensor last_state = at::empty({batch, taps - 1, channels}, x.options().dtype(at::kFloat));
+  Tensor last_state = StateMemory::take({batch, taps - 1, channels}, x.options().dtype(at::kFloat));
   const auto run = [&](auto type) {
     using T = decltype(type);
     const ConvInputs<T> in = inputs<T>(x_, weight_, bias_, state, activation.has_value());

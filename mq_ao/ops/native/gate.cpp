@@ -36,10 +36,9 @@ void for_gated_rows(const Tensor& y, double y_scale, int64_t y_zero_point, const
                                  data_or_null(s_), n, hadamard ? hadamard::find_plan(n) : nullptr};
     gate::for_ranges(y_rows.size(0), n, TorchThreads(), [&](int64_t begin, int64_t end) {
       const Scratch<float> row(n), work(gated.work_size());
-      const Scratch<uint8_t> spare(qgemm::padded_inputs(n));
       for (int64_t i = begin; i < end; ++i) {
         gated.run(i, row.get(), work.get());
-        quantize(i, row.get(), spare.get());
+        quantize(i, row.get());
       }
     });
   };
@@ -77,7 +76,7 @@ Tensor qgate(const Tensor& y, double y_scale, int64_t y_zero_point, const Tensor
   uint8_t* out = q.mutable_data_ptr<uint8_t>();
   const qgemm::Requantizer requantize({out, true, float(1.0 / out_scale), int32_t(out_zero_point)});
   for_gated_rows(y, y_scale, y_zero_point, z, z_scale, z_zero_point, s, hadamard,
-                 [&](int64_t i, const float* row, uint8_t*) { gate::quantize_row(row, n, requantize, out + i * n); });
+                 [&](int64_t i, const float* row) { gate::quantize_row(row, n, requantize, out + i * n); });
   return q;
 }
 
@@ -96,9 +95,7 @@ std::tuple<Tensor, Tensor> qgate_per_token(const Tensor& y, double y_scale, int6
   uint8_t* out = q.mutable_data_ptr<uint8_t>();
   float* scales = scale.mutable_data_ptr<float>();
   for_gated_rows(y, y_scale, y_zero_point, z, z_scale, z_zero_point, s, hadamard,
-                 [&](int64_t i, const float* row, uint8_t* spare) {
-                   scales[i] = gate::quantize_token(row, n, spare, out + i * n);
-                 });
+                 [&](int64_t i, const float* row) { scales[i] = qgemm::quantize_token(row, n, out + i * n); });
   return {q, scale};
 }
 

@@ -82,13 +82,4 @@ inline void quantize_row(const float* x, int64_t n, const qgemm::Requantizer& re
   });
 }
 
-// One row by its own scale, which is returned. `spare` has padded_inputs(n) bytes.
-inline float quantize_token(const float* x, int64_t n, uint8_t* spare, uint8_t* q) {
-  // The quantizer of linear layers pads its rows, which here would reach into the next one.
-  if (qgemm::padded_inputs(n) == n) return qgemm::quantize_token(x, n, q);
-  const float scale = qgemm::quantize_token(x, n, spare);
-  std::memcpy(q, spare, size_t(n));
-  return scale;
-}
-
 }  // namespace mq_ao::gate

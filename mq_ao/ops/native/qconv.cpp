@@ -2,6 +2,7 @@
 
 #include "qconv.h"
 
+#include "last_state.h"
 #include "qglue.h"
 
 namespace mq_ao {
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor> qcausal_conv1d(
   const OptionalTensor bias_ = float_contiguous(bias), state = float_contiguous(initial_state);
   const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2), taps = weight.size(1);
   Tensor y = at::empty(x.sizes(), x.options().dtype(out_scale ? x.scalar_type() : at::kFloat));
-  Tensor last_state = at::empty({batch, taps - 1, channels}, x.options().dtype(at::kFloat));
+  Tensor last_state = StateMemory::take({batch, taps - 1, channels}, x.options().dtype(at::kFloat));
   const QConvInputs in{{batch, length, channels, taps},
                        byte_rows(x_),
                        Grid(is_signed(x), x_scale, x_zero_point),

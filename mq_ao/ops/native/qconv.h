@@ -61,6 +61,18 @@ void qconv_block(
   }
 }
 
+// The taps of a vector block of channels, one vector a tap.
+inline void load_taps(const int8_t* weight, int64_t taps, int lanes, Vec* out) {
+  if (taps == 4 && lanes == kLanes) {
+    IntVec all;  // a channel in each lane
+    std::memcpy(&all, weight, sizeof all);
+    for (int k = 0; k < 4; ++k) out[k] = __builtin_convertvector((all << (24 - 8 * k)) >> 24, Vec);
+    return;
+  }
+  for (int64_t k = 0; k < taps; ++k)
+    for (int i = 0; i < kLanes; ++i) out[k][i] = i < lanes ? float(weight[i * taps + k]) : 0.0f;
+}
+
 // At most kRangeBlocks vectors of channels.
 inline void qconv_task(const QConvInputs& in, const ChannelTask& task, const QOutput& y, float* last_state) {
   const int64_t taps = in.shape.d_conv, length = in.shape.length, channels = in.shape.channels;
@@ -73,9 +85,7 @@ inline void qconv_task(const QConvInputs& in, const ChannelTask& task, const QOu
   Vec* window = many ? many->get() : few;
   Vec* weights = window + kChunk + taps - 1;
   for (int64_t c = first; c < end; c += kLanes)
-    for (int64_t k = 0; k < taps; ++k)
-      for (int i = 0; i < kLanes; ++i)
-        weights[(c - first) / kLanes * taps + k][i] = i < lanes_at(c) ? float(in.weight[(c + i) * taps + k]) : 0.0f;
+    load_taps(in.weight + c * taps, taps, lanes_at(c), weights + (c - first) / kLanes * taps);
   for (int64_t b = task.begin; b < task.end; ++b) {
     // Time is cut into chunks, so that the blocks of a range read neighbouring memory in turn.
     for (int64_t start = 0; start < length; start += kChunk)

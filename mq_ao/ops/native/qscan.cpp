@@ -1,5 +1,6 @@
 // mq_ao::qselective_scan and mq_ao::scan_states for PyTorch's CPU dispatch key; the schemas are defined in Python.
 
+#include "last_state.h"
 #include "qglue.h"
 #include "scan_glue.h"
 
@@ -33,7 +34,8 @@ std::tuple<Tensor, Tensor> qselective_scan(
   in.B = float_matrix(in.B, qB);
   in.C = float_matrix(in.C, qC);
   Tensor y = at::empty(u.sizes(), u.options().dtype(!out_scale ? at::kFloat : is_signed(u) ? at::kChar : at::kByte));
-  Tensor last_state = at::empty({u.size(0), A.size(0), A.size(1)}, A.options().dtype(step ? at::kChar : at::kFloat));
+  const auto options = A.options().dtype(step ? at::kChar : at::kFloat);
+  Tensor last_state = StateMemory::take({u.size(0), A.size(0), A.size(1)}, options);
 
   const QStates<const void> first{start ? start->const_data_ptr() : nullptr, data_or_null(step)};
   const ScanOperands<QRows, float, QStates<const void>> operands{

@@ -1,5 +1,6 @@
 // mq_ao::qssd_scan for PyTorch's CPU dispatch key; the schema is defined in Python.
 
+#include "last_state.h"
 #include "qglue.h"
 #include "ssd_glue.h"
 
@@ -24,7 +25,8 @@ std::tuple<Tensor, Tensor> qssd_scan(
   in.B = float_matrix(in.B, qB);
   in.C = float_matrix(in.C, qC);
   Tensor y = at::empty(x.sizes(), x.options().dtype(!out_scale ? at::kFloat : is_signed(x) ? at::kChar : at::kByte));
-  Tensor last_state = at::empty({x.size(0), x.size(2), x.size(3), B.size(3)}, x.options().dtype(at::kFloat));
+  const auto options = x.options().dtype(at::kFloat);
+  Tensor last_state = StateMemory::take({x.size(0), x.size(2), x.size(3), B.size(3)}, options);
   const QOutput out(y.data_ptr(), y.stride(0), y.stride(1), is_signed(x), out_scale, out_zero_point);
   run_ssd(in.operands<float>(channel_rows({in.x, x_scale, x_zero_point}),
                              channel_rows({in.dt, dt_scale, dt_zero_point})),

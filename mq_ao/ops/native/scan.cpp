@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty_like.h>
 
+#include "last_state.h"
 #include "scan_backward.h"
 #include "scan_glue.h"
 
@@ -17,7 +18,7 @@ std::tuple<Tensor, Tensor> selective_scan(
         "selective_scan", u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state);
   const ScanTensors in = given.readable();
   Tensor y = at::empty(u.sizes(), u.options());
-  Tensor last_state = at::empty({u.size(0), A.size(0), A.size(1)}, u.options().dtype(at::kFloat));
+  Tensor last_state = StateMemory::take({u.size(0), A.size(0), A.size(1)}, u.options().dtype(at::kFloat));
   const auto run = [&](auto type) {
     using T = decltype(type);
     run_scan(in.inputs<T>(), rows<T>(y), last_state.data_ptr<float>(), TorchThreads());

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,7 @@ class SharedLibrary:
         flags: of the compiler, beside those of `toolkit`.
         versions: of the packages that are linked.
         toolkit: called only when something is compiled, for it may be slow.
+        common: a header that all sources include, which is compiled once for them; None: there is none.
     """
 
     name: str
@@ -83,6 +85,7 @@ class SharedLibrary:
     flags: tuple[str, ...]
     versions: tuple[str, ...]
     toolkit: Callable[[], Toolkit]
+    common: Path | None = None
 
     def cached(self) -> str | None:
         """Path of an up-to-date build in the cache, or None."""
@@ -135,29 +138,31 @@ class SharedLibrary:
 
     def _compile(self, cxx: str, work: Path, path: Path) -> None:
         toolkit = self.toolkit()
-        objects = []
-        running = []
-        for source in self.sources:
-            target = str(work / (source.stem + ".o"))
-            objects.append(target)
-            command = [cxx, *self.flags, ARCH_FLAG, *toolkit.compile, "-fPIC", "-c", str(source), "-o", target]
-            running.append((command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-        # All compilers run side by side; each is waited for, so that none outlives a failure of another.
-        results = [(command, process, process.communicate()[1]) for command, process in running]
-        for command, process, stderr in results:
-            _check(command, process.returncode, stderr)
+        flags = [*self.flags, ARCH_FLAG, *toolkit.compile, "-fPIC"]
+        if self.common is not None:
+            header = work / "common.h"
+            header.write_text(f'#include "{self.common}"\n')
+            _run([cxx, *flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
+            flags += ["-include", str(header)]
+        objects = [str(work / f"{source.stem}.o") for source in self.sources]
+
+        def compile_one(source: Path, target: str) -> None:
+            _run([cxx, *flags, "-c", str(source), "-o", target])
+
+        # One a core: each takes up to a gigabyte of memory.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, self.sources, objects))
         built = work / path.name
-        link = [cxx, "-shared", *objects, *toolkit.link, "-o", str(built)]
-        done = subprocess.run(link, capture_output=True, text=True, check=False)
-        _check(link, done.returncode, done.stderr)
+        _run([cxx, "-shared", *objects, *toolkit.link, "-o", str(built)])
         os.replace(built, path)
 
 
-def _check(command: list[str], returncode: int, stderr: str) -> None:
-    if returncode == 0:
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
         return
-    tail = "\n".join(stderr.splitlines()[-30:])
+    tail = "\n".join(done.stderr.splitlines()[-30:])
     raise MqAoError(
-        f"building the native kernels failed with exit code {returncode}; choose another compiler with CXX, or mend "
-        f"what this says:\n{shlex.join(command)}\n{tail}\n"
+        f"building the native kernels failed with exit code {done.returncode}; choose another compiler with CXX, or "
+        f"mend what this says:\n{shlex.join(command)}\n{tail}\n"
     )

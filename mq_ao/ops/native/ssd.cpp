@@ -1,5 +1,6 @@
 // mq_ao::ssd_scan for PyTorch's CPU dispatch key; the schema is defined in Python.
 
+#include "last_state.h"
 #include "ssd_glue.h"
 
 namespace mq_ao {
@@ -15,7 +16,8 @@ std::tuple<Tensor, Tensor> ssd_scan(
         "ssd_scan", x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx);
   const SsdTensors in = given.readable();
   Tensor y = at::empty(x.sizes(), x.options());
-  Tensor last_state = at::empty({x.size(0), x.size(2), x.size(3), B.size(3)}, x.options().dtype(at::kFloat));
+  const auto options = x.options().dtype(at::kFloat);
+  Tensor last_state = StateMemory::take({x.size(0), x.size(2), x.size(3), B.size(3)}, options);
   const auto run = [&](auto type) {
     using T = decltype(type);
     run_ssd(in.operands<T>(rows<const T>(in.x), rows<const T>(in.dt)), rows<T>(y), last_state.data_ptr<float>(),

@@ -1,0 +1,92 @@
+"""Native programs in a file: tensors in the safetensors format, with the plan and what the program says in its header.
+
+Nothing in it depends on this machine or its PyTorch, and it holds no machine code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import mq_ao.ops
+from mq_ao.errors import MqAoError
+from mq_ao.files import replacing
+from mq_ao.lowering import archive, tensor_file
+from mq_ao.lowering.native.plan import Plan
+
+FORMAT = 1
+_NAME = "mq_ao_native"
+"""Of the entry of the header."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A plan, and what it needs.
+
+    Attributes:
+        plan: the calls.
+        weights: tensors that it reads, in its order.
+        info: what the program says of itself (JSON).
+    """
+
+    plan: Plan
+    weights: Mapping[str, Tensor]
+    info: Mapping[str, Any]
+
+    def bound(self) -> Any:
+        """The plan, ready to run; the operators' native kernels are loaded or built first.
+
+        Raises:
+            MqAoError: there are no native kernels, or the steps do not fit together.
+        """
+        if not mq_ao.ops.load_native():
+            raise MqAoError(
+                "a native program needs the native kernels: run `mq-ao build-kernels` to see what is wrong."
+            )
+        return self.plan.bound(list(self.weights.values()))
+
+    def write(self, path: Path) -> None:
+        """Writes the file, under a temporary name that is renamed when it is complete.
+
+        Raises:
+            MqAoError: the path cannot be written.
+        """
+        described = {
+            "format": FORMAT,
+            "info": dict(self.info),
+            "weights": list(self.weights),
+            "plan": self.plan.described,
+        }
+        metadata = {_NAME: json.dumps(described)}
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            for part in tensor_file.parts(self.weights, metadata):
+                file.write(part)
+
+
+def read(path: Path) -> Saved:
+    """What `Saved.write` wrote; its weights lie on the pages of the file, and must not be written to.
+
+    Raises:
+        MqAoError: there is no such file, it is not one of ours or damaged, or another version wrote it.
+    """
+    if not path.is_file():
+        raise MqAoError(f"there is no file {path}.")
+    try:
+        weights, metadata = tensor_file.mapped(path, 0, path.stat().st_size)
+        described = json.loads(metadata[_NAME])
+        if described["format"] == FORMAT:
+            named = {str(name): weights[name] for name in described["weights"]}
+            return Saved(Plan.read(described["plan"]), named, dict(described["info"]))
+    except archive.DAMAGE:
+        raise MqAoError(
+            f"{path} is not a program saved by mq_ao, or is damaged: make one with `mq-ao quantize`."
+        ) from None
+    raise MqAoError(
+        f"{path} was saved in format {described['format']}, but this is {FORMAT}: quantize the model again with this "
+        "mq_ao."
+    )

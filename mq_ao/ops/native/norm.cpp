@@ -1,0 +1,76 @@
+// mq_ao::qrms_norm and mq_ao::quantize_per_tensor for PyTorch's CPU dispatch key; the schemas are defined in Python.
+
+#include "norm.h"
+
+#include "glue.h"
+
+namespace mq_ao {
+namespace {
+
+bool is_byte_point(int64_t zero_point) { return zero_point >= 0 && zero_point <= 255; }
+
+std::tuple<Tensor, Tensor, Tensor> qrms_norm(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, double eps,
+    std::optional<double> out_scale, int64_t out_zero_point) {
+  const bool fits = x.dim() > 0 && x.size(-1) > 0 && x.scalar_type() == at::kFloat &&
+      (!residual || (residual->scalar_type() == at::kFloat && residual->sizes() == x.sizes())) &&
+      (!weight || (weight->scalar_type() == at::kFloat && has_shape(weight, {x.size(-1)}))) &&
+      (!out_scale || (*out_scale > 0 && is_byte_point(out_zero_point)));
+  if (!fits)
+    return call_reference<decltype(qrms_norm)>("qrms_norm", x, residual, weight, eps, out_scale, out_zero_point);
+  const int64_t n = x.size(-1);
+  const Tensor rows = dense_rows(x.reshape({-1, n})), more = residual ? dense_rows(residual->reshape({-1, n})) : Tensor();
+  const OptionalTensor weight_ = float_contiguous(weight);
+  const at::DimVector none{0};
+  at::DimVector one(x.sizes());
+  one.back() = 1;
+  const Tensor q = at::empty(x.sizes(), x.options().dtype(at::kByte));
+  const Tensor scale = at::empty(out_scale ? none : one, x.options());
+  const Tensor total = at::empty(residual ? x.sizes() : at::IntArrayRef(none), x.options());
+  const norm::Norm given{rows.const_data_ptr<float>(),
+                         rows.stride(0),
+                         residual ? more.const_data_ptr<float>() : nullptr,
+                         residual ? more.stride(0) : 0,
+                         data_or_null(weight_),
+                         float(eps),
+                         n,
+                         total.mutable_data_ptr<float>()};
+  uint8_t* bytes = q.mutable_data_ptr<uint8_t>();
+  float* scales = scale.mutable_data_ptr<float>();
+  const qgemm::Requantizer requantize({bytes, true, float(1.0 / out_scale.value_or(1.0)), int32_t(out_zero_point)});
+  for_row_ranges(rows.size(0), n, 16384, TorchThreads(), [&](int64_t begin, int64_t end) {
+    const Scratch<float> row(n);
+    for (int64_t i = begin; i < end; ++i) {
+      given.run(i, row.get());
+      if (out_scale)
+        gate::quantize_row(row.get(), n, requantize, bytes + i * n);
+      else
+        scales[i] = qgemm::quantize_token(row.get(), n, bytes + i * n);
+    }
+  });
+  return {q, scale, total};
+}
+
+Tensor quantize_per_tensor(const Tensor& x, double out_scale, int64_t out_zero_point) {
+  if (x.scalar_type() != at::kFloat || !(out_scale > 0) || !is_byte_point(out_zero_point))
+    return call_reference<decltype(quantize_per_tensor)>("quantize_per_tensor", x, out_scale, out_zero_point);
+  const Tensor q = at::empty(x.sizes(), x.options().dtype(at::kByte));
+  if (x.numel() == 0) return q;
+  const int64_t n = x.dim() ? x.size(-1) : 1;
+  const Tensor rows = dense_rows(x.reshape({-1, n}));
+  uint8_t* bytes = q.mutable_data_ptr<uint8_t>();
+  const qgemm::Requantizer requantize({bytes, true, float(1.0 / out_scale), int32_t(out_zero_point)});
+  for_row_ranges(rows.size(0), n, 16384, TorchThreads(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      gate::quantize_row(rows.const_data_ptr<float>() + i * rows.stride(0), n, requantize, bytes + i * n);
+  });
+  return q;
+}
+
+TORCH_LIBRARY_IMPL(mq_ao, CPU, m) {
+  m.impl("qrms_norm", qrms_norm);
+  m.impl("quantize_per_tensor", quantize_per_tensor);
+}
+
+}  // namespace
+}  // namespace mq_ao
