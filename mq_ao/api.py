@@ -90,8 +90,9 @@ def quantize(
             token ids too. Padding that an `attention_mask` tells does not count. Not data that the result is evaluated
             on. A generator is read once.
         recipe: name of a recipe (`mq_ao.recipes.RECIPES`), a recipe file, or a recipe.
-        backend: what runs the result: "inductor" (this machine's CPU), "executorch" (a `.pte` for edge devices) or
-            "cuda" (a GPU). Activations become the integers that its kernels take.
+        backend: what runs the result: "inductor" (this machine's CPU), "native" (a CPU, without compiling),
+            "executorch" (a `.pte` for edge devices) or "cuda" (a GPU). Activations become the integers that its
+            kernels take.
         scans: the model's own functions that compute a scan; see `mq_ao.export`.
         tokenizer: of transformers, or its folder or hub id, for programs of a language model to keep, so that they
             read text. None: the one in the folder that the model comes from, if there is one.

@@ -11,7 +11,8 @@ from mq_ao.models.program_interface import LanguageProgram
 
 
 def load(path: str | Path) -> LanguageProgram | Any:
-    """Loads a program that `save` wrote: `.pt2` (inductor), `.pte` (executorch) or `.ptc` (cuda).
+    """Loads a program that `save` wrote: `.pt2` (inductor), `.ptn` (native), `.pte` (executorch) or `.ptc`
+    (cuda).
 
     A program for cuda runs on the GPU if there is one, else on the CPU, slowly; `mq_ao.lowering.cuda.load` can choose.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mq_ao.backends import INDUCTOR, backend_of
+from mq_ao.backends import INDUCTOR, NATIVE, backend_of
 from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def open_any(source: str, tokenizer: str | None = None, *, states: bool = False,
             from mq_ao.api import generating
 
             return Opened(source, generating(model), vocab_size, tokenizer)
-    if backend_of(source) is INDUCTOR:
+    if backend_of(source) in (INDUCTOR, NATIVE):
         ready_kernels(step)
     with step(f"loading {source}"):
         from mq_ao.loading import load

@@ -92,8 +92,8 @@ class QuantizedModel:
         Raises:
             MqAoError: it was quantized for another backend, or is no language model with states.
         """
-        if self._report.backend != INDUCTOR.name or "vocab_size" not in self._info:
-            raise MqAoError("this takes a language model with states that was quantized for backend inductor.")
+        if get_backend(self._report.backend).integers != INDUCTOR.integers or "vocab_size" not in self._info:
+            raise MqAoError("this takes a language model with states, quantized for backend inductor or native.")
         from mq_ao.lowering import inductor
 
         described = {name: value for name, value in self._described.items() if name != tokenizers.INFO}

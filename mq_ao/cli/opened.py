@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANY_HELP", "MODEL_HELP", "TOKENIZER_HELP", "Opened", "is_program", "open_any", "open_float", "open_model"]
 
-ANY_HELP = f"A saved .pt2, .pte or .ptc program, {MODEL_HELP}"
+ANY_HELP = f"A saved .pt2, .ptn, .pte or .ptc program, {MODEL_HELP}"
 TOKENIZER_HELP = "Folder or hub id of the tokenizer, where the model is not byte-level and brings none."
 
 

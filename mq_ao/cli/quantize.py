@@ -35,7 +35,8 @@ def quantize(
         typer.Option(
             "--output",
             "-o",
-            help="Program to write: .pt2 for inductor, .pte for executorch, .ptc for cuda; or a folder, see --format.",
+            help="Program to write: .pt2 for inductor, .ptn for native, .pte for executorch, .ptc for cuda; or a "
+            "folder, see --format.",
         ),
     ],
     calibration: Annotated[
@@ -80,6 +81,8 @@ def quantize(
     mq-ao quantize state-spaces/mamba-130m-hf --calibration wiki.txt --tokens 32768 -o mamba-w8a8.pt2
 
     mq-ao quantize ./my-mamba --calibration ids.npy --recipe mine.yaml -o mine.pt2
+
+    mq-ao quantize demo --backend native -o demo.ptn
 
     mq-ao quantize demo --backend executorch -o demo.pte
 

@@ -43,7 +43,7 @@ class MqAoLM(TemplateLM):
     states can be handed on: programs for ExecuTorch keep theirs, and read it again.
 
     Args:
-        pretrained: a saved .pt2, .pte or .ptc program, "demo", a folder or a hub id.
+        pretrained: a saved .pt2, .ptn, .pte or .ptc program, "demo", a folder or a hub id.
         tokenizer: folder or hub id, where the model is not byte-level and brings none.
         batch_size: continuations of one context in a call.
         max_gen_toks: tokens that it writes where a task does not say.

@@ -50,8 +50,8 @@ class Server:
         carried = getattr(opened.run, "carried", None)
         if carried is None:
             raise MqAoError(
-                f"{opened.source} cannot be served: it keeps the state of one text alone, or none. Give a .pt2 or .ptc "
-                "program, or a float model."
+                f"{opened.source} cannot be served: it keeps the state of one text alone, or none. Give a .pt2, .ptn "
+                "or .ptc program, or a float model."
             )
         self.opened, self.name, self.key = opened, name, key
         self.limits = limits or Limits()
