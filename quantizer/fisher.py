@@ -51,15 +51,16 @@ def fisher(
     _check(weight, inputs, outputs)
     best = round_to_grid(weight, bits, group_size, True, inputs.diagonal())
     moments = damped(inputs.double(), input_damping), damped(outputs.double(), output_damping)
-    order = tuple(torch.argsort(moment.diagonal(), descending=True, stable=True) for moment in moments)
-    factors = [compensation(moment[place][:, place]) for moment, place in zip(moments, order, strict=True)]
+    columns, rows = (torch.argsort(moment.diagonal(), descending=True, stable=True) for moment in moments)
+    along = compensation(moments[0][columns][:, columns])
+    across = compensation(moments[1][rows][:, rows])
     exact, scale = weight.double(), best.scale
     least = loss_change(weight, best, *moments)
     for _ in range(rounds):
         wide = spread(scale, weight.shape[1], group_size).double().expand(weight.shape)
         values = torch.empty_like(exact)
-        values[order[1][:, None], order[0]] = round_both(
-            *(matrix[order[1]][:, order[0]] for matrix in (exact, wide)), *factors, bits
+        values[rows[:, None], columns] = round_both(
+            exact[rows][:, columns], wide[rows][:, columns], along, across, bits
         )
         scale = fitted_scale(exact, values, scale, *moments, group_size)
         found = QuantizedWeight(values.to(torch.int8), scale, group_size, bits)

@@ -26,7 +26,7 @@ from mq_ao.quantizer.gptq import gptq
 from mq_ao.quantizer.weights import round_to_grid, spread
 from mq_ao.recipes import Recipe
 from mq_ao.statistics import Request, collect
-from mq_ao.statistics.gradients import gradient_names, weighted_input_name
+from mq_ao.statistics.gradients import GradientRun, gradient_names, weighted_input_name
 from mq_ao.text import TokenText
 from tests.conftest import tokens
 
@@ -130,7 +130,7 @@ def divergence(model: MambaLM, graph: GraphModule, text: TokenText) -> float:
 
 
 def test_gradients_tell_what_a_change_does_to_predictions(tiny: MambaLM) -> None:
-    graph, ids = capture(tiny, ()), tokens(16, 65)
+    graph, ids = capture(tiny, ()), tokens(16, 33)
     batches = [(part, *tiny.initial_states(4)) for part in ids[:, :-1].split(4)]
     for node in (node for role, node in match(graph).by_role() if role in (Role.OUT_PROJ, Role.HEAD)):
         names = [weighted_input_name(node), *gradient_names(node)]
@@ -192,3 +192,17 @@ def test_where_there_is_no_gradient_gptq_rounds_and_the_report_says_so() -> None
     (head,) = match(graph).heads
     with pytest.raises(MqAoError, match="has no gradient: ask for statistics of values alone"):
         collect(graph, [Request(gradient_names(head)[0])], [(tokens(2, 8), *model.initial_states(2))])
+
+
+def test_sequences_are_run_one_after_the_other(tiny: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, sizes = capture(tiny, ()), []
+    (head,) = match(graph).heads
+    run = GradientRun.run
+    monkeypatch.setattr(
+        GradientRun, "run", lambda self, *a, **k: [sizes.append([len(a[0]), a[1].shape[1]]), run(self, *a, **k)][1]
+    )
+    names = [weighted_input_name(head), *gradient_names(head)]
+    batches = [(tokens(3, 8), *tiny.initial_states(3))]
+    found = collect(graph, [Request(name, covariance=True) for name in names], batches)
+    assert sizes == [[1, 1]] * 3
+    assert [found[name].count for name in names] == [24, 24]

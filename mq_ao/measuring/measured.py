@@ -40,10 +40,10 @@ class Measured:
         """
         names = [field.name for field in fields(cls)]
         columns = [content.get(name) for name in names] if isinstance(content, dict) else []
-        numbers = all(isinstance(column, list) and all(isinstance(x, float) for x in column) for column in columns)
-        if not columns or not numbers or len({len(column) for column in columns}) != 1:
+        lists = [column for column in columns if isinstance(column, list) and all(isinstance(x, float) for x in column)]
+        if len(lists) != len(names) or len({len(column) for column in lists}) != 1:
             raise MqAoError(f"it does not hold {', '.join(names)}")
-        return cls(*map(tuple, columns))
+        return cls(*(tuple(column) for column in lists))
 
     @property
     def change(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class GradientRun(Interpreter):
         if self._wanted and other is not None:
             raise MqAoError(f"{other.name} has no gradient: ask for statistics of values alone.")
         self._categorical = bool(self._wanted and match(module).heads)
+        self._axes = _batch_axes(module)
         self._generator = torch.Generator().manual_seed(0)
         self._taken: dict[Node, tuple[Tensor, Tensor]] = {}
 
@@ -77,8 +78,8 @@ class GradientRun(Interpreter):
         """
         try:
             with plain(), torch.enable_grad():
-                given = self.graph.process_inputs(*batch)
-                self._backwards(self.run(*given, enable_io_processing=False))
+                for given in self._sequences(self.graph.process_inputs(*batch)):
+                    self._backwards(self.run(*given, enable_io_processing=False))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise MqAoError("there is not enough memory for gradients: give fewer or shorter sequences.") from error
@@ -95,6 +96,19 @@ class GradientRun(Interpreter):
                 value.requires_grad_()
             self._taken[n] = (self.env[Layer.of(n).x].detach(), value)
         return value
+
+    def _sequences(self, given: Sequence[Any]) -> Iterator[list[Any]]:
+        """The inputs of one sequence after the other, where the graph takes any batch: all that a sequence computes is
+        kept until its gradients are known.
+        """
+        if self._axes[0] is None:
+            yield list(given)
+            return
+        for row in range(given[0].shape[self._axes[0]]):
+            yield [
+                value if axis is None else value.narrow(axis, row, 1)
+                for value, axis in zip(given, self._axes, strict=True)
+            ]
 
     def _backwards(self, outputs: Any) -> None:
         first = outputs[0] if isinstance(outputs, tuple | list) else outputs
@@ -121,3 +135,13 @@ class GradientRun(Interpreter):
         for name, part in zip(gradient_names(node), gradient.split(OUTPUTS, dim=1), strict=True):
             if name in self._accumulators:
                 self._accumulators[name].update(part, name)
+
+
+def _batch_axes(module: GraphModule) -> list[int | None]:
+    """The axis of each input that holds its sequences: of the symbolic size that the first one's axis 0 has."""
+    values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+    batch = values[0].shape[0] if values and isinstance(values[0], Tensor) and values[0].dim() else None
+    if not isinstance(batch, torch.SymInt):
+        return [None] * len(values)
+    shapes = [list(map(str, value.shape)) if isinstance(value, Tensor) else [] for value in values]
+    return [shape.index(str(batch)) if str(batch) in shape else None for shape in shapes]
