@@ -20,7 +20,7 @@ from mq_ao.passes.smooth_conv import SmoothConv
 from mq_ao.passes.smooth_dt import SmoothDt
 from mq_ao.passes.smooth_gate import SmoothGate
 from mq_ao.passes.smooth_state import Partner, SmoothState
-from mq_ao.quantizer import Activation, QuantizationConfig, Range, RoleSpec
+from mq_ao.quantizer import Activation, QuantizationConfig, Range, RoleSpec, Rounding
 from mq_ao.recipes import Recipe, get_recipe
 
 BASELINES = ("rtn", "smoothquant", "quarot")
@@ -89,7 +89,9 @@ def canonical(passes: Iterable[Pass]) -> tuple[Pass, ...]:
 
 
 def scheme(bits: int) -> QuantizationConfig:
-    """The chain's: weights as in the production recipe, every activation static, the scan's operands in int8 too.
+    """The chain's: the production recipe's, with every activation static and the scan's operands in int8 too.
+
+    Weights that the production recipe rounds for the loss are rounded by GPTQ, as the baselines' are.
 
     Raises:
         MqAoError: there is no production recipe for weights of that width.
@@ -152,4 +154,5 @@ def _named(family: str, bits: int) -> str:
 def _static(spec: RoleSpec) -> RoleSpec:
     if spec.activation is Activation.NONE:
         return spec
-    return replace(spec, activation=Activation.STATIC, range=Range.HISTOGRAM)
+    rounding = Rounding.GPTQ if spec.rounding is Rounding.FISHER else spec.rounding
+    return replace(spec, activation=Activation.STATIC, range=Range.HISTOGRAM, rounding=rounding)
