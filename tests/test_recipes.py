@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,17 @@ def test_the_file_with_gates_is_the_production_recipe_but_for_them() -> None:
     written = read_recipe(Path(__file__).parents[1] / "examples" / "mambaquant-w8a8-gate.yaml")
     assert written.passes == production.passes
     assert written.scheme == production.scheme.replaced(gate=RoleSpec()) != production.scheme
+
+
+def test_the_file_with_gptq_is_the_production_recipe_but_for_rounding_and_balance() -> None:
+    production = RECIPES["mambaquant-w4a8"]
+    written = read_recipe(Path(__file__).parents[1] / "examples" / "mambaquant-w4a8-gptq.yaml")
+    assert [item.name for item in written.passes] == [item.name for item in production.passes]
+    assert written.passes == RECIPES["mambaquant-w8a8"].passes
+    fisher = {role: spec for role, spec in production.scheme.roles.items() if spec.rounding is Rounding.FISHER}
+    gptq = {str(role): replace(spec, rounding=Rounding.GPTQ) for role, spec in fisher.items()}
+    assert len(gptq) == 4
+    assert written.scheme == production.scheme.replaced(**gptq)
 
 
 def test_a_recipe_prints_as_a_table() -> None:
