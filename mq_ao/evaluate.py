@@ -6,7 +6,7 @@ import lzma
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,6 +64,23 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class TokenCosts:
+    """Two models token by token, in the order of the text; each (tokens,) float64.
+
+    Attributes:
+        reference: -ln p of the token under the reference, nats.
+        other: -ln q of it under the other model, nats.
+        divergence: KL(p || q) of the distributions that predict it, nats.
+        same: 1 where both have the same likeliest token, else 0.
+    """
+
+    reference: Tensor
+    other: Tensor
+    divergence: Tensor
+    same: Tensor
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two models on the same text; p is the reference's distribution and q the other's.
@@ -73,12 +90,14 @@ class Comparison:
         other: the other's cost.
         divergence: mean over tokens of KL(p || q) in nats.
         agreement: share of tokens for which both have the same likeliest token.
+        tokens: what these are the sums of.
     """
 
     reference: Evaluation
     other: Evaluation
     divergence: float
     agreement: float
+    tokens: TokenCosts = field(compare=False, repr=False)
 
     @property
     def relative_cost(self) -> float:
@@ -103,20 +122,25 @@ class _Tally:
     seconds: float = 0.0
     states: tuple[Any, ...] = ()
 
-    def run(self, step: Step, inputs: Tensor, targets: Tensor, fresh: bool) -> Tensor:
-        """Runs a chunk from the carried state and adds its cost; returns log p (length, vocab_size)."""
+    def run(self, step: Step, inputs: Tensor, targets: Tensor, fresh: bool) -> tuple[Tensor, Tensor]:
+        """Runs a chunk from the carried state and adds its cost.
+
+        Returns:
+            log p (length, vocab_size), and the cost of every target (length,) float64.
+        """
         started = time.perf_counter()
         logits, *states = step(inputs[None], *(() if fresh else self.states))
         logits = logits.to(targets.device)  # a GPU is not done before
         self.seconds += time.perf_counter() - started
         self.states = tuple(states)
         log_p = functional.log_softmax(logits[0].float(), dim=-1)
-        cost = functional.nll_loss(log_p, targets, reduction="sum").item()
-        if not math.isfinite(cost):
+        costs = functional.nll_loss(log_p, targets, reduction="none").double()
+        total = costs.sum().item()
+        if not math.isfinite(total):
             raise MqAoError("the model's logits hold NaN or Inf on this text: it is broken.")
-        self.nats += cost
+        self.nats += total
         self.correct += int((log_p.argmax(-1) == targets).sum())
-        return log_p
+        return log_p, costs
 
     def result(self, text: TokenText) -> Evaluation:
         return Evaluation(text.predicted, text.text_bytes, self.nats, self.correct, self.seconds)
@@ -188,21 +212,22 @@ def compare(
         MqAoError: see `evaluate`; or the vocabularies differ.
     """
     ours, theirs = _Tally(), _Tally()
-    divergence, agreed = 0.0, 0
+    rows = []
     for inputs, targets, fresh in _chunks(text, window, chunk):
-        log_p = ours.run(reference, inputs, targets, fresh)
-        log_q = theirs.run(other, inputs, targets, fresh)
+        log_p, our_costs = ours.run(reference, inputs, targets, fresh)
+        log_q, their_costs = theirs.run(other, inputs, targets, fresh)
         if log_p.shape != log_q.shape:
             raise MqAoError(
                 f"the models have vocabularies of {log_p.shape[-1]} and {log_q.shape[-1]} tokens: compare a "
                 "model with its own quantized program."
             )
-        divergence += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-        agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        divergence = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double()
+        rows.append((our_costs, their_costs, divergence, (log_p.argmax(-1) == log_q.argmax(-1)).double()))
         if progress is not None:
             progress(len(inputs))
-    tokens = text.predicted
-    return Comparison(ours.result(text), theirs.result(text), divergence / tokens, agreed / tokens)
+    tokens = TokenCosts(*map(torch.cat, zip(*rows, strict=True)))
+    means = tokens.divergence.mean().item(), tokens.same.mean().item()
+    return Comparison(ours.result(text), theirs.result(text), *means, tokens)
 
 
 def _chunks(text: TokenText, window: int | None, chunk: int) -> Iterator[tuple[Tensor, Tensor, bool]]:

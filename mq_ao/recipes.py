@@ -10,6 +10,7 @@ from types import MappingProxyType
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
 from mq_ao.passes import Basis, Pass
+from mq_ao.passes.balance import Size
 from mq_ao.passes.expose_state import ExposeState
 from mq_ao.passes.fold_norm import FoldNorm
 from mq_ao.passes.rotate_dt import RotateDt
@@ -67,6 +68,12 @@ MAMBAQUANT: tuple[Pass, ...] = (
 )
 """What the ablation keeps: nothing inside the recurrence, and no shift, which asymmetric ranges do not need."""
 
+MAMBAQUANT_4 = tuple(
+    SmoothGate(alpha=0.25, size=Size.POWER) if isinstance(item, SmoothGate) else item for item in MAMBAQUANT
+)
+"""The same for 4-bit weights, which lose more than activations: they keep most of the balance, and what the rotation
+spreads is the power of a channel."""
+
 
 def _int4(scheme: QuantizationConfig, rounding: Rounding) -> QuantizationConfig:
     roles = {role: replace(scheme.roles[role], bits=4, group_size=64, rounding=rounding) for role in _FOUR_BITS}
@@ -105,15 +112,15 @@ _W4A8 = (
     Recipe("smoothquant-w4a8", _int4(_STATIC, Rounding.NEAREST), SMOOTHQUANT),
     Recipe("quarot-w4a8", _int4(_STATIC, Rounding.GPTQ), QUAROT),
     Recipe("mambaquant-paper-w4a8", _int4(_PAPER, Rounding.GPTQ), MAMBAQUANT_PAPER),
-    Recipe("mambaquant-static-w4a8", _int4(_SCAN, Rounding.GPTQ), MAMBAQUANT),
-    Recipe("mambaquant-w4a8", _int4(_PRODUCTION, Rounding.GPTQ), MAMBAQUANT),
+    Recipe("mambaquant-static-w4a8", _int4(_SCAN, Rounding.FISHER), MAMBAQUANT_4),
+    Recipe("mambaquant-w4a8", _int4(_PRODUCTION, Rounding.FISHER), MAMBAQUANT_4),
 )
 # Weights alone: only rotations that cost nothing at run time.
 _WEIGHT_ONLY = (
     Recipe("rtn-w8a16", _weight_only(Rounding.NEAREST, 8)),
     Recipe("rtn-w4a16", _weight_only(Rounding.NEAREST, 4)),
     Recipe("mambaquant-w8a16", _weight_only(Rounding.NEAREST, 8), (FoldNorm(), RotateResidual(), RotateDt())),
-    Recipe("mambaquant-w4a16", _weight_only(Rounding.GPTQ, 4), (FoldNorm(), RotateResidual(), RotateDt())),
+    Recipe("mambaquant-w4a16", _weight_only(Rounding.FISHER, 4), (FoldNorm(), RotateResidual(), RotateDt())),
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (*_W8A8, *_W4A8, *_WEIGHT_ONLY)})

@@ -301,14 +301,49 @@ def calibration_batches(text: TokenText, tokens: int, length: int = 512, batch: 
     Raises:
         MqAoError: tokens is below 1.
     """
+    windows, wanted = _windows(text, tokens, length)
+    return list(_spread(windows, min(len(windows), wanted)).split(batch))
+
+
+def calibration_draws(
+    text: TokenText, tokens: int, draws: int, length: int = 512, batch: int = 4
+) -> list[list[Tensor]]:
+    """Several sets of calibration batches of different windows, each spread evenly over a text.
+
+    Args:
+        text: the calibration text.
+        tokens: see `calibration_batches`.
+        draws: how many sets; the only one is that of `calibration_batches`.
+        length: see `calibration_batches`.
+        batch: see `calibration_batches`.
+
+    Raises:
+        MqAoError: tokens or draws is below 1, or several draws would have to share windows.
+    """
+    if draws < 1:
+        raise MqAoError(f"--draws is {draws}: calibrate on at least one draw.")
+    windows, wanted = _windows(text, tokens, length)
+    if draws > 1 and draws * wanted > len(windows):
+        raise MqAoError(
+            f"{draws} draws of {tokens} tokens need {draws * wanted} windows of {windows.shape[1]}, and the "
+            f"calibration text has {len(windows)}: give a longer text, fewer --draws or fewer --tokens."
+        )
+    chosen = _spread(windows, min(len(windows), draws * wanted))
+    return [list(chosen[first::draws].split(batch)) for first in range(draws)]
+
+
+def _windows(text: TokenText, tokens: int, length: int) -> tuple[Tensor, int]:
+    """All windows of a text, and how many make up so many tokens."""
     if tokens < 1:
         raise MqAoError(f"--tokens is {tokens}: calibrate on at least one token.")
     joined = torch.cat(text.documents)
     length = min(length, len(joined))
-    windows = joined[: len(joined) // length * length].reshape(-1, length)
-    wanted = min(len(windows), -(-tokens // length))
-    chosen = windows[torch.linspace(0, len(windows) - 1, wanted).long()]
-    return list(chosen.split(batch))
+    return joined[: len(joined) // length * length].reshape(-1, length), -(-tokens // length)
+
+
+def _spread(windows: Tensor, count: int) -> Tensor:
+    """So many of the windows, evenly."""
+    return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 
 def calibration(

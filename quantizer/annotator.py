@@ -21,7 +21,8 @@ from mq_ao.graph.views import Layer
 from mq_ao.quantizer.carried_states import CarriedState
 from mq_ao.quantizer.kernels import Kernels
 from mq_ao.quantizer.observers import activation_spec, state_spec, weight_spec
-from mq_ao.quantizer.specs import Activation, Range, RoleSpec
+from mq_ao.quantizer.planning import without_gradients
+from mq_ao.quantizer.specs import Activation, Range, RoleSpec, Rounding
 from mq_ao.quantizer.weights import QuantizedWeight
 
 
@@ -80,11 +81,13 @@ class Annotator:
 
     def describe(self, node: Node, spec: RoleSpec) -> str:
         """The spec in words, with what was planned otherwise."""
-        planned = self._planned[node]
-        if spec.group_size is None or planned.group_size is not None:
-            return str(spec)
-        inputs = planned.values.shape[1]
-        return f"{spec}; per channel, since {inputs} inputs are no multiple of {spec.group_size}"
+        planned, words = self._planned[node], str(spec)
+        if spec.group_size is not None and planned.group_size is None:
+            inputs = planned.values.shape[1]
+            words += f"; per channel, since {inputs} inputs are no multiple of {spec.group_size}"
+        if spec.rounding is Rounding.FISHER and (reason := without_gradients(node)):
+            words += f"; rounded by gptq, since {reason}"
+        return words
 
     def _input(self, value: Node, user: Node, spec: RoleSpec) -> QuantizationSpecBase | None:
         if spec.activation is not Activation.STATIC:

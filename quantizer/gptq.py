@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.quantizer.weights import QuantizedWeight, round_to_grid, spread, to_grid
-
-_BLOCK = 128
+from mq_ao.quantizer.feedback import compensation, damped, round_inputs
+from mq_ao.quantizer.weights import QuantizedWeight, round_to_grid, spread
 
 
 def gptq(
@@ -42,14 +41,15 @@ def gptq(
     Raises:
         MqAoError: the shapes do not fit, a number is not finite, or the damped second moment is not positive definite.
     """
-    _check(weight, second_moment, damping)
+    _check(weight, second_moment)
     moment = second_moment.double()
     diagonal = moment.diagonal()
     rounded = round_to_grid(weight, bits, group_size, search, diagonal if search else None)
     inputs = torch.arange(len(moment), device=moment.device)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else inputs
     wide = spread(rounded.scale, weight.shape[1], group_size).double().expand(weight.shape)
-    permuted = _greedy(weight.double()[:, order], wide[:, order], _compensation(moment[order][:, order], damping), bits)
+    factor = compensation(damped(moment, damping)[order][:, order])
+    permuted = round_inputs(weight.double()[:, order], wide[:, order], factor, bits)
     values = torch.empty_like(rounded.values)
     values[:, order] = permuted.to(torch.int8)
     chosen = QuantizedWeight(values, rounded.scale, group_size, bits)
@@ -63,41 +63,7 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, second_moment: Tens
     return ((change @ second_moment.double()) * change).sum(1)
 
 
-def _compensation(moment: Tensor, damping: float) -> Tensor:
-    """The upper triangular U with U^T U the inverse of the damped moment (the paper's step 3).
-
-    It is inverted as a factor: moment = R R^T with R upper triangular, which is a Cholesky factorization from the last
-    row to the first, and U = R^-1.
-    """
-    mean = moment.diagonal().mean()
-    damped = moment.clone()
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if failed:
-        raise MqAoError(f"the second moment with damping {damping} is not positive definite: raise the damping.")
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
-
-
-def _greedy(weight: Tensor, scale: Tensor, compensation: Tensor, bits: int) -> Tensor:
-    """The paper's algorithm 1: the integers of a float64 (out, in) weight, with the scale of every weight."""
-    # Transposed, so that an input's weights lie together.
-    remaining, scale = weight.t().contiguous(), scale.t().contiguous()
-    values = torch.empty_like(remaining)
-    for start in range(0, len(remaining), _BLOCK):
-        block = remaining[start : start + _BLOCK]
-        end = start + len(block)
-        errors = torch.empty_like(block)
-        for i, column in enumerate(block):
-            row = compensation[start + i]
-            values[start + i] = to_grid(column, scale[start + i], bits)
-            errors[i] = (column - values[start + i] * scale[start + i]) / row[start + i]
-            block[i + 1 :].addr_(row[start + i + 1 : end], errors[i], alpha=-1)
-        remaining[end:].addmm_(compensation[start:end, end:].t(), errors, alpha=-1)
-    return values.t()
-
-
-def _check(weight: Tensor, second_moment: Tensor, damping: float) -> None:
+def _check(weight: Tensor, second_moment: Tensor) -> None:
     if weight.dim() != 2 or second_moment.shape != (weight.shape[1], weight.shape[1]):
         raise MqAoError(
             f"the weight is {tuple(weight.shape)} and the second moment {tuple(second_moment.shape)}: give (out, in) "
@@ -105,5 +71,3 @@ def _check(weight: Tensor, second_moment: Tensor, damping: float) -> None:
         )
     if not torch.isfinite(second_moment).all():
         raise MqAoError("the second moment holds NaN or Inf: calibrate on other data.")
-    if not 0 <= damping < float("inf"):
-        raise MqAoError(f"the damping is {damping}: give 0 or more, 0.01 is usual.")

@@ -10,7 +10,7 @@ from torchao.quantization.pt2e.observer import MappingType
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
-from mq_ao.quantizer.specs import LINEAR_ROLES, Activation, RoleSpec, Rounding
+from mq_ao.quantizer.specs import LEARNED_ROUNDINGS, LINEAR_ROLES, Activation, RoleSpec
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def check_executable(kernels: Kernels, role: Role, spec: RoleSpec) -> None:
         raise MqAoError(
             f"backend {kernels.backend!r} has no kernel for {role} with {spec.weight}: it takes int8, per channel."
         )
-    if role not in LINEAR_ROLES and spec.rounding is Rounding.GPTQ:
-        raise MqAoError(f"GPTQ is for linears; {role} is none: choose nearest or search.")
+    if role not in LINEAR_ROLES and spec.rounding in LEARNED_ROUNDINGS:
+        raise MqAoError(f"rounding {spec.rounding} is for linears; {role} is none: choose nearest or search.")
     if spec.group_size is not None and spec.group_size % kernels.group_multiple:
         raise MqAoError(
             f"backend {kernels.backend!r} takes groups of a multiple of {kernels.group_multiple} weights, not "

@@ -12,15 +12,14 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from mq_ao.backends import get_backend
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Rejection, Role, match, walk
-from mq_ao.graph.views import Layer
 from mq_ao.graph.walk import module_path
 from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
 from mq_ao.quantizer.cached_rows import cached_rows
 from mq_ao.quantizer.carried_states import CarriedState, carried_states
 from mq_ao.quantizer.kernels import Kernels, check_executable
-from mq_ao.quantizer.planning import plan_state, plan_weight
+from mq_ao.quantizer.planning import plan_state, plan_weight, weight_requests
 from mq_ao.quantizer.report import Decision, QuantizationReport
-from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, Rounding, in_words
+from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, in_words
 from mq_ao.quantizer.weights import QuantizedWeight
 from mq_ao.statistics import ChannelStatistics, Request
 from mq_ao.statistics.probe import flat_states_name
@@ -91,7 +90,7 @@ class MambaQuantizer(Quantizer):
         return self._report
 
     def set_statistics(self, statistics: Mapping[str, ChannelStatistics]) -> MambaQuantizer:
-        """Gives what GPTQ and int8 carried states need; see `requests`."""
+        """Gives what GPTQ, Fisher rounding and int8 carried states need; see `requests`."""
         self._statistics = statistics
         return self
 
@@ -101,22 +100,24 @@ class MambaQuantizer(Quantizer):
             walk.check_experts(model, self.kernels.backend)
 
     def requests(self, model: GraphModule) -> list[Request]:
-        """What `set_statistics` has to be given for this graph: inputs of what GPTQ rounds, and carried states."""
+        """What `set_statistics` has to be given for this graph: for roundings that learn, and for carried states."""
         found = match(model)
         states = [
             Request(flat_states_name(scan))
             for scan, state in self._carried_states(found).items()
             if isinstance(state, CarriedState)
         ]
-        wanted = [node for role, node in found.by_role() if _rounding(self._spec(role, node)) is Rounding.GPTQ]
-        return [*(Request(Layer.of(node).x.name, covariance=True) for node in wanted), *states]
+        weights = [
+            request for role, node in found.by_role() for request in weight_requests(node, self._spec(role, node))
+        ]
+        return [*weights, *states]
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Rounds the weights, and chooses the carried states' scales; calibration still runs in float.
 
         Raises:
-            MqAoError: GPTQ or an int8 carried state was asked for and no statistics were given; the backend has no
-                operator for a scan; or the graph is not in float32.
+            MqAoError: a rounding that learns or an int8 carried state was asked for and no statistics were given; the
+                backend has no operator for a scan; or the graph is not in float32.
         """
         self.check(model)
         found = match(model)
@@ -267,7 +268,3 @@ def _check_dtype(node: Node) -> None:
 
 def _inside(path: str, name: str) -> bool:
     return path == name or path.startswith(name + ".")
-
-
-def _rounding(spec: RoleSpec | None) -> Rounding | None:
-    return None if spec is None else spec.rounding

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.errors import MqAoError
-from mq_ao.graph import edit
+from mq_ao.graph import edit, walk
 from mq_ao.graph.views import Layer, Scan
 from mq_ao.memory import release
+from mq_ao.quantizer.fisher import fisher
 from mq_ao.quantizer.gptq import gptq
-from mq_ao.quantizer.specs import RoleSpec, Rounding
+from mq_ao.quantizer.specs import LEARNED_ROUNDINGS, RoleSpec, Rounding
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight, round_to_grid
-from mq_ao.statistics import ChannelStatistics
+from mq_ao.statistics import ChannelStatistics, Request
+from mq_ao.statistics.gradients import gradient_names, weighted_input_name
 from mq_ao.statistics.probe import flat_states_name
 
 
@@ -26,26 +28,57 @@ def plan_weight(
     """Quantizes the weight of a layer. The graph keeps the float weight, which calibration runs with.
 
     Raises:
-        MqAoError: GPTQ was asked for, and there are no second moments of the layer's input.
+        MqAoError: GPTQ or Fisher rounding was asked for, and there are no statistics for it (`weight_requests`).
     """
     layer = Layer.of(node)
     weight = edit.constant(model, layer.weight)
     matrix = weight.flatten(1)
     group_size = spec.group_size if spec.group_size and matrix.shape[1] % spec.group_size == 0 else None
-    found = statistics.get(layer.x.name)
-    if spec.rounding is Rounding.GPTQ:
-        if found is None or found.moments is None:
+    if spec.rounding in LEARNED_ROUNDINGS:
+        needed = weight_requests(node, spec)
+        found = [statistics[request.node] for request in needed if request.node in statistics]
+        moments = [one.moments / one.count for one in found if one.moments is not None]
+        if len(moments) < len(needed):
             raise MqAoError(
-                f"GPTQ needs second moments of the input of {node.name}: collect the quantizer's requests and give "
+                f"{spec.rounding} rounding needs statistics for {node.name}: collect the quantizer's requests and give "
                 "them to set_statistics, or use mq_ao.quantize."
             )
-        planned = gptq(matrix, found.moments / found.count, spec.bits, group_size)
+        planned = _learned(matrix, moments, spec, group_size)
     else:
         # Where statistics were given, inputs count by their power.
-        importance = None if found is None or found.channels != matrix.shape[1] else found.squares / found.count
+        given = statistics.get(layer.x.name)
+        importance = None if given is None or given.channels != matrix.shape[1] else given.squares / given.count
         planned = round_to_grid(matrix, spec.bits, group_size, spec.rounding is Rounding.SEARCH, importance)
     release()
     return replace(planned, values=planned.values.view(weight.shape))
+
+
+def weight_requests(node: Node, spec: RoleSpec | None) -> list[Request]:
+    """The second moments that the rounding of a layer learns from: of its input, then of gradients of its output."""
+    if spec is None or spec.rounding not in LEARNED_ROUNDINGS:
+        return []
+    if spec.rounding is not Rounding.FISHER or without_gradients(node):
+        return [Request(Layer.of(node).x.name, covariance=True)]
+    return [Request(name, covariance=True) for name in (weighted_input_name(node), *gradient_names(node))]
+
+
+def without_gradients(node: Node) -> str | None:
+    """Why gradients do not help to round a layer, or None; Fisher rounding is GPTQ then."""
+    if node.target not in walk.LINEAR:
+        return "gradients of experts are not told apart"
+    other = next((item for item in node.graph.nodes if item.target in walk.WITHOUT_GRADIENT), None)
+    return None if other is None else f"{other.name} has no gradient"
+
+
+def _learned(matrix: Tensor, moments: list[Tensor], spec: RoleSpec, group_size: int | None) -> QuantizedWeight:
+    inputs, *outputs = moments
+    if not outputs:
+        return gptq(matrix, inputs, spec.bits, group_size)
+    # Outputs whose gradients are not related to each other's are rounded for themselves.
+    parts = matrix.split([len(moment) for moment in outputs])
+    found = [fisher(part, inputs, moment, spec.bits, group_size) for part, moment in zip(parts, outputs, strict=True)]
+    values, scales = (torch.cat([getattr(one, name) for one in found]) for name in ("values", "scale"))
+    return replace(found[0], values=values, scale=scales)
 
 
 def plan_state(scan: Node, statistics: Mapping[str, ChannelStatistics]) -> Tensor:

@@ -41,6 +41,13 @@ class Rounding(StrEnum):
     """To the nearest, with the scale that gives the least squared error."""
     GPTQ = "gptq"
     """One input at a time, later ones making up for earlier errors (Frantar et al., ICLR 2023)."""
+    FISHER = "fisher"
+    """For the model's predictions instead of the layer's output: later inputs and later outputs make up for errors, as
+    far as gradients say that these matter, and scales are fitted to the integers (Tseng et al., YAQA, 2025)."""
+
+
+LEARNED_ROUNDINGS = frozenset({Rounding.GPTQ, Rounding.FISHER})
+"""Those that need statistics of the float graph."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,9 @@ class QuantizationConfig:
     @property
     def needs_statistics(self) -> bool:
         """Whether a quantizer has to be given statistics of the float graph."""
-        return Role.CARRIED_STATE in self.roles or any(spec.rounding is Rounding.GPTQ for spec in self.roles.values())
+        return Role.CARRIED_STATE in self.roles or any(
+            spec.rounding in LEARNED_ROUNDINGS for spec in self.roles.values()
+        )
 
     def replaced(self, **roles: RoleSpec | None) -> QuantizationConfig:
         """The configuration with other specs for the named roles; None leaves a role in float."""

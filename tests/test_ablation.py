@@ -1,67 +1,29 @@
-"""The ablation: what its steps differ in, rows that are taken up again, and the command."""
+"""The ablation: what its steps differ in, the plot, and the command."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule
 from typer.testing import CliRunner, Result
 
 from mq_ao import MqAoError, api
-from mq_ao.ablation import Group, Measured, Row, Step, TextMetric, ablate, all_steps, save_plot
+from mq_ao.ablation import Group, Row, all_steps, save_plot
 from mq_ao.ablation import steps as steps_module
-from mq_ao.ablation.run import check_disjoint, first_tokens
 from mq_ao.ablation.steps import canonical, parse_bits, scheme
 from mq_ao.cli.app import app
 from mq_ao.graph import Role
+from mq_ao.measuring import Measured
 from mq_ao.models import MambaConfig, MambaLM
 from mq_ao.models.saving import save_pretrained
 from mq_ao.passes import PASSES, Basis
 from mq_ao.passes.rotate_residual import RotateResidual
 from mq_ao.passes.smooth_state import Partner, SmoothState
 from mq_ao.quantizer import Activation, RoleSpec
-from mq_ao.recipes import Recipe
-from mq_ao.text import TokenText
 from tests.conftest import tokens
-
-PLAIN = Recipe("plain")
-FOLDED = Recipe("folded", passes=(PASSES["fold_norm"](),))
-
-
-@dataclass
-class Counting:
-    """A metric that only counts how often it is asked."""
-
-    fingerprint: str = "data"
-    name: str = "cost"
-    fails_at: int | None = None
-    graphs: list[GraphModule] = field(default_factory=list)
-
-    def __call__(self, converted: GraphModule) -> Measured:
-        if len(self.graphs) == self.fails_at:
-            raise KeyboardInterrupt
-        self.graphs.append(converted)
-        return Measured(len(self.graphs), 1.0, 0.1, 0.9)
-
-
-def step(name: str, recipe: Recipe, group: Group = Group.CHAIN) -> Step:
-    return Step(name, group, 8, recipe)
-
-
-@pytest.fixture
-def unquantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What rows are kept does not depend on what quantization yields."""
-    monkeypatch.setattr(api, "quantize", lambda *_: SimpleNamespace(converted=GraphModule({}, Graph())))
-
-
-STEPS = [step("plain", PLAIN), step("folded", FOLDED), step("again", Recipe("another name"), Group.ALONE)]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -140,97 +102,8 @@ def test_bits_are_8_and_4() -> None:
         all_steps(8, 1.0)
 
 
-@pytest.mark.usefixtures("unquantized")
-def test_finished_rows_are_not_measured_again(tiny: MambaLM, calibration: list[Tensor], tmp_path: Path) -> None:
-    kept, metric, told = tmp_path / "rows.jsonl", Counting(), []
-    rows = ablate(tiny, calibration, metric, STEPS, resume=kept, progress=lambda *arguments: told.append(arguments))
-    # The third step has the first one's recipe under another name.
-    assert [row.measured.value for row in rows] == [1, 2, 1]
-    assert [(row.name, row.group, row.bits) for row in rows] == [(item.name, item.group, 8) for item in STEPS]
-    assert told[:2] == [(0, "plain, W8A8"), (1, None)]
-    assert [json.loads(line)["value"] for line in kept.read_text().splitlines()] == [1, 2]
-    again = Counting()
-    assert ablate(tiny, calibration, again, STEPS, resume=kept) == rows
-    assert again.graphs == []
-
-
-@pytest.mark.usefixtures("unquantized")
-def test_a_run_that_was_cut_off_goes_on(tiny: MambaLM, calibration: list[Tensor], tmp_path: Path) -> None:
-    kept = tmp_path / "rows.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        ablate(tiny, calibration, Counting(fails_at=1), STEPS, resume=kept)
-    metric = Counting()
-    ablate(tiny, calibration, metric, STEPS, resume=kept)
-    assert len(metric.graphs) == 1
-
-
-@pytest.mark.usefixtures("unquantized")
-def test_other_data_other_models_and_other_options_are_measured(
-    tiny: MambaLM, calibration: list[Tensor], tmp_path: Path
-) -> None:
-    kept = tmp_path / "rows.jsonl"
-    ablate(tiny, calibration, Counting(), STEPS[:1], resume=kept)
-    torch.manual_seed(1)
-    other = MambaLM(MambaConfig(vocab_size=256, d_model=64, n_layer=2)).eval()
-    scan = [step("scan", Recipe("scan", PLAIN.scheme.replaced(scan=RoleSpec())))]
-    for arguments in (
-        (other, calibration, Counting(), STEPS[:1]),
-        (tiny, calibration[:-1], Counting(), STEPS[:1]),
-        (tiny, calibration, Counting("other data"), STEPS[:1]),
-        (tiny, calibration, Counting(), scan),
-    ):
-        ablate(*arguments, resume=kept)
-        assert len(arguments[2].graphs) == 1
-
-
-@pytest.mark.parametrize("content", ["not json", "[1]", '{"key": "a", "value": 1}', '{"value": 1}'])
-def test_a_file_that_holds_something_else(
-    tiny: MambaLM, calibration: list[Tensor], tmp_path: Path, content: str
-) -> None:
-    kept = tmp_path / "rows.jsonl"
-    kept.write_text(content + "\n")
-    with pytest.raises(MqAoError, match="does not hold rows of an ablation"):
-        ablate(tiny, calibration, Counting(), STEPS, resume=kept)
-    assert kept.read_text() == content + "\n"
-
-
-def test_the_cost_of_a_text(tiny: MambaLM, calibration: list[Tensor]) -> None:
-    ids = tokens(1, 65, seed=9)[0]
-    metric, unsized = (TextMetric(tiny, TokenText((ids,), size)) for size in (64, None))
-    (row,) = ablate(tiny, calibration, metric, STEPS[:1])
-    assert (metric.name, unsized.name) == ("bits per byte", "perplexity")
-    assert unsized.fingerprint != metric.fingerprint
-    # Random weights hardly prefer any byte.
-    assert row.measured.reference == pytest.approx(8, abs=0.5)
-    assert row.measured.change == pytest.approx(row.measured.value / row.measured.reference - 1)
-    assert 0 < row.measured.divergence < 0.01
-    converted = api.quantize(tiny, calibration, PLAIN).converted
-    assert metric(converted) == row.measured
-    assert unsized(converted).reference == pytest.approx(2**row.measured.reference)
-
-
-def test_the_beginning_of_a_text() -> None:
-    first, second = torch.arange(5), torch.arange(8)
-    text = TokenText((first, second), 11)
-    short = first_tokens(text, 6)
-    assert [len(document) for document in short.documents] == [5, 3]
-    assert short.predicted == short.text_bytes == 6
-    assert [len(document) for document in first_tokens(text, 4).documents] == [5]
-    assert first_tokens(text, 99).predicted == 11
-    assert first_tokens(TokenText((first, second), 50), 6).text_bytes is None
-    with pytest.raises(MqAoError, match="at least one token"):
-        first_tokens(text, 0)
-
-
-def test_calibration_inside_the_evaluation_text_is_refused() -> None:
-    text = TokenText((tokens(1, 40)[0], tokens(1, 50, seed=1)[0]), None)
-    with pytest.raises(MqAoError, match="11 calibration tokens in a row stand in the text"):
-        check_disjoint([tokens(2, 12, seed=5), text.documents[1][None, 7:19]], text)
-    check_disjoint([tokens(2, 12, seed=5)], text)
-
-
 ROWS = [
-    Row(name, group, bits, Measured(1 + index / 100, 1.0, index / 1000, 0.9))
+    Row(name, group, bits, Measured((9.0, 9.0), (1.0, 1.0), (1.0, 1 + index / 50), (0.0, index / 100), (9.0, 8.0)))
     for bits in (8, 4)
     for index, (name, group) in enumerate(
         [
@@ -245,14 +118,14 @@ ROWS = [
 
 
 def test_the_plot(tmp_path: Path) -> None:
-    save_plot(ROWS, "bits per byte", tmp_path / "plot.png")
+    save_plot(ROWS, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    save_plot(ROWS, "bits per byte", tmp_path / "plot.svg")
+    save_plot(ROWS, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
-    for wanted in ("+ R5", "h C int8", "W8A8", "W4A8, that transform alone", "bits per byte against float"):
+    for wanted in ("+ R5", "h C int8", "W8A8", "W4A8, that transform alone", "cost of the text against float"):
         assert f"<!-- {wanted}" in drawn
     with pytest.raises(MqAoError, match="must end in .png or .svg"):
-        save_plot(ROWS, "bits per byte", tmp_path / "plot.pdf")
+        save_plot(ROWS, tmp_path / "plot.pdf")
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +149,7 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(steps_module, "BASELINES", ("rtn",))
     monkeypatch.setattr(steps_module, "CHAIN", steps_module.CHAIN[2:3])
     monkeypatch.setattr(steps_module, "STATE", steps_module.STATE[:1])
-    figures, plot, kept = tmp_path / "figures.json", tmp_path / "plot.svg", tmp_path / "rows.jsonl"
+    figures, plot, kept = tmp_path / "figures.json", tmp_path / "plot.svg", tmp_path / "rows"
     options = ("--bits", "8", "--outliers", "30", "--eval-tokens", "50", "--resume", kept)
     result = run(folder, *options, "--json", figures, "--plot", plot)
     assert result.exit_code == 0, result.output
@@ -287,11 +160,13 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row["name"] for row in content["rows"]] == names
     assert content["tokens"] == 50 and content["outliers"] == 30
     # The first transform of a chain is alone.
-    assert content["rows"][2]["value"] == content["rows"][4]["value"]
+    assert content["rows"][2]["cost"] == content["rows"][4]["cost"]
+    cost = content["rows"][0]["cost"]
+    assert cost["low"] <= cost["value"] <= cost["high"]
     assert plot.read_text().count("<svg") == 1
-    lines = kept.read_text()
+    assert len(list(kept.iterdir())) == 5
+    monkeypatch.setattr(api, "quantize", lambda *_: pytest.fail("a finished row was measured again"))
     assert run(folder, *options, "--json", "-").exit_code == 0
-    assert kept.read_text() == lines
 
 
 def refusal(result: Result) -> str:
@@ -309,5 +184,6 @@ def test_bad_arguments(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "--outliers is 0.5" in refusal(run(folder, "--outliers", "0.5"))
     assert "must end in .png or .svg" in refusal(run(folder, "--plot", tmp_path / "plot.pdf"))
     assert "at least one token" in refusal(run(folder, "--eval-tokens", "0"))
-    assert "does not exist" in refusal(run(folder, "--resume", tmp_path / "no" / "rows.jsonl"))
+    assert "does not exist" in refusal(run(folder, "--resume", tmp_path / "no" / "rows"))
+    assert "is a file" in refusal(run(folder, "--resume", folder / "train.txt"))
     assert "needs two texts" in refusal(CliRunner().invoke(app, ["ablate", str(folder / "model")]))

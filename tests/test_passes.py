@@ -29,6 +29,7 @@ ALONE = [
     ("fold_norm",),
     ("smooth_norm",),
     ("smooth_gate",),
+    ({"smooth_gate": {"alpha": 0.25, "size": "power"}},),
     ("smooth_state",),
     ({"smooth_state": {"partner": "input"}},),
     ("smooth_dt",),
@@ -199,6 +200,27 @@ def test_balance() -> None:
     torch.testing.assert_close(flat, flat[:1].expand(3))
 
 
+def test_balanced_powers_leave_a_rotation_the_least_to_carry() -> None:
+    model = trained_model()
+
+    def carried(names: list[object]) -> float:
+        """Power of out_proj's input times that of its weight: what a rotation spreads over both of their grids."""
+        given = [parse_pass(item) for item in names]
+        graph = passes.apply(capture(model, ()), given, real_batches(model)).module
+        rewrite = passes.Rewrite(graph)
+        (block,) = rewrite.blocks
+        found = passes.collect(graph, [passes.Request(block.out_input.name)], real_batches(model))
+        power = float(found[block.out_input.name].power.square().sum())
+        return power * float(rewrite.power_by_column(block.out_proj).square().sum())
+
+    powers, largest = carried([{"smooth_gate": {"size": "power"}}]), carried(["smooth_gate"])
+    # By Cauchy and Schwarz no scales do better than those that balance powers evenly.
+    assert powers < min(largest, carried([]))
+    assert powers == pytest.approx(
+        carried([{"plant_outliers": {"factor": 10}}, {"smooth_gate": {"size": "power"}}]), rel=1e-6
+    )
+
+
 def test_dead_and_extreme_channels_are_bounded() -> None:
     scales = balance(torch.tensor([0.0, 1e-30, 1.0, 1e30]), torch.tensor([1.0, 1.0, 0.0, 1.0]), 0.5)
     assert scales[0] == scales[2] == 1
@@ -345,7 +367,7 @@ def test_bad_names_options_and_data() -> None:
     model = random_model()
     with pytest.raises(MqAoError, match="unknown pass 'r1': the passes are fold_norm"):
         passes.apply(capture(model, ()), ["r1"])
-    with pytest.raises(MqAoError, match="pass smooth_gate has no option beta: it has alpha"):
+    with pytest.raises(MqAoError, match="pass smooth_gate has no option beta: it has alpha, size"):
         parse_pass({"smooth_gate": {"beta": 1}})
     with pytest.raises(MqAoError, match="option basis of pass rotate_dt is 'fft': it is one of klt, hadamard"):
         parse_pass({"rotate_dt": {"basis": "fft"}})

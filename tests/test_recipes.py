@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,23 @@ def test_the_file_with_gates_is_the_production_recipe_but_for_them() -> None:
     assert written.scheme == production.scheme.replaced(gate=RoleSpec()) != production.scheme
 
 
+def test_the_file_with_gptq_is_the_production_recipe_but_for_rounding_and_balance() -> None:
+    production = RECIPES["mambaquant-w4a8"]
+    written = read_recipe(Path(__file__).parents[1] / "examples" / "mambaquant-w4a8-gptq.yaml")
+    assert [item.name for item in written.passes] == [item.name for item in production.passes]
+    assert written.passes == RECIPES["mambaquant-w8a8"].passes
+    fisher = {role: spec for role, spec in production.scheme.roles.items() if spec.rounding is Rounding.FISHER}
+    gptq = {str(role): replace(spec, rounding=Rounding.GPTQ) for role, spec in fisher.items()}
+    assert len(gptq) == 4
+    assert written.scheme == production.scheme.replaced(**gptq)
+
+
 def test_a_recipe_prints_as_a_table() -> None:
     text = str(RECIPES["mambaquant-w4a8"])
     assert text.startswith("recipe mambaquant-w4a8\npasses     fold_norm\n")
+    assert "smooth_gate (S2) alpha=0.25 size=power" in text
     assert "smooth_state (S4) partner=input" in text
-    assert "in_proj    int4 weight in groups of 64 (gptq), int8 per token input" in text
+    assert "in_proj    int4 weight in groups of 64 (fisher), int8 per token input" in text
     assert "scan       static 8-bit (histogram) input" in text
 
 
@@ -116,7 +129,7 @@ def test_gptq_needs_statistics_and_groups_that_do_not_divide_are_reported(
     from mq_ao.quantizer import MambaQuantizer
 
     gptq = RoleSpec(bits=4, rounding=Rounding.GPTQ)
-    with pytest.raises(MqAoError, match="GPTQ needs second moments of the input of linear"):
+    with pytest.raises(MqAoError, match="gptq rounding needs statistics for linear"):
         prepare_pt2e(capture(tiny, ()), MambaQuantizer().set_role(Role.IN_PROJ, gptq))
     scheme = QuantizationConfig({Role.IN_PROJ: RoleSpec(bits=4, group_size=48), Role.OUT_PROJ: RoleSpec()})
     report = mq_ao.quantize(tiny, calibration, Recipe("groups", scheme)).report()
@@ -128,7 +141,7 @@ def test_kernels_that_do_not_exist_are_refused() -> None:
 
     with pytest.raises(MqAoError, match="no kernel for conv1d with int4 weight"):
         MambaQuantizer().set_role(Role.CONV1D, RoleSpec(bits=4))
-    with pytest.raises(MqAoError, match="GPTQ is for linears; embedding is none"):
+    with pytest.raises(MqAoError, match="rounding gptq is for linears; embedding is none"):
         MambaQuantizer().set_role(Role.EMBEDDING, RoleSpec(Activation.NONE, rounding=Rounding.GPTQ))
 
 

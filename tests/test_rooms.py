@@ -44,10 +44,11 @@ MAY_IMPORT = {
     "loading": "models lowering",
     "mq_ao": "api capture checkout loading",
     "roofline": f"{GRAPHS} models calibration lowering recipes api",
-    "ablation": f"{GRAPHS} models recipes api evaluate text",
+    "measuring": f"{GRAPHS} models recipes quantized api evaluate text",
+    "ablation": f"{GRAPHS} recipes measuring",
     "bench": "ops models lowering loading recipes api text",
-    "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline ablation bench "
-    "loading opening writing integrations serving",
+    "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline measuring ablation "
+    "bench loading opening writing integrations serving",
     "__main__": "cli",
 }
 """What else every other room, a folder or a file of `mq_ao`, may import; "mq_ao" is the package's own `__init__`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mq_ao.ablation.plot import save_plot
-from mq_ao.ablation.run import Measured, Metric, Row, TextMetric, ablate
+from mq_ao.ablation.run import Row, ablate
 from mq_ao.ablation.steps import Group, Step, all_steps
 
-__all__ = ["Group", "Measured", "Metric", "Row", "Step", "TextMetric", "ablate", "all_steps", "save_plot"]
+__all__ = ["Group", "Row", "Step", "ablate", "all_steps", "save_plot"]

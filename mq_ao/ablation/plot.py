@@ -1,4 +1,4 @@
-"""The metric and the divergence against the steps, one line a width of the weights."""
+"""The cost and the divergence against the steps, one line a width of the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARKERS = {8: "o", 4: "s"}
 _SMALLEST = 1e-9
 """Where a divergence of zero is drawn on the log axis."""
 _FAR = 0.1
-"""Relative change of the metric above which a linear axis would hide the small ones."""
+"""Relative change of the cost above which a linear axis would hide the small ones."""
 
 
 def check_plot(path: Path) -> None:
@@ -37,12 +37,11 @@ def check_plot(path: Path) -> None:
         import_module("matplotlib")
 
 
-def save_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
+def save_plot(rows: Sequence[Row], path: Path) -> None:
     """Draws rows and saves them as PNG or SVG, by the suffix.
 
     Args:
         rows: of `ablate`; hollow markers are transforms by themselves.
-        metric: name of the metric.
         path: file to write.
 
     Raises:
@@ -59,12 +58,12 @@ def save_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     _draw(upper, rows, places, lambda row: 100 * row.measured.change)
-    upper.set_ylabel(f"{metric} against float, %")
+    upper.set_ylabel("cost of the text against float, %")
     upper.axhline(0, color="0.6", linewidth=0.8)
     if max(abs(row.measured.change) for row in rows) > _FAR:
         upper.set_yscale("symlog", linthresh=1)
         upper.yaxis.set_major_formatter(ScalarFormatter())
-    _draw(lower, rows, places, lambda row: max(row.measured.divergence, _SMALLEST))
+    _draw(lower, rows, places, lambda row: max(row.measured.mean_divergence, _SMALLEST))
     lower.set_ylabel("mean KL to float, nats")
     lower.set_yscale("log")
     lower.set_xticks(range(len(places)), [name for _, name in places], rotation=45, ha="right", rotation_mode="anchor")

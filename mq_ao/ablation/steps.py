@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mq_ao.errors import MqAoError
+from mq_ao.measuring.comparison import with_outliers
 from mq_ao.passes import PASSES, Basis, Pass
 from mq_ao.passes.expose_state import ExposeState
 from mq_ao.passes.fold_norm import FoldNorm
-from mq_ao.passes.plant_outliers import PlantOutliers
 from mq_ao.passes.rotate_dt import RotateDt
 from mq_ao.passes.rotate_out_proj import RotateOutProj
 from mq_ao.passes.rotate_residual import RotateResidual
@@ -21,13 +20,12 @@ from mq_ao.passes.smooth_conv import SmoothConv
 from mq_ao.passes.smooth_dt import SmoothDt
 from mq_ao.passes.smooth_gate import SmoothGate
 from mq_ao.passes.smooth_state import Partner, SmoothState
-from mq_ao.quantizer import Activation, QuantizationConfig, Range, RoleSpec
+from mq_ao.quantizer import Activation, QuantizationConfig, Range, RoleSpec, Rounding
 from mq_ao.recipes import Recipe, get_recipe
 
 BASELINES = ("rtn", "smoothquant", "quarot")
 PRODUCTION = "mambaquant"
 BITS = (8, 4)
-_ORDER = (PlantOutliers.name, *(name for name in PASSES if name != PlantOutliers.name))
 
 CHAIN: tuple[tuple[str, tuple[Pass, ...]], ...] = (
     ("+ R1 Hadamard", (FoldNorm(), RotateResidual(Basis.HADAMARD))),
@@ -82,16 +80,18 @@ class Step:
 
 
 def canonical(passes: Iterable[Pass]) -> tuple[Pass, ...]:
-    """Passes in the order of docs/method.md, section 4: planted outliers, folding, smoothing, shift, rotations.
+    """Passes in the order of docs/method.md, section 4: folding, smoothing, shift, rotations.
 
     A later pass of the same name takes the place of an earlier one.
     """
     by_name = {item.name: item for item in passes}
-    return tuple(by_name[name] for name in _ORDER if name in by_name)
+    return tuple(by_name[name] for name in PASSES if name in by_name)
 
 
 def scheme(bits: int) -> QuantizationConfig:
-    """The chain's: weights as in the production recipe, every activation static, the scan's operands in int8 too.
+    """The chain's: the production recipe's, with every activation static and the scan's operands in int8 too.
+
+    Weights that the production recipe rounds for the loss are rounded by GPTQ, as the baselines' are.
 
     Raises:
         MqAoError: there is no production recipe for weights of that width.
@@ -111,17 +111,14 @@ def all_steps(bits: int, outliers: float | None = None) -> list[Step]:
     Raises:
         MqAoError: a named recipe is missing, or the factor is no outlier.
     """
-    if outliers is not None and not 1 < outliers < math.inf:
-        raise MqAoError(f"--outliers is {outliers:g}: give a factor above 1, such as 30 or 100.")
-    planted: tuple[Pass, ...] = () if outliers is None else (PlantOutliers(factor=outliers),)
     fixed = scheme(bits)
 
     def named(family: str, group: Group) -> Step:
-        recipe = get_recipe(_named(family, bits))
-        return Step(family, group, bits, replace(recipe, passes=(*planted, *recipe.passes)))
+        return Step(family, group, bits, with_outliers(get_recipe(_named(family, bits)), outliers))
 
     def step(name: str, group: Group, passes: Iterable[Pass], config: QuantizationConfig = fixed) -> Step:
-        return Step(name, group, bits, Recipe(f"{group}: {name}", config, canonical((*planted, *passes))))
+        recipe = Recipe(f"{group}: {name}", config, canonical(passes))
+        return Step(name, group, bits, with_outliers(recipe, outliers))
 
     result = [named(family, Group.BASELINE) for family in BASELINES]
     chain: tuple[Pass, ...] = ()
@@ -157,4 +154,5 @@ def _named(family: str, bits: int) -> str:
 def _static(spec: RoleSpec) -> RoleSpec:
     if spec.activation is Activation.NONE:
         return spec
-    return replace(spec, activation=Activation.STATIC, range=Range.HISTOGRAM)
+    rounding = Rounding.GPTQ if spec.rounding is Rounding.FISHER else spec.rounding
+    return replace(spec, activation=Activation.STATIC, range=Range.HISTOGRAM, rounding=rounding)

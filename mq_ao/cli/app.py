@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mq_ao import __version__
-from mq_ao.cli import ablate, bench, demo, evaluate, generate, inspect, kernels, quantize, roofline, serve
+from mq_ao.cli import ablate, bench, compare, demo, evaluate, generate, inspect, kernels, quantize, roofline, serve
 from mq_ao.cli.console import fail, show_warnings
 from mq_ao.errors import MqAoError
 from mq_ao.logs import quiet_libraries
@@ -51,6 +51,7 @@ def _options(
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("ablate")(ablate.ablate)
+app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.command("inspect")(inspect.inspect)

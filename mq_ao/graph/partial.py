@@ -41,7 +41,7 @@ class PartialRun(Interpreter):
 
     Args:
         module: the graph.
-        wanted: nodes of it, at least one.
+        wanted: nodes of it; without any, it runs whole.
     """
 
     def __init__(self, module: GraphModule, wanted: Iterable[Node]) -> None:
@@ -51,7 +51,8 @@ class PartialRun(Interpreter):
         nodes = list(module.graph.nodes)
         places = {node: place for place, node in enumerate(nodes)}
         wanted = list(wanted)
-        self._unneeded = frozenset(nodes[max(places[node] for node in wanted) + 1 :])
+        last = max((places[node] for node in wanted), default=len(nodes) - 1)
+        self._unneeded = frozenset(nodes[last + 1 :])
         self._computed = frozenset(node for node in nodes if node.target in _WATCHED and _is_wide(node))
         self._watched = self._computed.union(wanted)
         self._inputs = sum(node.op == "placeholder" for node in nodes)

@@ -26,6 +26,7 @@ SSD = frozenset({torch.ops.mq_ao.ssd_scan.default})
 ATTENTION = frozenset({torch.ops.mq_ao.cached_attention.default})
 SCAN_STATES = frozenset({torch.ops.mq_ao.scan_states.default})
 ANY_SCAN = SCAN | SCAN_STATES | SSD
+WITHOUT_GRADIENT = SSD | SCAN_STATES
 ACTIVATION = frozenset({aten.silu.default, aten.silu_.default})
 HADAMARD = frozenset({torch.ops.mq_ao.hadamard.default})
 MUL = frozenset({aten.mul.Tensor})

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import torch
 from torch import Tensor
 
 LIMIT = 100.0
+
+
+class Size(StrEnum):
+    """How large a channel is."""
+
+    LARGEST = "largest"
+    """Its largest magnitude, which sets the step of an integer range."""
+    POWER = "power"
+    """Its root mean square, which sets the step where the channel is mixed with others afterwards."""
 
 
 def balance(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -14,12 +25,12 @@ def balance(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     One common factor changes no quantized value, so the scales are centred before they are clamped.
 
     Args:
-        activation: (channels,), largest magnitudes of the activation.
-        weight: (channels,), largest magnitudes of the weight that multiplies each channel.
+        activation: (channels,), sizes of the activation's channels.
+        weight: (channels,), sizes of the weights that multiply each channel.
         alpha: in [0, 1]; 1 makes the activation flat, 0 the weight.
 
     Returns:
-        (channels,), float64, positive; 1 for dead channels (where either magnitude is 0).
+        (channels,), float64, positive; 1 for dead channels (where either size is 0).
     """
     alive = (activation > 0) & (weight > 0)
     if not alive.any():

@@ -201,6 +201,10 @@ class Rewrite:
         low, high = torch.aminmax(weight, dim=0)
         return torch.maximum(-low, high).double()
 
+    def power_by_column(self, linear: Node) -> Tensor:
+        """Root mean square of every input channel of a linear's weight, (inputs,) float64."""
+        return self.weight(linear).square().mean(0).sqrt()
+
     def update(self, node: Node, statistics: ChannelStatistics) -> None:
         """Replaces the statistics of a value that was rewritten."""
         self.statistics[node.name] = statistics

@@ -15,7 +15,7 @@ from mq_ao.graph.gate import Gate
 from mq_ao.graph.residual import normalised
 from mq_ao.graph.rows import Rows, origin, rows_of
 from mq_ao.graph.views import Norm
-from mq_ao.passes.balance import balance, describe
+from mq_ao.passes.balance import Size, balance, describe
 from mq_ao.passes.base import Pass, Rewrite
 from mq_ao.passes.options import Share
 from mq_ao.statistics import Request
@@ -31,12 +31,14 @@ class SmoothGate(Pass):
 
     Attributes:
         alpha: share of the activation in the balance.
+        size: what is balanced.
     """
 
     name = "smooth_gate"
     step = "S2"
 
     alpha: Share = 0.5
+    size: Size = Size.LARGEST
 
     def requests(self, rewrite: Rewrite) -> Iterable[Request]:
         """Magnitudes of out_proj's inputs."""
@@ -47,11 +49,18 @@ class SmoothGate(Pass):
         for block in rewrite.blocks:
             with self.where_suitable(rewrite, block.name):
                 x = block.out_input
-                scales = balance(rewrite.of(x).maximum, rewrite.largest_by_column(block.out_proj), self.alpha)
+                scales = balance(*self._sizes(rewrite, block), self.alpha)
                 scale_out_input(rewrite, block, 1 / scales)
                 rewrite.scale_columns(block.out_proj, scales)
                 rewrite.update(x, rewrite.of(x).scaled(1 / scales))
                 self.note(rewrite, block.name, describe(scales))
+
+    def _sizes(self, rewrite: Rewrite, block: Block) -> tuple[Tensor, Tensor]:
+        """Of the channels of out_proj's input and of its weight."""
+        found = rewrite.of(block.out_input)
+        if self.size is Size.POWER:
+            return found.power, rewrite.power_by_column(block.out_proj)
+        return found.maximum, rewrite.largest_by_column(block.out_proj)
 
 
 def scale_out_input(rewrite: Rewrite, block: Block, factor: Tensor) -> None:

@@ -88,6 +88,11 @@ class ChannelStatistics:
         return torch.maximum(low.abs(), high.abs())
 
     @property
+    def power(self) -> Tensor:
+        """Root mean square of each channel, (channels,)."""
+        return (self.squares / self.count).sqrt()
+
+    @property
     def mean(self) -> Tensor:
         """Mean of each channel, (channels,)."""
         return self.total / self.count

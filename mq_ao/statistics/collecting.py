@@ -17,6 +17,7 @@ from mq_ao.graph.walk import module_path
 from mq_ao.progress import with_bar
 from mq_ao.statistics.accumulators import Accumulator, is_distributed, reduce, report_failure
 from mq_ao.statistics.channels import ChannelStatistics, Request, Statistics
+from mq_ao.statistics.gradients import GradientRun
 from mq_ao.statistics.probe import with_states
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ def collect(
 
     Args:
         module: captured float graph.
-        requests: values to look at, states of scans (see `probe`) among them; several requests for one node are united.
-            Without any, nothing is run.
+        requests: values to look at, states of scans (see `probe`) and gradients (see `gradients`) among them; several
+            requests for one node are united. Without any, nothing is run. For gradients every batch runs twice.
         batches: positional inputs of the graph, one tuple a batch. A generator is read once.
         progress: show a progress bar on stderr.
 
@@ -102,9 +103,12 @@ def _accumulators(requests: Iterable[Request]) -> dict[str, Accumulator]:
 def _run(
     module: GraphModule, accumulators: Mapping[str, Accumulator], batches: Iterable[tuple[Any, ...]], progress: bool
 ) -> None:
-    watch = _Watch(module, accumulators)
+    gradients = GradientRun(module, accumulators)
+    watch = _Watch(module, {name: item for name, item in accumulators.items() if name not in gradients.names})
     for batch in with_bar(batches, "collecting statistics", progress):
         watch.run_batch(batch)
+        if gradients.names:
+            gradients.run_batch(batch)
     for item in accumulators.values():
         if item.channels:
             item.finish()
