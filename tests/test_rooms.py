@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "roofline": f"{GRAPHS} models calibration lowering recipes api",
     "ablation": f"{GRAPHS} models recipes api evaluate text",
     "bench": "ops models lowering loading recipes api text",
-    "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline ablation bench "
+    "gpu_check": "ops models lowering recipes api text classify evaluate roofline bench",
+    "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline ablation bench gpu_check "
     "loading opening writing integrations serving",
     "__main__": "cli",
 }

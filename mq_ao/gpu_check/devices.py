@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from mq_ao.gpu_check.checks import Skipped
@@ -70,18 +68,3 @@ def check_room(setting: Setting, what: str, needed: float) -> None:
     free, _ = torch.cuda.mem_get_info(setting.device)
     if needed > free:
         raise Skipped(f"{what} needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the device are free.")
-
-
-def described(setting: Setting) -> dict[str, Any]:
-    """The device in words and numbers."""
-    if setting.rehearsal:
-        return {"device": "cpu", "name": "none: a rehearsal on the CPU, interpreted"}
-    found = torch.cuda.get_device_properties(setting.device)
-    return {
-        "device": setting.device,
-        "name": found.name,
-        "capability": f"{found.major}.{found.minor}",
-        "memory_bytes": found.total_memory,
-        "multiprocessors": found.multi_processor_count,
-        "l2_bytes": found.L2_cache_size,
-    }

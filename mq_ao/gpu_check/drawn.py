@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -228,6 +228,7 @@ def _ssd(draw: Draw) -> tuple[Arguments, dict[str, tuple[int, ...]]]:
         "D": draw.perhaps(draw.normal(heads)),
         "dt_bias": draw.normal(heads) - 2,
         "dt_softplus": True,
+        "dt_min": 0.0,
         "initial_state": draw.normal(draw.batch, heads, headdim, states),
     }
     matrix = (*rows, 1, states)
@@ -323,4 +324,9 @@ def drawn(operator: str, seed: int, widths: tuple[int, ...], length: int) -> lis
     schema: Any = getattr(torch.ops.mq_ao, operator).default._schema
     names = {argument.name for argument in schema.arguments}
     assert given.keys() <= names, f"{operator} has no {given.keys() - names}"
-    return [given[item.name] if item.name in given else item.default_value for item in schema.arguments]
+    return [given.get(item.name, item.default_value) for item in schema.arguments]
+
+
+def shapes_of(args: Sequence[Any]) -> list[str]:
+    """The tensors among arguments, for people."""
+    return [f"{str(arg.dtype).removeprefix('torch.')} {tuple(arg.shape)}" for arg in args if isinstance(arg, Tensor)]

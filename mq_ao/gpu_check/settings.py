@@ -88,15 +88,15 @@ class Setting:
 
 
 _SHAPES: Mapping[str, Shape] = {
-        "mamba-2.8b": Shape(replace(MAMBA_130M, d_model=2560, n_layer=64), (2, 8)),
-        "mamba-130m": Shape(MAMBA_130M, (24,)),
-        "mamba2-130m": Shape(MAMBA2_130M, (24,), (1, 64), ((1, 1024),)),
+    "mamba-2.8b": Shape(replace(MAMBA_130M, d_model=2560, n_layer=64), (2, 8)),
+    "mamba-130m": Shape(MAMBA_130M, (24,)),
+    "mamba2-130m": Shape(MAMBA2_130M, (24,), (1, 64), ((1, 1024),)),
 }
 _SMALL: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "n_layer": 3}
 _REHEARSED: Mapping[str, Shape] = {
-        "mamba-2.8b": Shape(replace(MAMBA_130M, **_SMALL), (1, 2), (1, 2), ((1, 5),)),
-        "mamba-130m": Shape(replace(MAMBA_130M, **_SMALL), (3,), (1,), ((2, 5),)),
-        "mamba2-130m": Shape(replace(MAMBA2_130M, **_SMALL, headdim=16, d_state=16), (1,), (1,), ((1, 5),)),
+    "mamba-2.8b": Shape(replace(MAMBA_130M, **_SMALL), (1, 2), (1, 2), ((1, 5),)),
+    "mamba-130m": Shape(replace(MAMBA_130M, **_SMALL), (3,), (1,), ((2, 5),)),
+    "mamba2-130m": Shape(replace(MAMBA2_130M, **_SMALL, headdim=16, d_state=16), (1,), (1,), ((1, 5),)),
 }
 REAL = Sizes()
 """For a GPU."""

@@ -79,9 +79,7 @@ def float_graph(config: MambaConfig | Mamba2Config, model: MambaLM | None = None
     return module
 
 
-def integer_graph(
-    config: MambaConfig | Mamba2Config, recipe: Recipe, model: MambaLM | None = None
-) -> GraphModule:
+def integer_graph(config: MambaConfig | Mamba2Config, recipe: Recipe, model: MambaLM | None = None) -> GraphModule:
     """The graph of a model quantized by what `at_run_time` gives and lowered for CUDA.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mq_ao.gpu_check.checks import CheckFailed
 from mq_ao.gpu_check.devices import engaged, on_the_cpu
-from mq_ao.gpu_check.drawn import DRAWN, drawn
+from mq_ao.gpu_check.drawn import DRAWN, drawn, shapes_of
 from mq_ao.gpu_check.settings import Setting
 
 _ROUNDED = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -60,7 +60,7 @@ def _checked(setting: Setting, name: str) -> dict[str, Any]:
             for place, (one, other) in enumerate(zip(got, wanted, strict=True))
             if other.numel()
         ]
-        shapes.append({"arguments": _described(args), "configuration": index, "results": compared})
+        shapes.append({"arguments": shapes_of(args), "configuration": index, "results": compared})
         wrong += [f"shape {index}, result {item['result']}" for item in compared if not item["passes"]]
     if wrong:
         raise CheckFailed(f"{name} is off: {'; '.join(wrong)}", {"shapes": shapes})
@@ -96,7 +96,3 @@ def _compared(got: Tensor, wanted: Tensor, name: str) -> dict[str, Any]:
     # Of few values, one may be.
     passes = beyond <= share and different <= max(_SHARE, 1 / off.numel())
     return {"passes": passes, "steps_off": float(off.max()), "different": different, "beyond": beyond}
-
-
-def _described(args: Sequence[Any]) -> list[str]:
-    return [f"{str(arg.dtype).removeprefix('torch.')} {tuple(arg.shape)}" for arg in args if isinstance(arg, Tensor)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,19 +9,15 @@ from typing import Any
 import torch
 
 from mq_ao.gpu_check.checks import CheckFailed
-from mq_ao.gpu_check.devices import described
+from mq_ao.gpu_check.machine import NEEDED, described, versions
 from mq_ao.gpu_check.settings import Setting
 from mq_ao.gpu_check.timing import median_seconds
-from mq_ao.version import __version__
-
-_PACKAGES = ("torch", "triton", "torchao", "numpy", "safetensors", "transformers")
-_NEEDED = ("torch", "triton", "torchao", "numpy", "safetensors")
 
 
 def parts(setting: Setting) -> Mapping[str, Callable[[], dict[str, Any]]]:
     """See `stages`."""
     return {
-        "versions": versions,
+        "versions": _versions,
         "device": partial(described, setting),
         "fp16 product": partial(_product, setting),
         "int8 product": partial(_int8_product, setting),
@@ -31,21 +25,14 @@ def parts(setting: Setting) -> Mapping[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def versions() -> dict[str, Any]:
+def _versions() -> dict[str, Any]:
     """Of everything that results depend on.
 
     Raises:
         CheckFailed: a package is missing.
     """
-    found: dict[str, str | None] = {"python": platform.python_version(), "mq_ao": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    # The build of PyTorch, which its package's version need not tell.
-    found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
-    if missing := [name for name in _NEEDED if found[name] is None]:
+    found = versions()
+    if missing := [name for name in NEEDED if found[name] is None]:
         raise CheckFailed(f"{' and '.join(missing)} cannot be found: carry the wheels along.", found)
     return found
 
