@@ -72,7 +72,7 @@ def gpu_check(
     chosen(again or (), "--again", (FAILED,))
     setting = Setting(device, REHEARSED if device == "cpu" else REAL, prepared=prepared)
     if prepare is not None:
-        _prepare(setting, prepare)
+        _prepare(prepare)
         return
     check_output(output)
     results = check(wanted, setting, output, minutes, again or [])
@@ -110,7 +110,7 @@ def _head(setting: Setting) -> dict[str, Any]:
     return {"rehearsal": setting.rehearsal, "versions": versions(), **described(setting)}
 
 
-def _prepare(setting: Setting, folder: Path) -> None:
+def _prepare(folder: Path) -> None:
     from mq_ao.gpu_check.prepared import PREPARED_TEXT, prepare
     from mq_ao.gpu_check.settings import REAL
 
@@ -118,8 +118,7 @@ def _prepare(setting: Setting, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MqAoError(f"the folder {folder} cannot be made: {error.strerror}.") from None
-    sizes = replace(REAL, text=PREPARED_TEXT)
-    prepare(replace(setting, sizes=sizes), folder, step)
+    prepare(replace(REAL, text=PREPARED_TEXT), folder, step)
     err().print(f"prepared: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 

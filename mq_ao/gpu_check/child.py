@@ -21,6 +21,7 @@ from mq_ao.gpu_check.plan import Stage
 from mq_ao.gpu_check.results import Part, Verdict
 from mq_ao.gpu_check.settings import Setting
 
+_WHERE = signal.SIGUSR1
 _LINES = 12
 _LONGEST = 600
 Parts = Mapping[str, Callable[[], Mapping[str, Any]]]
@@ -70,6 +71,13 @@ class Child:
         self._pipe.close()
         return code
 
+    def ask_where(self) -> None:
+        """Has the process write down where it is."""
+        if self._process.pid is not None:
+            with contextlib.suppress(OSError):
+                os.kill(self._process.pid, _WHERE)
+                time.sleep(0.3)
+
     def last_words(self) -> tuple[str, ...]:
         """The last lines that it wrote."""
         try:
@@ -86,13 +94,14 @@ def _run(stage: Stage, setting: Setting, done: tuple[str, ...], log: Path, pipe:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         faulthandler.enable(file)
+        faulthandler.register(_WHERE, file)
         with contextlib.suppress(BrokenPipeError):
-            _send_parts(stage, setting, done, pipe, file)
+            _send_parts(stage, setting, done, pipe)
 
 
-def _send_parts(stage: Stage, setting: Setting, done: tuple[str, ...], pipe: Connection, log: Any) -> None:
+def _send_parts(stage: Stage, setting: Setting, done: tuple[str, ...], pipe: Connection) -> None:
     try:
-        parts: Parts = importlib.import_module(f"mq_ao.gpu_check.stages.{stage.module}").parts(setting, **stage.options)
+        parts: Parts = importlib.import_module(stage.module).parts(setting, **stage.options)
     except Exception as error:  # a package that is missing here is a result
         pipe.send(("failed", _failure(error, 0.0)))
         return
@@ -101,10 +110,7 @@ def _send_parts(stage: Stage, setting: Setting, done: tuple[str, ...], pipe: Con
         if name in done:
             continue
         pipe.send(("begin", name))
-        # Where it hangs stands in the log before it is ended.
-        faulthandler.dump_traceback_later(0.9 * stage.part_limit, file=log)
         part = _found(find)
-        faulthandler.cancel_dump_traceback_later()
         pipe.send(("end", name, part))
         if part.verdict is Verdict.FAILED and not _usable(setting):
             return

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from mq_ao.errors import MqAoError
 
+_STAGES = "mq_ao.gpu_check.stages"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -15,7 +17,7 @@ class Stage:
     Attributes:
         name: what it is called.
         title: what it finds out.
-        module: file of `stages` whose `parts` it runs.
+        module: the one whose `parts` it runs, a file of `stages`.
         expected: seconds that it is thought to take on a GPU: with less left it does not begin. None was measured.
         limit: seconds after which it is ended, on a GPU.
         options: what else `parts` is given.
@@ -35,21 +37,26 @@ class Stage:
 
 
 def _speed(name: str, title: str, expected: float, shape: str, phase: str) -> Stage:
-    return Stage(name, title, "speed", expected, options={"shape": shape, "phase": phase})
+    return Stage(name, title, f"{_STAGES}.speed", expected, options={"shape": shape, "phase": phase})
 
 
 STAGES = (
-    Stage("machine", "versions, device, one product of each kind, one copy", "machine", 15),
-    Stage("kernels", "every Triton kernel against its reference at three drawn shapes", "kernels", 60),
-    Stage("bundled", "the bundled model: the GPU's program against the same program on the CPU", "bundled", 60),
+    Stage("machine", "versions, device, one product of each kind, one copy", f"{_STAGES}.machine", 15),
+    Stage("kernels", "every Triton kernel against its reference at three drawn shapes", f"{_STAGES}.kernels", 60),
+    Stage("bundled", "the bundled model: GPU against CPU, same program", f"{_STAGES}.bundled", 60),
     _speed("decode-2.8b", "decode of the 2.8b shape, against fp16", 75, "mamba-2.8b", "decode"),
     _speed("prefill-2.8b", "prefill of the 2.8b shape, against fp16", 60, "mamba-2.8b", "prefill"),
-    Stage("configurations", "kernels' configurations, and times beside the roofline's", "configurations", 60),
+    Stage("configurations", "times of configurations, beside the roofline", f"{_STAGES}.configurations", 60),
     _speed("decode-130m", "decode of the 130m shape, against fp16", 75, "mamba-130m", "decode"),
     _speed("prefill-130m", "prefill of the 130m shape, against fp16", 60, "mamba-130m", "prefill"),
     _speed("mamba2", "decode of the Mamba-2 130m shape, against fp16", 60, "mamba2-130m", "decode"),
     _speed("mamba2-prefill", "prefill of the Mamba-2 130m shape, against fp16", 60, "mamba2-130m", "prefill"),
-    Stage("vim", "the bundled image classifier: the GPU's program against the same program on the CPU", "vim", 45),
+    Stage(
+        "vim",
+        "the bundled classifier: GPU against CPU, same program",
+        f"{_STAGES}.vim",
+        45,
+    ),
 )
 """All stages."""
 

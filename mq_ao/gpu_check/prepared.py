@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,6 +26,7 @@ from mq_ao.gpu_check.settings import Setting, Sizes
 from mq_ao.lowering.cuda import CudaProgram
 from mq_ao.models import MambaLM, Vim, demo, vision_demo
 from mq_ao.ops import library
+from mq_ao.roofline import random_model
 from mq_ao.text import byte_text
 
 RECIPES = ("mambaquant-w8a8", "mambaquant-w4a8")
@@ -52,11 +54,11 @@ def expected_file(program: str) -> str:
     return f"{program}.safetensors"
 
 
-def prepare(setting: Setting, folder: Path, step: Step) -> None:
+def prepare(sizes: Sizes, folder: Path, step: Step) -> None:
     """Makes everything.
 
     Args:
-        setting: which models, and how much of them.
+        sizes: how much of everything.
         folder: where to; it is there.
         step: shows the user what is being done.
 
@@ -67,18 +69,20 @@ def prepare(setting: Setting, folder: Path, step: Step) -> None:
     library.use_references("what is expected of a GPU comes from the references.")
     for recipe in RECIPES:
         with step(f"the language model in {recipe}"):
-            prepare_language(setting, recipe, folder)
+            prepare_language(sizes, recipe, folder)
     with step("the image classifier"):
-        prepare_vision(setting.sizes, folder)
+        prepare_vision(sizes, folder)
 
 
-def prepare_language(setting: Setting, recipe: str, folder: Path) -> None:
+def prepare_language(sizes: Sizes, recipe: str, folder: Path) -> None:
     """Quantizes the language model, and runs it on the CPU."""
-    model = MambaLM.from_pretrained(setting.bundled)
-    program = api.quantize(model, calibration_of(model), recipe, backend="cuda").lower()
+    model = MambaLM.from_pretrained("demo")
+    if not sizes.bundled:
+        model = random_model(replace(model.config, d_model=64, n_layer=1))
+    program = api.quantize(model, calibration_of(model, sizes.calibration), recipe, backend="cuda").lower()
     name = language_file(recipe)
     program.save(folder / name)
-    expected = expected_of(program, prompt_of(setting.sizes), setting.sizes.text, setting.sizes.written)
+    expected = expected_of(program, prompt_of(sizes), sizes.text, sizes.written)
     save_file(expected, folder / expected_file(name))
 
 
@@ -112,7 +116,13 @@ def images_of(sizes: Sizes) -> Sequence[Tensor]:
 def prepare_vision(sizes: Sizes, folder: Path) -> None:
     """Quantizes the classifier, and runs it on the CPU."""
     model = Vim.from_pretrained("demo")
-    calibration = vision_demo.normalised(load_file(vision_demo.IMAGES)["calibration_images"]).split(BATCH)
+    if not sizes.bundled:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Vim(replace(model.config, d_model=32, n_layer=1, patch_size=14)).eval()
+    calibration = vision_demo.normalised(load_file(vision_demo.IMAGES)["calibration_images"][: sizes.images]).split(
+        BATCH
+    )
     program = api.quantize(model, [(batch,) for batch in calibration], VIM, backend="cuda").lower()
     program.save(folder / VISION_FILE)
     logits = torch.cat([program(batch) for batch in images_of(sizes)])

@@ -61,7 +61,7 @@ def run(
             found.reason = f"it is thought to take {expected:.0f} s, and {max(0.0, left):.0f} s were left"
             told(f"{stage.name}: not run, {found.reason}")
         else:
-            _run_stage(stage, setting, results, min(left, budget.scale * stage.limit), told)
+            _run_stage(stage, setting, results, budget, min(left, budget.scale * stage.limit), told)
         results.write()
 
 
@@ -74,11 +74,12 @@ def _forget(found: Found, stage: Stage, again: Collection[str]) -> None:
         found.reason = "it has not run to its end" if found.parts else "it has not run"
 
 
-def _run_stage(stage: Stage, setting: Setting, results: Results, limit: float, told: Told) -> None:
+def _run_stage(stage: Stage, setting: Setting, results: Results, budget: Budget, limit: float, told: Told) -> None:
     found, started = results.stages[stage.name], time.monotonic()
     found.reason = None
     with tempfile.TemporaryDirectory(prefix="mq_ao_") as folder:
-        following = _Following(stage, setting, results, Path(folder) / "log", started + limit, limit, told)
+        part_limit = budget.scale * stage.part_limit
+        following = _Following(stage, setting, results, Path(folder) / "log", started + limit, part_limit, told)
         while following.go_on():
             pass
     found.seconds += time.monotonic() - started
@@ -88,12 +89,12 @@ class _Following:
     """One stage, in as many processes as it takes."""
 
     def __init__(
-        self, stage: Stage, setting: Setting, results: Results, log: Path, ends: float, limit: float, told: Told
+        self, stage: Stage, setting: Setting, results: Results, log: Path, ends: float, part_limit: float, told: Told
     ) -> None:
         self._stage, self._setting, self._results = stage, setting, results
         self._found = results.stages[stage.name]
         self._log, self._ends, self._told = log, ends, told
-        self._part_limit = limit * stage.part_limit / stage.limit
+        self._part_limit = part_limit
         self._current: str | None = None
         self._began = 0.0
 
@@ -135,6 +136,7 @@ class _Following:
     def _cut(self, child: Child) -> None:
         """A part has taken too long, or all the time that the stage had left."""
         seconds = time.monotonic() - self._began
+        child.ask_where()
         hangs = seconds >= self._part_limit
         verdict = Verdict.FAILED if hangs else Verdict.NOT_RUN
         self._broken_off(child, verdict, f"was ended after {seconds:.0f} s" + ("" if hangs else ", with the stage"))

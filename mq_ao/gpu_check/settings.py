@@ -44,6 +44,8 @@ class Sizes:
         decoded: tokens of a decode measurement.
         repeats: rounds of every measurement; medians are reported.
         images: that the bundled classifier sees.
+        bundled: whether the bundled models are run; else small ones with random weights stand for them.
+        calibration: tokens that the language model is calibrated with.
         published: whether configurations are timed at the sizes of published models; else at drawn ones.
     """
 
@@ -58,6 +60,8 @@ class Sizes:
     decoded: int = 32
     repeats: int = 10
     images: int = 256
+    bundled: bool = True
+    calibration: int = 4096
     published: bool = True
 
 
@@ -68,7 +72,6 @@ class Setting:
     Attributes:
         device: "cuda", or a GPU of several such as "cuda:1"; "cpu" for a rehearsal.
         sizes: how large everything is.
-        bundled: the language model that is quantized: "demo", or a folder of one like it.
         prepared: folder with programs that `prepare` made elsewhere; None: they are made here first.
         mode: how programs run, by the name of a `lowering.cuda.Mode`.
         seed: of all that is drawn.
@@ -76,7 +79,6 @@ class Setting:
 
     device: str
     sizes: Sizes
-    bundled: str = "demo"
     prepared: Path | None = None
     mode: str = "reduce-overhead"
     seed: int = 0
@@ -94,7 +96,7 @@ _SHAPES: Mapping[str, Shape] = {
 }
 _SMALL: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "n_layer": 3}
 _REHEARSED: Mapping[str, Shape] = {
-    "mamba-2.8b": Shape(replace(MAMBA_130M, **_SMALL), (1, 2), (1, 2), ((1, 5),)),
+    "mamba-2.8b": Shape(replace(MAMBA_130M, **_SMALL), (1, 2), (1,), ((1, 5),)),
     "mamba-130m": Shape(replace(MAMBA_130M, **_SMALL), (3,), (1,), ((2, 5),)),
     "mamba2-130m": Shape(replace(MAMBA2_130M, **_SMALL, headdim=16, d_state=16), (1,), (1,), ((1, 5),)),
 }
@@ -113,6 +115,8 @@ REHEARSED = Sizes(
     decoded=2,
     repeats=1,
     images=2,
+    bundled=False,
+    calibration=64,
     published=False,
 )
 """For the interpreter."""

@@ -57,7 +57,7 @@ class _Bundled:
     def _opened(self) -> tuple[CudaProgram, dict[str, Tensor]]:
         """The program on the CPU, and what is expected of it."""
         on_the_cpu()
-        make = partial(prepare_language, self._setting, self._recipe)
+        make = partial(prepare_language, self._setting.sizes, self._recipe)
         with prepared(self._setting, language_file(self._recipe), make) as (path, expected):
             return CudaProgram.load(path, "cpu", Mode.EAGER), expected
 
