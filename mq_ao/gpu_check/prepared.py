@@ -1,7 +1,7 @@
 """Programs of the bundled models, and what they give on the CPU: made here, or beforehand and carried along.
 
-They are the programs that a GPU runs, `.ptc`, and the CPU runs them by the operators' references. So what differs are
-kernels alone: the integers are the same. A file of another version of PyTorch is refused where it is read.
+They are the programs that a GPU runs, `.ptc`, and the CPU runs them by its own kernels where those are built, else by the
+operators' references. So what differs are kernels alone: the integers are the same. A file of another version of PyTorch is refused where it is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from mq_ao.evaluate import evaluate
 from mq_ao.gpu_check.settings import Setting, Sizes
 from mq_ao.lowering.cuda import CudaProgram
 from mq_ao.models import MambaLM, Vim, demo, vision_demo
-from mq_ao.ops import library
 from mq_ao.roofline import random_model
 from mq_ao.text import byte_text
 
@@ -65,8 +64,6 @@ def prepare(sizes: Sizes, folder: Path, step: Step) -> None:
     Raises:
         MqAoError: a model cannot be read or quantized, or a file cannot be written.
     """
-    # As where it is checked: by the references, and not by kernels for this processor.
-    library.use_references("what is expected of a GPU comes from the references.")
     for recipe in RECIPES:
         with step(f"the language model in {recipe}"):
             prepare_language(sizes, recipe, folder)
