@@ -71,7 +71,9 @@ def test_help_answers_without_torch() -> None:
 BENCHES = ["bench", "bench kernels", "bench quantize", "bench gpu"]
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", *BENCHES, "build-kernels", "gpu-check", "demo"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "eval", "generate", "inspect", *BENCHES, "build-kernels", "gpu-check", "demo"]
+)
 def test_every_command_has_help_with_an_example(mq_ao: CommandLine, command: str) -> None:
     run = mq_ao(*command.split(), "--help")
     assert run.code == 0

@@ -67,6 +67,7 @@ def gpu_check(
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     with step("starting"):
         from mq_ao.gpu_check.plan import FAILED, STAGES, chosen
+        from mq_ao.gpu_check.results import Verdict
         from mq_ao.gpu_check.settings import REAL, REHEARSED, Setting
     wanted = chosen(stage, "--stage") if stage else list(STAGES)
     chosen(again or (), "--again", (FAILED,))
@@ -78,7 +79,7 @@ def gpu_check(
     results = check(wanted, setting, output, minutes, again or [])
     out().print(_table(results, wanted, setting))
     out().print(f"All results are in {output}.", markup=False, highlight=False, soft_wrap=True)
-    if any(found.count("failed") for found in results.stages.values()):
+    if any(found.count(Verdict.FAILED) for found in results.stages.values()):
         sys.exit(1)
 
 
@@ -127,15 +128,15 @@ def _table(results: Results, wanted: list[Stage], setting: Setting) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from mq_ao.gpu_check.results import REHEARSAL
+    from mq_ao.gpu_check.results import REHEARSAL, Verdict
 
     title = REHEARSAL if setting.rehearsal else "gpu-check"
     table = Table(title=title, title_justify="left")
-    for column in ("stage", "verdict", "seconds", "passed", "failed", "skipped", "not run", "why"):
+    for column in ("stage", "verdict", "seconds", *Verdict, "why"):
         table.add_column(column, justify="left" if column in ("stage", "verdict", "why") else "right")
     for stage in wanted:
         found = results.stages[stage.name]
-        counts = [str(found.count(verdict)) for verdict in ("passed", "failed", "skipped", "not run")]
+        counts = [str(found.count(verdict)) for verdict in Verdict]
         reasons = [f"{name}: {part.reason}" for name, part in found.parts.items() if part.reason is not None]
         why = "\n".join(dict.fromkeys([*([found.reason] if found.reason else []), *reasons]))
         table.add_row(stage.name, str(found.verdict), f"{found.seconds:.0f}", *counts, Text(why))

@@ -24,9 +24,9 @@ class Draw:
         length: tokens of a sequence.
     """
 
-    def __init__(self, seed: int, widths: tuple[int, ...], length: int) -> None:
+    def __init__(self, seed: str, widths: tuple[int, ...], length: int) -> None:
         self._random = random.Random(seed)
-        self._gen = torch.Generator().manual_seed(seed)
+        self._gen = torch.Generator().manual_seed(self._random.getrandbits(32))
         self._widths = widths
         self.length = length
         self.batch = self.one(1, 2, 3) if length == 1 else 1
@@ -45,9 +45,9 @@ class Draw:
         """A number of channels."""
         return int(self.one(*self._widths))
 
-    def integers(self, *shape: int, low: int = -128, high: int = 127, dtype: torch.dtype = torch.int8) -> Tensor:
-        """Whole numbers from low to high."""
-        return torch.randint(low, high + 1, shape, dtype=dtype, generator=self._gen)
+    def integers(self, *shape: int, low: int = -128, high: int = 127) -> Tensor:
+        """int8 from low to high."""
+        return torch.randint(low, high + 1, shape, dtype=torch.int8, generator=self._gen)
 
     def normal(self, *shape: int) -> Tensor:
         """float32 around 0."""
@@ -71,7 +71,8 @@ def _linear(draw: Draw, outputs: int, *, whole: bool = False) -> Arguments:
     group = 0 if whole else draw.one(0, 64, 128)
     inputs = group * draw.one(1, 3, 12) if group else draw.width // 16 * 16
     four = group > 0 and draw.yes
-    weight = draw.integers(outputs, inputs, **({"low": -8, "high": 7} if four else {"low": -127}))
+    low, high = (-8, 7) if four else (-127, 127)
+    weight = draw.integers(outputs, inputs, low=low, high=high)
     shape = (outputs, inputs // group) if group else (outputs,)
     scale = draw.positive(*shape, least=1e-4, most=1e-3) * (16 if four else 1)
     sums = weight.view(*shape, -1).sum(-1, dtype=torch.int32)
@@ -320,7 +321,7 @@ DRAWN: Mapping[str, Callable[[Draw], Arguments]] = {**_PLAIN, **{f"{name}_": _PL
 
 def drawn(operator: str, seed: int, widths: tuple[int, ...], length: int) -> list[Any]:
     """Arguments of one call, in order; defaults stand for what was not drawn."""
-    given = DRAWN[operator](Draw(seed, widths, 1 if operator in STEPS else length))
+    given = DRAWN[operator](Draw(f"{operator} {seed}", widths, 1 if operator in STEPS else length))
     schema: Any = getattr(torch.ops.mq_ao, operator).default._schema
     names = {argument.name for argument in schema.arguments}
     assert given.keys() <= names, f"{operator} has no {given.keys() - names}"

@@ -1,7 +1,8 @@
 """Programs of the bundled models, and what they give on the CPU: made here, or beforehand and carried along.
 
-They are the programs that a GPU runs, `.ptc`, and the CPU runs them by its own kernels where those are built, else by the
-operators' references. So what differs are kernels alone: the integers are the same. A file of another version of PyTorch is refused where it is read.
+They are the programs that a GPU runs, `.ptc`, and the CPU runs them by its own kernels where those are built, else by
+the operators' references. So what differs are kernels alone: the integers are the same. A file of another version of
+PyTorch is refused where it is read.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from mq_ao.bench.prepare import calibration_of
 from mq_ao.classify import BATCH
 from mq_ao.errors import MqAoError
 from mq_ao.evaluate import evaluate
+from mq_ao.files import replacing
 from mq_ao.gpu_check.settings import Setting, Sizes
-from mq_ao.lowering.cuda import CudaProgram
+from mq_ao.lowering.cuda import CudaModule, CudaProgram
 from mq_ao.models import MambaLM, Vim, demo, vision_demo
 from mq_ao.roofline import random_model
 from mq_ao.text import byte_text
@@ -77,10 +79,11 @@ def prepare_language(sizes: Sizes, recipe: str, folder: Path) -> None:
     if not sizes.bundled:
         model = random_model(replace(model.config, d_model=64, n_layer=1))
     program = api.quantize(model, calibration_of(model, sizes.calibration), recipe, backend="cuda").lower()
+    assert isinstance(program, CudaProgram)
     name = language_file(recipe)
     program.save(folder / name)
     expected = expected_of(program, prompt_of(sizes), sizes.text, sizes.written)
-    save_file(expected, folder / expected_file(name))
+    _keep(expected, folder / expected_file(name))
 
 
 def expected_of(program: CudaProgram, prompt: Tensor, text: int, written: int) -> dict[str, Tensor]:
@@ -122,8 +125,14 @@ def prepare_vision(sizes: Sizes, folder: Path) -> None:
     )
     program = api.quantize(model, [(batch,) for batch in calibration], VIM, backend="cuda").lower()
     program.save(folder / VISION_FILE)
+    assert isinstance(program, CudaModule)
     logits = torch.cat([program(batch) for batch in images_of(sizes)])
-    save_file({"logits": logits.float()}, folder / expected_file(VISION_FILE))
+    _keep({"logits": logits.float()}, folder / expected_file(VISION_FILE))
+
+
+def _keep(expected: dict[str, Tensor], path: Path) -> None:
+    with replacing(path) as temporary:
+        save_file(expected, temporary)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class Found:
 
     def count(self, verdict: Verdict) -> int:
         """Parts that ended so."""
-        return sum(part.verdict == verdict for part in self.parts.values())
+        return sum(part.verdict is verdict for part in self.parts.values())
 
 
 class Results:

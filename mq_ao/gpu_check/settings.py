@@ -52,7 +52,7 @@ class Sizes:
     square: int = 8192
     copied: int = 2**32
     widths: tuple[int, ...] = (80, 768, 1000, 1536, 2560)
-    lengths: tuple[int, ...] = (1, 130, 1024)
+    lengths: tuple[int, ...] = (1, 65, 300)
     prompt: int = 64
     text: int = 8192
     written: int = 64

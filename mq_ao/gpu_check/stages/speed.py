@@ -115,7 +115,8 @@ class _Speed:
 
     @cached_property
     def _device(self) -> torch.device:
-        return self._depths and engaged(self._setting)
+        assert self._depths  # what they expect was computed on the CPU
+        return engaged(self._setting)
 
     @cached_property
     def _depths(self) -> list[_Depth]:
@@ -204,9 +205,9 @@ class _Speed:
                 self._predict(row, name, batch, tokens, graph_of)
             if f"{name}{last}" in seconds and f"{COMPILED}{last}" in seconds:
                 row["times_as_fast"] = seconds[f"{COMPILED}{last}"] / seconds[f"{name}{last}"]
-            estimates = row.get("whole_ms_estimated"), rows[COMPILED].get("whole_ms_estimated")
-            if None not in estimates:
-                row["whole_times_as_fast_estimated"] = estimates[1] / estimates[0]
+            ours, theirs = (item.get("whole_ms_estimated") for item in (row, rows[COMPILED]))
+            if ours is not None and theirs is not None:
+                row["whole_times_as_fast_estimated"] = theirs / ours
         result = {"layers": [depth.layers for depth in self._depths], "of": self._shape.config.n_layer, "rows": rows}
         if failures:
             raise CheckFailed(next(f"{key}: {why}" for key, why in failures.items()), {**result, "failures": failures})
