@@ -35,8 +35,16 @@ _ENOUGH = 4096
 def parts(setting: Setting) -> Mapping[str, Callable[[], dict[str, Any]]]:
     """See `stages`."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for recipe in RECIPES:
-        model = _Bundled(setting, recipe)
+    models = {recipe: _Bundled(setting, recipe) for recipe in RECIPES}
+
+    def ready() -> torch.device:
+        if setting.rehearsal:  # from then on the CPU runs the interpreter, which is to be compared and not to prepare
+            for model in models.values():
+                model.opened()
+        return engaged(setting)
+
+    for recipe, model in models.items():
+        model.ready = ready
         found |= {
             f"{recipe}, operator by operator": partial(model.logits, Mode.EAGER),
             f"{recipe}, compiled": partial(model.logits, Mode(setting.mode)),
@@ -47,13 +55,19 @@ def parts(setting: Setting) -> Mapping[str, Callable[[], dict[str, Any]]]:
 
 
 class _Bundled:
-    """The model in one recipe."""
+    """The model in one recipe.
+
+    Attributes:
+        ready: gives the device once everything is there that is computed on the CPU.
+    """
+
+    ready: Callable[[], torch.device]
 
     def __init__(self, setting: Setting, recipe: str) -> None:
         self._setting, self._recipe = setting, recipe
         self._program = cache(self._placed)
+        self.opened = cache(self._opened)
 
-    @cache  # noqa: B019  (as long as the process)
     def _opened(self) -> tuple[CudaProgram, dict[str, Tensor]]:
         """The program on the CPU, and what is expected of it."""
         on_the_cpu()
@@ -62,8 +76,8 @@ class _Bundled:
             return CudaProgram.load(path, "cpu", Mode.EAGER), expected
 
     def _placed(self, mode: Mode) -> CudaProgram:
-        program, _ = self._opened()
-        return program.on(engaged(self._setting), mode)
+        program, _ = self.opened()
+        return program.on(self.ready(), mode)
 
     def logits(self, mode: Mode) -> dict[str, Any]:
         """How far they are from those on the CPU.
@@ -71,7 +85,7 @@ class _Bundled:
         Raises:
             CheckFailed: too far.
         """
-        _, expected = self._opened()
+        _, expected = self.opened()
         wanted = expected["logits"]
         got, *_ = self._program(mode)(prompt_of(self._setting.sizes)[:, : wanted.shape[1]])
         got = got.float().cpu()
@@ -88,7 +102,7 @@ class _Bundled:
         Raises:
             CheckFailed: they differ by more than roundings explain.
         """
-        _, expected = self._opened()
+        _, expected = self.opened()
         text, wanted = int(expected["bytes"]), float(expected["bits"])
         got = bits_per_byte(self._program(Mode(self._setting.mode)), text)
         result = {"bytes": text, "gpu": got, "cpu": wanted, "relative": got / wanted - 1, "allowed": _BITS}
@@ -98,7 +112,7 @@ class _Bundled:
 
     def text(self) -> dict[str, Any]:
         """The likeliest continuation, beside that on the CPU. It may differ: it is told, and not judged."""
-        _, expected = self._opened()
+        _, expected = self.opened()
         wanted, prompt = expected["written"], prompt_of(self._setting.sizes)
         got = self._program(Mode(self._setting.mode)).generate(prompt, wanted.shape[1] - prompt.shape[1]).cpu()
         same = (got == wanted).long().cumprod(1)

@@ -14,10 +14,11 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from mq_ao.bench.contender import Contender, Eager, Program
-from mq_ao.bench.gpu import allocated, distance, peak, token_ids, turns
+from mq_ao.bench.gpu import allocated, peak, token_ids, turns
 from mq_ao.errors import first_line
 from mq_ao.gpu_check.checks import CheckFailed, Skipped
 from mq_ao.gpu_check.devices import check_room, chip, engaged, on_the_cpu
@@ -26,6 +27,7 @@ from mq_ao.gpu_check.settings import Setting, Shape
 from mq_ao.lowering.cuda import CudaProgram, Mode, program_of
 from mq_ao.lowering.cuda.decode_graph import one_token
 from mq_ao.lowering.language_graphs import states_of
+from mq_ao.models import Mamba2Config, MambaConfig
 from mq_ao.recipes import get_recipe
 from mq_ao.roofline import Prediction, at_run_time, count, float_graph, integer_graph, predict, random_model
 
@@ -69,6 +71,48 @@ class _Depth:
     graphs: dict[str, GraphModule] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class _Built:
+    """Programs with so many layers, and what ours give, on the CPU.
+
+    Args:
+        config: the model's shape.
+    """
+
+    def __init__(self, config: MambaConfig | Mamba2Config) -> None:
+        on_the_cpu()
+        self.config = config
+        self.graphs: dict[str, GraphModule] = {}
+        self.programs: dict[str, CudaProgram] = {}
+        self.failures: dict[str, str] = {}
+        self.logits: dict[str, Tensor] = {}
+        model = random_model(config)
+        self.half = copy.deepcopy(model).half()
+        self._build(COMPILED, partial(float_graph, config, self.half))
+        for name, recipe in OURS.items():
+            self._build(name, partial(integer_graph, config, at_run_time(get_recipe(recipe)), model))
+        ids = _checked_ids(config.vocab_size, torch.device("cpu"))
+        for name in OURS:
+            if name in self.programs:
+                self.logits[name] = Program(self.programs[name]).prefill(ids)
+
+    def _build(self, name: str, make: Callable[[], GraphModule]) -> None:
+        try:
+            self.graphs[name] = make()
+            info = {"vocab_size": self.config.vocab_size, "recipe": name}
+            self.programs[name] = program_of(self.graphs[name], info)
+        except Exception as error:
+            self.failures[name] = f"{type(error).__name__}: {first_line(error)}"
+
+
+def _checked_ids(vocabulary: int, device: torch.device) -> Tensor:
+    return token_ids(vocabulary, _CHECKED, device)
+
+
+def _off(got: Tensor, wanted: Tensor) -> float:
+    """Relative distance of logits."""
+    return float((got.cpu().float() - wanted.float()).norm() / wanted.float().norm())
 
 
 class _Speed:
@@ -115,7 +159,7 @@ class _Speed:
 
     @cached_property
     def _device(self) -> torch.device:
-        assert self._depths  # what they expect was computed on the CPU
+        assert self._depths
         return engaged(self._setting)
 
     @cached_property
@@ -126,39 +170,23 @@ class _Speed:
             weights = sum(parameter.numel() for parameter in random_model(sizes).parameters())
         # fp16 twice, int8, int4 and their scales, and as much again for what is computed.
         check_room(self._setting, f"{self._name} with {deepest} layers", 2 * 6 * weights)
-        return [self._opened(layers) for layers in self._shape.depths]
-
-    def _opened(self, layers: int) -> _Depth:
-        on_the_cpu()
-        depth = _Depth(layers)
-        config = replace(self._shape.config, n_layer=layers)
-        model = random_model(config)
-        half = copy.deepcopy(model).half()
-        programs: dict[str, CudaProgram] = {}
-
-        def build(name: str, make: Callable[[], GraphModule]) -> None:
-            try:
-                depth.graphs[name] = make()
-                info = {"vocab_size": config.vocab_size, "recipe": name}
-                programs[name] = program_of(depth.graphs[name], info)
-            except Exception as error:
-                depth.failures[name] = f"{type(error).__name__}: {first_line(error)}"
-
-        build(COMPILED, lambda: float_graph(config, half))
-        for name, recipe in OURS.items():
-            build(name, partial(integer_graph, config, at_run_time(get_recipe(recipe)), model))
-        # Before a rehearsal has the CPU run the interpreter.
-        ids = token_ids(config.vocab_size, _CHECKED, torch.device("cpu"))
-        expected = {name: Program(programs[name]) for name in OURS if name in programs}
-        logits = {name: program.prefill(ids) for name, program in expected.items()}
+        # All of them before a rehearsal has the CPU run the interpreter.
+        built = [_Built(replace(config, n_layer=layers)) for layers in self._shape.depths]
         device = engaged(self._setting)
+        return [self._placed(item, device) for item in built]
+
+    def _placed(self, built: _Built, device: torch.device) -> _Depth:
+        """The contenders on the device; the logits of our programs are compared on the way."""
+        depth = _Depth(built.config.n_layer, graphs=built.graphs, failures=built.failures)
         # A copy: its weights are the graph's too.
-        self._place(depth, EAGER, device, lambda: Eager(copy.deepcopy(half).to(device)))
-        for name, program in programs.items():
-            self._place(depth, name, device, partial(_placed, program, device, Mode.EAGER))
-            if name in logits and name in depth.contenders:
-                depth.figures[name]["logits_off"] = distance(depth.contenders[name], _Known(logits[name]), ids)
-            if name in depth.contenders:
+        self._place(depth, EAGER, device, lambda: Eager(copy.deepcopy(built.half).to(device)))
+        for name, program in built.programs.items():
+            if name in built.logits:
+                self._place(depth, name, device, partial(_placed, program, device, Mode.EAGER))
+            if name in built.logits and name in depth.contenders:
+                ids = _checked_ids(built.config.vocab_size, device)
+                depth.figures[name]["logits_off"] = _off(depth.contenders[name].prefill(ids), built.logits[name])
+            if name not in depth.failures:
                 self._place(depth, name, device, partial(_placed, program, device, Mode(self._setting.mode)))
         return depth
 
@@ -176,7 +204,7 @@ class _Speed:
 
     @torch.no_grad()
     def _timed(
-        self, method: str, ids: torch.Tensor, batch: int, tokens: int, graph_of: Callable[[GraphModule], GraphModule]
+        self, method: str, ids: Tensor, batch: int, tokens: int, graph_of: Callable[[GraphModule], GraphModule]
     ) -> dict[str, Any]:
         """Every contender of every depth in turns, beside what is predicted.
 
@@ -252,7 +280,7 @@ class _Speed:
 
     @torch.no_grad()
     def _profiled(
-        self, method: str, ids: torch.Tensor, batch: int, tokens: int, graph_of: Callable[[GraphModule], GraphModule]
+        self, method: str, ids: Tensor, batch: int, tokens: int, graph_of: Callable[[GraphModule], GraphModule]
     ) -> dict[str, Any]:
         """Kernels of every program, the longest first, beside the predicted ones."""
         found: dict[str, Any] = {}
@@ -282,20 +310,3 @@ def _placed(program: CudaProgram, device: torch.device, mode: Mode) -> Program:
 
 def _reasons(depth: _Depth) -> dict[str, Any]:
     return {"failures": depth.failures} if depth.failures else {}
-
-
-class _Known:
-    """Stands for a contender whose logits are known."""
-
-    weight_bytes = 0
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        self._logits = logits
-
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """The logits."""
-        return self._logits
-
-    def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """The logits."""
-        return self._logits
