@@ -7,9 +7,7 @@ layers, times of two depths are measured, and that of the whole one is an estima
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,25 +15,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from mq_ao.bench.contender import Contender, Eager, Program
-from mq_ao.bench.gpu import allocated, peak, token_ids, turns
+from mq_ao.bench.contender import Contender
+from mq_ao.bench.gpu import peak, token_ids, turns
 from mq_ao.errors import first_line
 from mq_ao.gpu_check.checks import CheckFailed, Skipped
-from mq_ao.gpu_check.devices import check_room, chip, engaged, on_the_cpu
+from mq_ao.gpu_check.contenders import COMPILED, EAGER, OURS, Depth, opened
+from mq_ao.gpu_check.devices import chip, engaged
 from mq_ao.gpu_check.profiling import kernel_times
 from mq_ao.gpu_check.settings import Setting, Shape
-from mq_ao.lowering.cuda import CudaProgram, Mode, program_of
 from mq_ao.lowering.cuda.decode_graph import one_token
 from mq_ao.lowering.language_graphs import states_of
-from mq_ao.models import Mamba2Config, MambaConfig
-from mq_ao.recipes import get_recipe
-from mq_ao.roofline import Prediction, at_run_time, count, float_graph, integer_graph, predict, random_model
+from mq_ao.roofline import Prediction, count, predict
 
-EAGER, COMPILED = "fp16 eager", "fp16 compiled"
-OURS = {"W8A8": "mambaquant-w8a8", "W4A8": "mambaquant-w4a8"}
-"""Our contenders, and their recipes."""
-
-_CHECKED = 8
 _NEAR = 0.02
 """Relative distance of logits from those of the same program on the CPU: values at a border of two integers go another
 way, which the next layers carry on. Quantization itself moves the bundled model's by more."""
@@ -52,67 +43,6 @@ def parts(setting: Setting, shape: str, phase: str) -> Mapping[str, Callable[[],
         timed = {f"{batch} x {tokens} tokens": partial(speed.prefill, batch, tokens) for batch, tokens in found.prompts}
         profile = partial(speed.profile_prefill, *found.prompts[0])
     return {"contenders": speed.opened, **timed, "kernels": profile}
-
-
-@dataclass
-class _Depth:
-    """The contenders with so many layers.
-
-    Attributes:
-        layers: how many.
-        contenders: by name.
-        graphs: of those that have one, on the CPU: what is predicted of them.
-        failures: why others are missing.
-        figures: what was found while they were opened.
-    """
-
-    layers: int
-    contenders: dict[str, Contender] = field(default_factory=dict)
-    graphs: dict[str, GraphModule] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-class _Built:
-    """Programs with so many layers, and what ours give, on the CPU.
-
-    Args:
-        config: the model's shape.
-    """
-
-    def __init__(self, config: MambaConfig | Mamba2Config) -> None:
-        on_the_cpu()
-        self.config = config
-        self.graphs: dict[str, GraphModule] = {}
-        self.programs: dict[str, CudaProgram] = {}
-        self.failures: dict[str, str] = {}
-        self.logits: dict[str, Tensor] = {}
-        model = random_model(config)
-        self.half = copy.deepcopy(model).half()
-        self._build(COMPILED, partial(float_graph, config, self.half))
-        for name, recipe in OURS.items():
-            self._build(name, partial(integer_graph, config, at_run_time(get_recipe(recipe)), model))
-        ids = _checked_ids(config.vocab_size, torch.device("cpu"))
-        for name in OURS:
-            if name in self.programs:
-                self.logits[name] = Program(self.programs[name]).prefill(ids)
-
-    def _build(self, name: str, make: Callable[[], GraphModule]) -> None:
-        try:
-            self.graphs[name] = make()
-            info = {"vocab_size": self.config.vocab_size, "recipe": name}
-            self.programs[name] = program_of(self.graphs[name], info)
-        except Exception as error:
-            self.failures[name] = f"{type(error).__name__}: {first_line(error)}"
-
-
-def _checked_ids(vocabulary: int, device: torch.device) -> Tensor:
-    return token_ids(vocabulary, _CHECKED, device)
-
-
-def _off(got: Tensor, wanted: Tensor) -> float:
-    """Relative distance of logits."""
-    return float((got.cpu().float() - wanted.float()).norm() / wanted.float().norm())
 
 
 class _Speed:
@@ -163,44 +93,8 @@ class _Speed:
         return engaged(self._setting)
 
     @cached_property
-    def _depths(self) -> list[_Depth]:
-        config, deepest = self._shape.config, max(self._shape.depths)
-        sizes = replace(config, n_layer=deepest)
-        with torch.device("meta"):
-            weights = sum(parameter.numel() for parameter in random_model(sizes).parameters())
-        # fp16 twice, int8, int4 and their scales, and as much again for what is computed.
-        check_room(self._setting, f"{self._name} with {deepest} layers", 2 * 6 * weights)
-        # All of them before a rehearsal has the CPU run the interpreter.
-        built = [_Built(replace(config, n_layer=layers)) for layers in self._shape.depths]
-        device = engaged(self._setting)
-        return [self._placed(item, device) for item in built]
-
-    def _placed(self, built: _Built, device: torch.device) -> _Depth:
-        """The contenders on the device; the logits of our programs are compared on the way."""
-        depth = _Depth(built.config.n_layer, graphs=built.graphs, failures=built.failures)
-        # A copy: its weights are the graph's too.
-        self._place(depth, EAGER, device, lambda: Eager(copy.deepcopy(built.half).to(device)))
-        for name, program in built.programs.items():
-            if name in built.logits:
-                self._place(depth, name, device, partial(_placed, program, device, Mode.EAGER))
-            if name in built.logits and name in depth.contenders:
-                ids = _checked_ids(built.config.vocab_size, device)
-                depth.figures[name]["logits_off"] = _off(depth.contenders[name].prefill(ids), built.logits[name])
-            if name not in depth.failures:
-                self._place(depth, name, device, partial(_placed, program, device, Mode(self._setting.mode)))
-        return depth
-
-    def _place(self, depth: _Depth, name: str, device: torch.device, make: Callable[[], Contender]) -> None:
-        """Puts a contender on the device, in the place of one of that name."""
-        depth.contenders.pop(name, None)
-        before = allocated(device)
-        try:
-            depth.contenders[name] = made = make()
-        except Exception as error:
-            depth.failures[name] = f"{type(error).__name__}: {first_line(error)}"
-            return
-        figures = depth.figures.setdefault(name, {})
-        figures |= {"weight_bytes": made.weight_bytes, "allocated_bytes": allocated(device) - before}
+    def _depths(self) -> list[Depth]:
+        return opened(self._setting, self._name, self._shape)
 
     @torch.no_grad()
     def _timed(
@@ -304,9 +198,5 @@ class _Speed:
         return found
 
 
-def _placed(program: CudaProgram, device: torch.device, mode: Mode) -> Program:
-    return Program(program.on(device, mode))
-
-
-def _reasons(depth: _Depth) -> dict[str, Any]:
+def _reasons(depth: Depth) -> dict[str, Any]:
     return {"failures": depth.failures} if depth.failures else {}
