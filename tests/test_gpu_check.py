@@ -29,8 +29,9 @@ HEAD = {"rehearsal": True, "versions": {"torch": "9.9"}, "device": "cpu"}
 SETTING = Setting("cpu", replace(REHEARSED, lengths=(1,)))
 
 
-def stage(kinds: str, name: str = "a", expected: float = 1.0, limit: float = 60.0, **options: str) -> Stage:
-    return Stage(name, "of tests", "tests.gpu_check_stages", expected, limit, {"kinds": kinds, **options})
+def stage(kinds: str, name: str = "a", expected: float = 1.0, part_limit: float = 60.0, **options: str) -> Stage:
+    given = {"kinds": kinds, **options}
+    return Stage(name, "of tests", "tests.gpu_check_stages", expected, 90.0, given, part_limit)
 
 
 def ran(path: Path, *stages: Stage, seconds: float = 300.0, again: tuple[str, ...] = ()) -> Results:
@@ -73,7 +74,7 @@ def test_every_part_has_its_verdict_and_the_next_ones_go_on(tmp_path: Path) -> N
 
 def test_a_part_that_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
     started = time.monotonic()
-    results = ran(tmp_path / "found.json", stage("fine hangs also", limit=9.0))
+    results = ran(tmp_path / "found.json", stage("fine hangs also", part_limit=6.0))
     parts = results.stages["a"].parts
     assert [part.verdict for part in parts.values()] == ["passed", "failed", "passed"]
     assert "hangs was ended after" in str(parts["hangs"].reason)
@@ -92,7 +93,7 @@ def test_what_does_not_fit_is_not_run(tmp_path: Path) -> None:
 
 
 def test_a_stage_out_of_time_keeps_what_it_has(tmp_path: Path) -> None:
-    found = ran(tmp_path / "found.json", stage("fine hangs also", limit=1e3), seconds=6.0).stages["a"]
+    found = ran(tmp_path / "found.json", stage("fine hangs also"), seconds=6.0).stages["a"]
     assert found.parts["fine"].verdict == "passed" and not found.finished and found.reason == OVER
     assert found.parts["hangs"].verdict == found.parts["also"].verdict == "not run"
     assert found.verdict == Verdict.NOT_RUN

@@ -90,7 +90,7 @@ class Setting:
 
 
 _SHAPES: Mapping[str, Shape] = {
-    "mamba-2.8b": Shape(replace(MAMBA_130M, d_model=2560, n_layer=64), (2, 8)),
+    "mamba-2.8b": Shape(replace(MAMBA_130M, d_model=2560, n_layer=64), (1, 4)),
     "mamba-130m": Shape(MAMBA_130M, (24,)),
     "mamba2-130m": Shape(MAMBA2_130M, (24,), (1, 64), ((1, 1024),)),
 }
