@@ -72,7 +72,7 @@ BENCHES = ["bench", "bench kernels", "bench quantize", "bench gpu"]
 
 
 @pytest.mark.parametrize(
-    "command", ["quantize", "eval", "compare", "generate", "inspect", *BENCHES, "build-kernels", "demo"]
+    "command", ["quantize", "eval", "compare", "generate", "inspect", *BENCHES, "build-kernels", "gpu-check", "demo"]
 )
 def test_every_command_has_help_with_an_example(mq_ao: CommandLine, command: str) -> None:
     run = mq_ao(*command.split(), "--help")

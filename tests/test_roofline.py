@@ -297,7 +297,7 @@ def test_time_is_the_longest_of_memory_and_units_and_a_launch() -> None:
 
 
 def test_devices_and_shapes() -> None:
-    assert {"h100", "a100", "a5000", "orin"} == set(DEVICES)
+    assert {"h100", "h200", "a100", "a5000", "orin"} == set(DEVICES)
     for device in DEVICES.values():
         assert device.int8 == pytest.approx(2 * device.fp16, rel=1e-3)  # dense, both
     counts = {
@@ -316,7 +316,7 @@ def _on_meta(config: Any) -> torch.nn.Module:
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MqAoError, match="unknown device 'v100': the devices are h100, a100, a5000, orin"):
+    with pytest.raises(MqAoError, match="unknown device 'v100': the devices are h100, h200, a100, a5000, orin"):
         get_device("v100")
     with pytest.raises(MqAoError, match=r"unknown model '7b': give demo, 130m, .*mamba2-8b, or a folder with a config"):
         get_shape("7b")

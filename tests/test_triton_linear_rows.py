@@ -12,7 +12,6 @@ from mq_ao import MqAoError
 from mq_ao.ops import nibbles
 from mq_ao.ops.gpu_tuning import FEW_ROWS
 from mq_ao.ops.linear_rows import linear_rows
-from tests.interpreter import bfloat16_as_on_chips
 
 mq = torch.ops.mq_ao
 quantize = torch.ops.quantized_decomposed.quantize_per_tensor
@@ -122,7 +121,7 @@ def test_float_activations_meet_integer_weights(case: dict[str, object], config:
     values = values.double() * (scale.double().repeat_interleave(group, 1) if group else scale[:, None].double())
     expected = torch.nn.functional.linear(x.double(), values, None if case["bias"] is None else case["bias"].double())
     rest = (weight, scale, case["bias"], group)
-    with using(config), bfloat16_as_on_chips():
+    with using(config):
         got = kernel.run(x, *rest)
     largest = float((x.double().abs() @ values.abs().t()).max())
     # Of many rows, activations are rounded to bfloat16, by half a unit of its 8 bits.

@@ -20,7 +20,9 @@ def test_everything_compiles_and_nothing_spills(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     target = tmp_path / "rows.json"
     command = [
-        Path(sys.executable).with_name("mq-ao"),
+        sys.executable,
+        "-m",
+        "mq_ao",
         "build-kernels",
         "--gpu",
         "sm_80,sm_90,sm_100",

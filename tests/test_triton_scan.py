@@ -17,7 +17,6 @@ from mq_ao.ops import gpu_tuning
 from mq_ao.ops.grids import Grid, dequantize
 from mq_ao.ops.qselective_scan import qselective_scan
 from mq_ao.ops.selective_scan import selective_scan
-from tests.interpreter import bfloat16_as_on_chips
 
 kernels = pytest.importorskip("mq_ao.ops.triton.selective_scan", reason="needs Triton")
 from mq_ao.ops.triton.launch import using  # noqa: E402
@@ -127,8 +126,7 @@ def test_float32_is_near_float64(case: Case, config: int) -> None:
 @given(cases)
 def test_bfloat16_is_rounded_at_the_end_alone(case: Case) -> None:
     arguments = case.arguments(torch.bfloat16)
-    with bfloat16_as_on_chips():
-        y, state = run(kernels.run, case, 0, arguments)
+    y, state = run(kernels.run, case, 0, arguments)
     exact, exact_state = selective_scan.reference(**double(arguments))
     near, near_state = tolerances(selective_scan.reference, arguments)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +15,12 @@ from mq_ao import MqAoError
 from mq_ao.ops.grids import Grid, dequantize
 from mq_ao.ops.qssd_scan import qssd_scan
 from mq_ao.ops.ssd_scan import ssd_scan
-from tests.interpreter import bfloat16_as_on_chips
 from tests.test_triton_scan import assert_near, assert_rounded, double, dtypes, tolerances
 
 kernels = pytest.importorskip("mq_ao.ops.triton.ssd_scan", reason="needs Triton")
 from mq_ao.ops.triton.launch import using  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bfloat16() -> Iterator[None]:
-    with bfloat16_as_on_chips():
-        yield
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from mq_ao.lowering.cuda.compiled import compiled
 from mq_ao.lowering.cuda.device import require_cuda
 from mq_ao.lowering.cuda.kernels import KERNELS
-from mq_ao.lowering.cuda.lower import lower, lower_float, rewrite
+from mq_ao.lowering.cuda.lower import lower, lower_float, program_of, rewrite
 from mq_ao.lowering.cuda.module import CudaModule, load
 from mq_ao.lowering.cuda.program import CudaProgram
 from mq_ao.lowering.cuda.rewriter import INTEGER_KERNELS
@@ -24,6 +24,7 @@ __all__ = [
     "load",
     "lower",
     "lower_float",
+    "program_of",
     "require_cuda",
     "rewrite",
 ]

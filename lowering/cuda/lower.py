@@ -57,7 +57,7 @@ def lower(converted: GraphModule, info: Mapping[str, Any], options: None = None)
     CUDA.check_options(options)
     if "vocab_size" in info:
         graph = rewrite(with_positions(converted))
-        return _program(graph.module, {**info, **graph.described})
+        return program_of(graph.module, {**info, **graph.described})
     refuse_memory(converted)
     graph = rewrite(converted)
     exported, signature = export_module(graph.module)
@@ -69,10 +69,10 @@ def lower_float(module: GraphModule, info: Mapping[str, Any], options: None = No
     CUDA.check_options(options)
     module = with_positions(copy.deepcopy(module))
     fold_constants(module)
-    return _program(module, {**info, "integer_kernels": {}, "simulated": []})
+    return program_of(module, {**info, "integer_kernels": {}, "simulated": []})
 
 
-def _program(module: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
-    """The program of a graph with positions."""
+def program_of(module: GraphModule, info: Mapping[str, Any]) -> CudaProgram:
+    """The program of a lowered language model's graph with positions, on the CPU."""
     states = states_of(module)
     return CudaProgram(export_prefill(module, states), {**info, "states": states.described}, "cpu")

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class Contender(Protocol):
-    """One way to run a language model. It keeps the state of one sequence."""
+    """One way to run a language model. It keeps the state of one sequence, or of one batch."""
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that are needed to run."""
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Starts a new sequence with ids (1, length) int64; logits of the last token (vocab_size,)."""
+        """Starts with ids (batch, length) int64; logits of the first sequence's last token (vocab_size,)."""
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Goes on with ids (1, length), one token a call; logits of the last token (vocab_size,)."""
+        """Goes on with ids (batch, length), one token of each a call; logits as of `prefill`."""
 
 
 class Eager:
@@ -39,7 +39,7 @@ class Eager:
 
     def prefill(self, ids: Tensor) -> Tensor:
         """See `Contender`; the head sees the last token only, as in every contender."""
-        self._states = self._model.initial_states(1)
+        self._states = self._model.initial_states(len(ids))
         return self._run(ids)
 
     def decode(self, ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from mq_ao import api
 from mq_ao.bench import peer_mamba_ssm
 from mq_ao.bench.contender import Contender, Eager, Program
 from mq_ao.bench.prepare import Step, calibration_of, int8_names, random_ids
-from mq_ao.lowering.cuda import CudaProgram, Mode, require_cuda
+from mq_ao.lowering.cuda import CudaProgram, Mode, lower_float, require_cuda
 from mq_ao.models import MambaLM
 from mq_ao.recipes import Recipe
 
@@ -100,18 +100,18 @@ def run(
     vocab_size = model.config.vocab_size
 
     def add(name: str, make: Callable[[], Contender]) -> None:
-        ids = _ids(vocab_size, _CHECKED_TOKENS, device)
+        ids = token_ids(vocab_size, _CHECKED_TOKENS, device)
         with step(f"opening {name}"):
-            before = _allocated(device)
+            before = allocated(device)
             opened[name] = make()
             opened[name].prefill(ids)  # compiles, and tries configurations with memory of their own
             opened[name].decode(ids[:, :2])
-            peak = _peak(device, lambda: opened[name].prefill(ids))
-        rows[name] = Row(name, opened[name].weight_bytes, memory_bytes=None if peak is None else peak - before)
+            most = peak(device, lambda: opened[name].prefill(ids))
+        rows[name] = Row(name, opened[name].weight_bytes, memory_bytes=None if most is None else most - before)
 
     label = str(plan.dtype).removeprefix("torch.")
     add(f"{label} eager", lambda: Eager(_floats(model, plan.dtype, device)))
-    add(f"{label} compiled", lambda: _compiled(_floats(model, plan.dtype, torch.device("cpu")), device, plan.mode))
+    add(f"{label} compiled", lambda: compiled_float(_floats(model, plan.dtype, torch.device("cpu")), device, plan.mode))
     if (missing := peer_mamba_ssm.missing(model.config)) is None:
         add(f"{label} mamba_ssm", lambda: peer_mamba_ssm.MambaSsm(model.config, plan.dtype, device))
     else:
@@ -121,7 +121,7 @@ def run(
             program = api.quantize(model, calibration_of(model), recipe, backend="cuda").lower()
         assert isinstance(program, CudaProgram)
         add(name, partial(_program, program, device, plan.mode))
-        rows[name].error = _distance(opened[name], Program(program), _ids(vocab_size, _CHECKED_TOKENS, device))
+        rows[name].error = distance(opened[name], Program(program), token_ids(vocab_size, _CHECKED_TOKENS, device))
     _time(opened, rows, plan, device, vocab_size, step)
     return list(rows.values()), left_out
 
@@ -136,56 +136,58 @@ def _time(
 ) -> None:
     """Fills in the times: every contender once a round."""
     for tokens in plan.tokens:
-        ids = _ids(vocab_size, tokens, device)
+        ids = token_ids(vocab_size, tokens, device)
         with step(f"prefill, {tokens} tokens"):
-            times = _turns(opened, "prefill", ids, plan.repeats, device)
+            times = turns(opened, "prefill", ids, plan.repeats, device)
         for name, seconds in times.items():
             rows[name].prefill_ms[tokens] = 1e3 * seconds
-    ids = _ids(vocab_size, plan.decode_tokens, device)
+    ids = token_ids(vocab_size, plan.decode_tokens, device)
     with step(f"decode, {plan.decode_tokens} tokens"):
-        times = _turns(opened, "decode", ids, plan.repeats, device)
+        times = turns(opened, "decode", ids, plan.repeats, device)
     for name, seconds in times.items():
         rows[name].decode_ms = 1e3 * seconds / plan.decode_tokens
 
 
-def _turns(
+def turns(
     opened: Mapping[str, Contender], method: str, ids: Tensor, repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of a call of a method, by contender."""
+    """Median seconds of a call of a method, by contender; the first few calls do not count."""
     taken: dict[str, list[float]] = {name: [] for name in opened}
     for index in range(-_WARM_UP, repeats):
         for name, contender in opened.items():
-            _wait(device)
+            wait(device)
             started = time.perf_counter()
             getattr(contender, method)(ids)
-            _wait(device)
+            wait(device)
             if index >= 0:
                 taken[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _allocated(device: torch.device) -> int:
+def allocated(device: torch.device) -> int:
     """Bytes that are allocated on a GPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _peak(device: torch.device, call: Callable[[], object]) -> int | None:
+def peak(device: torch.device, call: Callable[[], object]) -> int | None:
     """The most bytes that are allocated on a GPU during a call; None without one."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
     call()
-    _wait(device)
+    wait(device)
     return torch.cuda.max_memory_allocated(device)
 
 
-def _ids(vocab_size: int, count: int, device: torch.device) -> Tensor:
-    return torch.tensor([random_ids(vocab_size, count)], device=device)
+def token_ids(vocab_size: int, count: int, device: torch.device, batch: int = 1) -> Tensor:
+    """Random tokens (batch, count), the same each time."""
+    return torch.tensor(random_ids(vocab_size, batch * count), device=device).view(batch, count)
 
 
 def _floats(model: MambaLM, dtype: torch.dtype, device: torch.device) -> MambaLM:
@@ -196,13 +198,13 @@ def _program(program: CudaProgram, device: torch.device, mode: Mode) -> Program:
     return Program(program.on(device, mode))
 
 
-def _compiled(model: MambaLM, device: torch.device, mode: Mode) -> Program:
-    """The float graph, made a program as the integer graphs are."""
-    program = api.compile_float(model, "cuda")
-    assert isinstance(program, CudaProgram)
-    return _program(program, device, mode)
+def compiled_float(model: MambaLM, device: torch.device, mode: Mode) -> Program:
+    """The float graph, made a program as the integer graphs are, in the model's own dtype and not in fp32."""
+    info = {"recipe": str(next(model.parameters()).dtype), "vocab_size": model.config.vocab_size}
+    return _program(lower_float(api.capture(model, ()), info), device, mode)
 
 
-def _distance(one: Contender, other: Contender, ids: Tensor) -> float:
+def distance(one: Contender, other: Contender, ids: Tensor) -> float:
+    """Relative L2 distance of the logits of one from those of another, which runs on the CPU."""
     got, expected = one.prefill(ids).cpu().float(), other.prefill(ids.cpu()).float()
     return float((got - expected).norm() / expected.norm())

@@ -1,4 +1,4 @@
-"""The command line: `mq-ao quantize | eval | ablate | generate | inspect | bench | roofline | build-kernels | demo`."""
+"""The command line: `mq-ao quantize | eval | generate | inspect | bench | roofline | gpu-check | demo` and more."""
 
 from __future__ import annotations
 

@@ -13,7 +13,20 @@ from typing import Annotated
 import typer
 
 from mq_ao import __version__
-from mq_ao.cli import ablate, bench, compare, demo, evaluate, generate, inspect, kernels, quantize, roofline, serve
+from mq_ao.cli import (
+    ablate,
+    bench,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    gpu_check,
+    inspect,
+    kernels,
+    quantize,
+    roofline,
+    serve,
+)
 from mq_ao.cli.console import fail, show_warnings
 from mq_ao.errors import MqAoError
 from mq_ao.logs import quiet_libraries
@@ -58,6 +71,7 @@ app.command("inspect")(inspect.inspect)
 app.add_typer(bench.app, name="bench")
 app.command("roofline")(roofline.roofline)
 app.command("build-kernels")(kernels.build_kernels)
+app.command("gpu-check")(gpu_check.gpu_check)
 app.command("demo")(demo.demo)
 
 

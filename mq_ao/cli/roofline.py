@@ -25,7 +25,7 @@ _MODEL_HELP = (
 
 def roofline(
     model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
-    device: Annotated[str, typer.Option(help="h100, a100, a5000 or orin.")],
+    device: Annotated[str, typer.Option(help="h100, h200, a100, a5000 or orin.")],
     recipe: Annotated[
         list[str] | None,
         typer.Option(

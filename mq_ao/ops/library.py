@@ -142,6 +142,11 @@ def _load_new() -> bool:
     return not NativeState.loaded and load_native()
 
 
+def use_references(reason: str) -> None:
+    """Builds no native kernels in this process: where none are loaded yet, the CPU runs the references."""
+    NativeState.failure = NativeState.failure or reason
+
+
 def load_cached() -> None:
     """Loads the native kernels if an up-to-date build lies in the cache; never builds."""
     path = build.cached()

@@ -26,7 +26,8 @@ class Operands:
     """An operator's arguments by their names, defaults filled in."""
 
     def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
+        for name, value in values.items():
+            setattr(self, name, value)  # one by one: the dynamo of PyTorch 2.11 cannot trace an update of `vars`
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"there is no operand {name}.")

@@ -57,6 +57,8 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
         # NVIDIA H100 Tensor Core GPU data sheet, SXM5 80 GB: 3.35 TB/s, fp16 1,979 and int8 3,958 with sparsity,
         # fp32 67.
         "h100": Device("H100 SXM5 80 GB", 132, 3.35e12, 989.5e12, 1979e12, 67e12, 67e12 / 16, 1.5e-6),
+        # NVIDIA H200 Tensor Core GPU data sheet, SXM 141 GB: 4.8 TB/s; its units are those of the H100.
+        "h200": Device("H200 SXM 141 GB", 132, 4.8e12, 989.5e12, 1979e12, 67e12, 67e12 / 16, 1.5e-6),
         # NVIDIA A100 data sheet, SXM4 80 GB: 2,039 GB/s, fp16 312 (624 with sparsity), int8 624 (1,248), fp32 19.5.
         "a100": Device("A100 SXM4 80 GB", 108, 2.039e12, 312e12, 624e12, 19.5e12, 19.5e12 / 8, 1.5e-6),
         # NVIDIA RTX A5000 data sheet: 768 GB/s, fp32 27.8, tensor 222.2 with sparsity. Dense that is fp16 111.1, with

@@ -65,23 +65,33 @@ def at_run_time(recipe: Recipe) -> Recipe:
     return Recipe("at run time", QuantizationConfig(roles), kept)
 
 
-def float_graph(config: MambaConfig | Mamba2Config) -> GraphModule:
-    """The graph of a model with fp16 weights and activations; states are fp32."""
-    module = capture(_random(config).half(), ())
+def float_graph(config: MambaConfig | Mamba2Config, model: MambaLM | None = None) -> GraphModule:
+    """The graph of a model with fp16 weights and activations; states are fp32.
+
+    Args:
+        config: its shape.
+        model: it, in fp16; None: one with random weights.
+    """
+    module = capture(model or random_model(config).half(), ())
     _name_roles(module)
     module = with_positions(module)
     fold_constants(module)
     return module
 
 
-def integer_graph(config: MambaConfig | Mamba2Config, recipe: Recipe) -> GraphModule:
-    """The graph of a model with random weights, quantized by what `at_run_time` gives and lowered for CUDA.
+def integer_graph(config: MambaConfig | Mamba2Config, recipe: Recipe, model: MambaLM | None = None) -> GraphModule:
+    """The graph of a model quantized by what `at_run_time` gives and lowered for CUDA.
+
+    Args:
+        config: its shape.
+        recipe: how it is quantized.
+        model: it, in fp32; None: one with random weights.
 
     Raises:
         MqAoError: the backend has no kernel for what the recipe asks for.
     """
     quantizer = MambaQuantizer("cuda").set_global(recipe.scheme)
-    model = _random(config)
+    model = model or random_model(config)
     inputs = [(torch.arange(4)[None], *model.initial_states(1))]
     module = capture(model, ())
     passes.apply(module, recipe.passes, inputs)
@@ -94,7 +104,8 @@ def integer_graph(config: MambaConfig | Mamba2Config, recipe: Recipe) -> GraphMo
     return cuda.rewrite(with_positions(converted)).module
 
 
-def _random(config: MambaConfig | Mamba2Config) -> MambaLM:
+def random_model(config: MambaConfig | Mamba2Config) -> MambaLM:
+    """A model of a shape, with the same random weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return language_model(config).eval()

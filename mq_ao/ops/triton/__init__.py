@@ -86,10 +86,16 @@ def _in_place(name: str) -> Implementation:
 IMPLEMENTATIONS: Mapping[str, Implementation] = {**_OWN, **{f"{name}_": _in_place(name) for name in STATEFUL}}
 """By operator, without the namespace."""
 
-_kernels = Library("mq_ao", "IMPL", "CUDA")
+_registered: list[Library] = []
 
 
-def register() -> None:
-    """Makes these the operators' kernels on CUDA; to be called once."""
+def register(key: str = "CUDA") -> None:
+    """Makes these the operators' kernels on CUDA; to be called once.
+
+    Args:
+        key: PyTorch's dispatch key; "CPU" to rehearse, interpreted, what a GPU would run.
+    """
+    kernels = Library("mq_ao", "IMPL", key)
+    _registered.append(kernels)  # which ends with the library
     for name, implementation in IMPLEMENTATIONS.items():
-        _kernels.impl(name, implementation.run)
+        kernels.impl(name, implementation.run, allow_override=True)

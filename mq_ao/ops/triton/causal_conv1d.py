@@ -35,8 +35,8 @@ def in_steps(values, inverse, low, high):
 
 @triton.jit
 def epilogue(weight_scale, bias, x_scale, channel, there):
-    """Factor and bias of channels, each None where there is none."""
-    factor, shift = None, None
+    """Factor and bias of channels, 1 and 0 where there is none: Triton 3.6 returns no None."""
+    factor, shift = tl.where(there, 1.0, 1.0), tl.where(there, 0.0, 0.0)
     if weight_scale is not None:
         factor = tl.load(weight_scale + channel, mask=there, other=0.0) * x_scale
     if bias is not None:
@@ -47,10 +47,7 @@ def epilogue(weight_scale, bias, x_scale, channel, there):
 @triton.jit
 def finished(total, factor, shift, SILU: tl.constexpr):
     """y of sums over taps, with what `epilogue` gave."""
-    if factor is not None:
-        total = total * factor[None, :]
-    if shift is not None:
-        total += shift[None, :]
+    total = total * factor[None, :] + shift[None, :]
     if SILU:
         total = total * tl.sigmoid(total)
     return total

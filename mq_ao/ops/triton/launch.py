@@ -1,7 +1,7 @@
 """Launching Triton kernels: tuned on a GPU, interpreted on CPU tensors, or only written down for the offline compiler.
 
 A kernel's constants that depend on the chip are its configurations. On a GPU the fastest for each value of the key is
-found at the first call; elsewhere the first one is taken, unless `using` says another.
+found at the first call; interpreted, the first one is taken. `using` says another, in both cases.
 """
 
 from __future__ import annotations
@@ -90,21 +90,33 @@ class Kernel:
             MqAoError: the tensors are not on a GPU, and Triton does not interpret.
         """
         if (written := _written.get()) is not None:
-            written.append(Launch(self, args, constants))
+            written.append(Launch(self, grid, args, constants))
             return
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        index = _config.get()
         if device.type == "cuda":
             with torch.cuda.device(device):  # Triton launches on the current one
-                self._tuned[grid](*args, **constants)
+                if index is None:
+                    self._tuned[grid](*args, **constants)
+                else:
+                    config = self._config(index)
+                    everything = {**constants, **config.constants}
+                    ways = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                    self.function[grid(everything)](*args, **everything, **ways)
             return
         if isinstance(self.function, triton.JITFunction):
             raise MqAoError(
                 f"the Triton kernel {self.name} runs on CUDA tensors, or with TRITON_INTERPRET=1 set before mq_ao is "
                 f"imported; these are on {device}."
             )
-        config = self.configs[_config.get() % len(self.configs)]
-        everything = {**constants, **config.constants}
-        self.function[grid(everything)](*args, **everything)
+        from mq_ao.compat.triton_interpreter import mended
+
+        everything = {**constants, **self._config(index or 0).constants}
+        with mended():
+            self.function[grid(everything)](*args, **everything)
+
+    def _config(self, index: int) -> Config:
+        return self.configs[index % len(self.configs)]
 
 
 def blank(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,17 +130,19 @@ class Launch:
 
     Attributes:
         kernel: what was launched.
+        grid: see `Kernel.launch`.
         args: tensors (of any device, "meta" too), numbers and None.
         constants: those that no configuration sets.
     """
 
     kernel: Kernel
+    grid: Grid
     args: tuple[Any, ...]
     constants: Mapping[str, Any]
 
 
 _written: ContextVar[list[Launch] | None] = ContextVar("written", default=None)
-_config: ContextVar[int] = ContextVar("config", default=0)
+_config: ContextVar[int | None] = ContextVar("config", default=None)
 
 
 @contextmanager
@@ -144,7 +158,7 @@ def written_down() -> Iterator[list[Launch]]:
 
 @contextmanager
 def using(index: int) -> Iterator[None]:
-    """Within it, interpreted kernels take the configuration of that index, counted round where there are fewer."""
+    """Within it, kernels take the configuration of that index, counted round where there are fewer."""
     token = _config.set(index)
     try:
         yield

@@ -166,7 +166,7 @@ def step_operands(
     x = read(u + batch * u_row + c, inside, u_scale, u_zero_point)
     b = read(B + batch * B_row + matrix, matrix_mask, B_scale, B_zero_point)
     matrix_c = read(C + batch * C_row + matrix, matrix_mask, C_scale, C_zero_point)
-    decay, h = None, None
+    decay, h = tl.zeros(mask.shape, dtype=tl.float32), tl.zeros(mask.shape, dtype=tl.float32)
     if start is not None:
         decay = tl.load(A + states, mask=mask, other=0.0)
         scale_at = None if state_scale is None else state_scale + states
@@ -197,9 +197,7 @@ def finish_step(
     mask = inside[:, None] & (n < D_STATE)[None, :]
     states = c[:, None] * D_STATE + n[None, :]
     dt = step_size_of(delta, bias, SOFTPLUS)
-    after = (dt * x)[:, None] * b
-    if h is not None:
-        after += tl.exp(dt[:, None] * decay) * h
+    after = (dt * x)[:, None] * b + tl.exp(dt[:, None] * decay) * h
     out = tl.sum(after * matrix_c, axis=1) + skip * x
     write(y + batch * channels + c, out, inside, out_inverse, out_zero_point)
     tl.debug_barrier()  # the end may lie over the start

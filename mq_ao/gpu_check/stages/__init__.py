@@ -1,0 +1,1 @@
+"""The stages' own files. Each has `parts(setting, **options)`: by name, functions that give figures or raise."""
