@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mq_ao.compat.operators import OpOverload
 from mq_ao.errors import MqAoError
 
 SIZES: Mapping[Any, str] = {
@@ -174,7 +175,7 @@ class _Planner:
 
     def _call(self, node: Node) -> Step:
         overload = node.target
-        if not isinstance(overload, torch._ops.OpOverload) or overload.namespace not in LIBRARIES:
+        if not isinstance(overload, OpOverload) or overload.namespace not in LIBRARIES:
             raise _refused(node)
         schema = overload._schema
         given = {**dict(zip((item.name for item in schema.arguments), node.args, strict=False)), **node.kwargs}

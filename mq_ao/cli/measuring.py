@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mq_ao.cli.opened import Opened, open_float
+from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +121,6 @@ def nats(estimate: Estimate, sign: str = "") -> str:
 
 def _files(model: str, calibration: Path | None, text: Path | None) -> tuple[Path, Path]:
     """Calibration and evaluation file."""
-    from mq_ao.errors import MqAoError
     from mq_ao.models import demo
 
     if model == "demo":
