@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -339,3 +340,25 @@ def test_the_commands_know_them(mq_ao: CommandLine, tmp_path: Path) -> None:
     assert text.code == 0 and text.out.startswith("import ")
     assert "qgate" in mq_ao("inspect", path).out
     assert "must end in .ptn" in error(mq_ao("quantize", "demo", "--backend", "native", "-o", tmp_path / "demo.pt2"))
+
+
+def test_without_native_kernels_it_says_why(
+    lowered: tuple[QuantizedModel, native.NativeProgram], tmp_path: Path
+) -> None:
+    _, program = lowered
+    program.save(tmp_path / "m.ptn")
+    script = (
+        "import sys, mq_ao\ntry:\n    mq_ao.load(sys.argv[1])\nexcept mq_ao.MqAoError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "MQ_AO_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "m.ptn")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    said = done.stdout.splitlines()[-1]
+    assert said.startswith(
+        "a native program needs the native kernels: no C++ compiler found (looked for no-such-compiler)"
+    )

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-import mq_ao.ops
 from mq_ao.errors import MqAoError
 from mq_ao.files import replacing
 from mq_ao.lowering import archive, tensor_file
 from mq_ao.lowering.native.plan import Plan
+from mq_ao.ops import library
 
 FORMAT = 1
 _NAME = "mq_ao_native"
@@ -44,10 +44,8 @@ class Saved:
         Raises:
             MqAoError: there are no native kernels, or the steps do not fit together.
         """
-        if not mq_ao.ops.load_native():
-            raise MqAoError(
-                "a native program needs the native kernels: run `mq-ao build-kernels` to see what is wrong."
-            )
+        if not library.load_native():
+            raise MqAoError(f"a native program needs the native kernels: {library.NativeState.failure}")
         return self.plan.bound(list(self.weights.values()))
 
     def write(self, path: Path) -> None:

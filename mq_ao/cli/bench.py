@@ -68,7 +68,7 @@ def bench(
         typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. Default: all installed ones."),
     ] = None,
     recipe: Recipes = None,
-    backend: Annotated[str, typer.Option(help="What runs ours: inductor, or executorch (.pte programs).")] = "inductor",
+    backend: Annotated[str, typer.Option(help="What runs ours: inductor, native, or executorch (.pte).")] = "inductor",
     threads: Threads = None,
     json: Json = None,
 ) -> None:
