@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 WITHOUT_CUDA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE
 MAMBA_SSM := mamba-ssm einops triton==3.9.0
 
-.PHONY: setup demo test lint types format bench clean
+.PHONY: setup demo test lint types format bench wheel clean
 
 setup: $(READY)
 
@@ -54,6 +54,18 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/mq-ao bench --model mamba-130m
+
+# A wheel with the kernels inside, for this kind of processor and the installed version of PyTorch: no compiler is needed
+# where it is installed. It is made of a copy: kernels in the checkout would stand for its sources.
+STAGED := build/wheel
+
+wheel: $(READY)
+	rm -rf $(STAGED)
+	mkdir -p $(STAGED)
+	git ls-files -z | xargs -0 cp --parents --target-directory $(STAGED)
+	$(BIN)/python -m mq_ao.ops.native.wheel $(STAGED)/mq_ao/ops/native/prebuilt
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist $(STAGED)
+	$(BIN)/python -m wheel tags --remove --platform-tag linux_$$(uname -m) dist/mq_ao-*-py3-none-any.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Builds PyTorch's native kernels on the user's machine (see `shared_library` for the cache)."""
+"""PyTorch's native kernels: those of the wheel, else built on the user's machine (`shared_library` has the cache)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mq_ao.ops.native import prebuilt
 from mq_ao.ops.native.shared_library import ARCH_FLAG, CORE_FLAGS, SharedLibrary, Toolkit, cache_dir, compiler
 
 __all__ = ["ARCH_FLAG", "FLAGS", "build", "cache_dir", "cached", "compiler"]
@@ -27,7 +28,8 @@ def _toolkit() -> Toolkit:
     )
 
 
-def _library() -> SharedLibrary:
+def library() -> SharedLibrary:
+    """The kernels for this machine."""
     return SharedLibrary(
         name="libmq_ao_ops.so",
         sources=tuple(sorted(_HERE.glob("*.cpp"))),
@@ -40,15 +42,15 @@ def _library() -> SharedLibrary:
 
 
 def cached() -> str | None:
-    """Path of an up-to-date build in the cache, or None."""
-    return _library().cached()
+    """Path of the wheel's kernels or of an up-to-date build in the cache, or None."""
+    return prebuilt.found() or library().cached()
 
 
 def build(*, force: bool = False) -> str:
-    """Builds the kernels unless an up-to-date build is cached (about half a minute on two cores).
+    """Builds the kernels unless they came with the wheel, or an up-to-date build is cached (minutes on two cores).
 
     Args:
-        force: build even if a cached build exists.
+        force: build even so.
 
     Returns:
         Path of the shared library.
@@ -56,4 +58,5 @@ def build(*, force: bool = False) -> str:
     Raises:
         MqAoError: no compiler, the compiler failed, or the cache folder is not writable.
     """
-    return _library().build(force=force)
+    ahead = None if force else prebuilt.found()
+    return ahead or library().build(force=force)

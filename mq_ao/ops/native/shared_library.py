@@ -77,6 +77,7 @@ class SharedLibrary:
         versions: of the packages that are linked.
         toolkit: called only when something is compiled, for it may be slow.
         common: a header that all sources include, which is compiled once for them; None: there is none.
+        arch: flags that choose the processor's instructions; by default this machine's.
     """
 
     name: str
@@ -86,6 +87,7 @@ class SharedLibrary:
     versions: tuple[str, ...]
     toolkit: Callable[[], Toolkit]
     common: Path | None = None
+    arch: str = ARCH_FLAG
 
     def cached(self) -> str | None:
         """Path of an up-to-date build in the cache, or None."""
@@ -109,8 +111,17 @@ class SharedLibrary:
         """
         cxx = compiler()
         path = self._path(cxx)
-        if path.is_file() and not force:
-            return str(path)
+        if not path.is_file() or force:
+            self.write(path)
+        return str(path)
+
+    def write(self, path: Path) -> None:
+        """Builds the library there, whatever the cache holds.
+
+        Raises:
+            MqAoError: no compiler, the compiler failed, or the folder is not writable.
+        """
+        cxx = compiler()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(dir=path.parent))
@@ -122,7 +133,6 @@ class SharedLibrary:
             self._compile(cxx, work, path)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return str(path)
 
     def _path(self, cxx: str) -> Path:
         digest = hashlib.sha256()
@@ -130,15 +140,15 @@ class SharedLibrary:
             digest.update(path.name.encode() + path.read_bytes())
         # The macros of -march=native tell apart compiler versions, and machines that share a home folder.
         target = subprocess.run(
-            [cxx, ARCH_FLAG, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
+            [cxx, *self.arch.split(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
         )
         digest.update("".join(sorted(target.stdout.splitlines(keepends=True))).encode())
-        digest.update(repr((cxx, self.flags, ARCH_FLAG, *self.versions, sys.platform)).encode())
+        digest.update(repr((cxx, self.flags, self.arch, *self.versions, sys.platform)).encode())
         return cache_dir() / digest.hexdigest()[:16] / self.name
 
     def _compile(self, cxx: str, work: Path, path: Path) -> None:
         toolkit = self.toolkit()
-        flags = [*self.flags, ARCH_FLAG, *toolkit.compile, "-fPIC"]
+        flags = [*self.flags, *self.arch.split(), *toolkit.compile, "-fPIC"]
         if self.common is not None:
             header = work / "common.h"
             header.write_text(f'#include "{self.common}"\n')
