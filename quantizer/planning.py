@@ -62,10 +62,17 @@ def weight_requests(node: Node, spec: RoleSpec | None) -> list[Request]:
     return [Request(name, covariance=True) for name in (weighted_input_name(node), *gradient_names(node))]
 
 
+MOST_OUTPUTS = 8192
+"""Of a layer that is rounded for the loss. The head of a large vocabulary has more: its moments, and rounding it, would
+cost more than the layers of a small model do."""
+
+
 def without_gradients(node: Node) -> str | None:
     """Why gradients do not help to round a layer, or None; Fisher rounding is GPTQ then."""
     if node.target not in walk.LINEAR:
         return "gradients of experts are not told apart"
+    if (outputs := edit.channels(node)) > MOST_OUTPUTS:
+        return f"it has {outputs} outputs, and gradients are kept of {MOST_OUTPUTS} at most"
     other = next((item for item in node.graph.nodes if item.target in walk.WITHOUT_GRADIENT), None)
     return None if other is None else f"{other.name} has no gradient"
 

@@ -19,7 +19,7 @@ from mq_ao.evaluate import compare
 from mq_ao.graph import Role, edit, match
 from mq_ao.graph.views import Layer
 from mq_ao.models import Mamba2Config, Mamba2LM, MambaConfig, MambaLM
-from mq_ao.quantizer import MambaQuantizer, QuantizationConfig, RoleSpec, Rounding
+from mq_ao.quantizer import MambaQuantizer, QuantizationConfig, RoleSpec, Rounding, planning
 from mq_ao.quantizer.feedback import compensation, damped, round_both, round_inputs
 from mq_ao.quantizer.fisher import fisher, fitted_scale, loss_change
 from mq_ao.quantizer.gptq import gptq
@@ -192,6 +192,15 @@ def test_where_there_is_no_gradient_gptq_rounds_and_the_report_says_so() -> None
     (head,) = match(graph).heads
     with pytest.raises(MqAoError, match="has no gradient: ask for statistics of values alone"):
         collect(graph, [Request(gradient_names(head)[0])], [(tokens(2, 8), *model.initial_states(2))])
+
+
+def test_heads_of_large_vocabularies_are_rounded_by_gptq(tiny: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "MOST_OUTPUTS", 255)
+    lines = str(mq_ao.quantize(tiny, [tokens(4, 32)], "mambaquant-w4a8").report()).splitlines()
+    (head,) = [line for line in lines if line.startswith("  head")]
+    assert "rounded by gptq, since it has 256 outputs, and gradients are kept of 255 at most" in head
+    (out_proj,) = [line for line in lines if line.startswith("  out_proj")]
+    assert "gptq" not in out_proj
 
 
 def test_sequences_are_run_one_after_the_other(tiny: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:

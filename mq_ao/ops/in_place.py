@@ -36,12 +36,15 @@ def state_index(name: str) -> int:
     return [argument.name for argument in schema.arguments].index("initial_state")
 
 
-def check_state(name: str, state: Tensor, last_state: Tensor) -> None:
-    """Raises MqAoError unless one can be copied into the other as it is."""
+def check_state(what: str, state: Tensor, last_state: Tensor) -> None:
+    """Raises MqAoError unless the last state can be copied into `state`, an argument called `what`, as it is."""
     require(
-        state.dtype == last_state.dtype and state.dim() == last_state.dim(),
-        f"{name}: the state that is written must be {last_state.dtype} {tuple(last_state.shape)}, as the last state "
-        f"is, not {state.dtype} {tuple(state.shape)}.",
+        state.dtype == last_state.dtype,
+        f"{what} must be {last_state.dtype}, as the last state is, not {state.dtype}.",
+    )
+    require(
+        state.dim() == last_state.dim(),
+        f"{what} must have {last_state.dim()} dimensions, as the last state has, not {state.dim()}.",
     )
 
 
@@ -51,19 +54,24 @@ def _define(name: str) -> None:
     arguments = str(operator._schema).partition("(")[2].rpartition(") -> ")[0]
     arguments = _DEFAULT.sub("", arguments)
     in_place = arguments.replace("Tensor? initial_state", "Tensor(a!) initial_state")
-    _twin(f"{name}_", in_place, operator, lambda args: (args, args[index]))
-    _twin(f"{name}_into", f"{arguments}, Tensor(a!) last_state", operator, lambda args: (args[:-1], args[-1]))
+    _twin(f"{name}_", "initial_state", in_place, operator, lambda args: (args, args[index]))
+    into = f"{arguments}, Tensor(a!) last_state"
+    _twin(f"{name}_into", "last_state", into, operator, lambda args: (args[:-1], args[-1]))
 
 
 def _twin(
-    name: str, arguments: str, operator: Any, given: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], Tensor]]
+    name: str,
+    written: str,
+    arguments: str,
+    operator: Any,
+    given: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], Tensor]],
 ) -> None:
-    """One of them; `given` says what the operator is called with, and where the last state goes."""
+    """One of them, which writes its argument `written`; `given` says what the operator is called with, and that one."""
 
     def results(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         called, memory = given(args)
         y, last_state = operator(*called)
-        check_state(name, memory, last_state)
+        check_state(f"{name}: {written}", memory, last_state)
         return y, last_state, memory
 
     def fake(*args: Any) -> Tensor:

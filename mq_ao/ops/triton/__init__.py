@@ -76,7 +76,7 @@ def _in_place(name: str) -> Implementation:
         state = args[index]
         y, last_state = run(*args, into=state)
         if last_state is not state:
-            check_state(f"{name}_", state, last_state)
+            check_state(f"{name}_: initial_state", state, last_state)
             state.copy_(last_state)
         return y
 
