@@ -29,7 +29,7 @@ from tests.blocks import Blocks
 from tests.conftest import CommandLine, error
 
 HAVE_EXECUTORCH = importlib.util.find_spec("executorch") is not None
-BACKENDS = ["inductor", "cuda", *(["executorch"] if HAVE_EXECUTORCH else [])]
+BACKENDS = ["inductor", "native", "cuda", *(["executorch"] if HAVE_EXECUTORCH else [])]
 ROWS, LONGEST = 30, 32
 # Of float32 sums in another order, where an activation on the border of two integers may become the other one.
 FLIPPED_STEPS = 2e-2
