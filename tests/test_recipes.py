@@ -26,10 +26,9 @@ FLIPPED_STEPS = 2e-2
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_runs_in_integers_and_equals_its_simulation(
-    name: str, tiny: MambaLM, calibration: list[torch.Tensor]
-) -> None:
-    quantized = mq_ao.quantize(tiny, calibration, name)
+def test_every_recipe_runs_in_integers_and_equals_its_simulation(name: str, tiny: MambaLM) -> None:
+    # Rounding for the loss relates the gradients of 256 outputs, of which the 256 tokens of the fixture say too little.
+    quantized = mq_ao.quantize(tiny, [tokens(8, 64, seed=seed) for seed in range(100, 108)], name)
     integer = inductor.rewrite(quantized.converted)
     # 10 products of linears with in_proj in halves, and the head.
     assert sum(count for kernel, count in integer.kernels.items() if "linear" in kernel) == 11
