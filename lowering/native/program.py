@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mq_ao.backends import NATIVE
 from mq_ao.errors import MqAoError, first_line
 from mq_ao.files import check_output
 from mq_ao.lowering.module_program import ModuleProgram
 from mq_ao.lowering.native import file
 from mq_ao.lowering.stateful_program import StatefulProgram
 
-SUFFIX = ".ptn"
 _FIRST = torch.zeros(1, dtype=torch.int64)
 """Position of the one token of a step."""
 
@@ -36,7 +36,7 @@ class _Planned:
         Raises:
             MqAoError: the path cannot be written.
         """
-        self._saved.write(check_output(path, SUFFIX))
+        self._saved.write(check_output(path, NATIVE.suffix))
 
 
 class NativeProgram(_Planned, StatefulProgram):

@@ -28,18 +28,18 @@ def write_in_place(module: GraphModule) -> None:
 def _write(module: GraphModule, stack: Node) -> None:
     states: Any = stack.args[0]
     axis = walk.arguments(stack).get("dim", 0)
-    layers = [_layer(state) for state in states]
-    before = {layer[1] for layer in layers if layer is not None}
-    if axis != 0 or None in layers or len(before) != 1:
+    layers = [layer for state in states if (layer := _layer(state)) is not None]
+    before = {source for _, source, _ in layers}
+    if axis != 0 or len(layers) != len(states) or len(before) != 1:
         return
     (all_before,) = before
-    if [layer[2] for layer in layers if layer] != list(range(walk.value(all_before).shape[0])):
+    if [index for _, _, index in layers] != list(range(walk.value(all_before).shape[0])):
         return
     graph = module.graph
-    first = min((layer[0] for layer in layers if layer), key=list(graph.nodes).index)
+    first = min((scan for scan, _, _ in layers), key=list(graph.nodes).index)
     with graph.inserting_before(first):
         all_after = graph.call_function(aten.empty_like.default, (all_before,))
-    for scan, _, index in filter(None, layers):
+    for scan, _, index in layers:
         twin, _ = _TWINS[scan.target]
         given = [*walk.arguments(scan).values()]
         with graph.inserting_before(scan):

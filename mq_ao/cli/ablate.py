@@ -9,7 +9,7 @@ import typer
 
 from mq_ao.cli import measuring
 from mq_ao.cli.console import bar, check_json, out, step, write_json
-from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP
+from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, CalibrationFile
 from mq_ao.files import check_output
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def ablate(
     *,
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    calibration: measuring.CalibrationFile = None,
+    calibration: CalibrationFile = None,
     text: measuring.TextFile = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens, spread evenly over the file.")] = 16384,
     eval_tokens: Annotated[int, typer.Option(help="Tokens to predict, from the beginning of the text.")] = 16384,

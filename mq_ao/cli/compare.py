@@ -9,7 +9,7 @@ import typer
 
 from mq_ao.cli import measuring
 from mq_ao.cli.console import bar, check_json, out, step, write_json
-from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP
+from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, CalibrationFile
 from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def compare(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     recipe: Annotated[list[str], typer.Option(help="Name of a recipe, or a recipe file; give it several times.")],
     text: measuring.TextFile = None,
-    calibration: measuring.CalibrationFile = None,
+    calibration: CalibrationFile = None,
     eval_tokens: Annotated[
         int | None, typer.Option(help="Tokens to predict, from the beginning of the text; all by default.")
     ] = None,

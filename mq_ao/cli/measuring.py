@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mq_ao.cli.opened import Opened, open_float
+from mq_ao.cli.opened import TEXT_FILE, Opened, open_float
 from mq_ao.errors import MqAoError
 
 if TYPE_CHECKING:
@@ -17,21 +17,10 @@ if TYPE_CHECKING:
     from mq_ao.measuring import Estimate, Measured, TextMetric
     from mq_ao.text import TokenText
 
-CalibrationFile = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True,
-        dir_okay=False,
-        readable=True,
-        help="Text, or token ids (.npy, .safetensors). Default for demo: the bundled text.",
-    ),
-]
 TextFile = Annotated[
     Path | None,
     typer.Option(
-        exists=True,
-        dir_okay=False,
-        readable=True,
+        **TEXT_FILE,
         help="What is predicted, likewise; not the calibration text. Default for demo: the bundled text.",
     ),
 ]

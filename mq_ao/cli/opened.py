@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from mq_ao import opening
 from mq_ao.cli.console import step
@@ -11,10 +14,27 @@ from mq_ao.opening import MODEL_HELP, Opened, is_program
 if TYPE_CHECKING:
     from mq_ao.models import Logits, MambaLM
 
-__all__ = ["ANY_HELP", "MODEL_HELP", "TOKENIZER_HELP", "Opened", "is_program", "open_any", "open_float", "open_model"]
+__all__ = [
+    "ANY_HELP",
+    "MODEL_HELP",
+    "TEXT_FILE",
+    "TOKENIZER_HELP",
+    "CalibrationFile",
+    "Opened",
+    "is_program",
+    "open_any",
+    "open_float",
+    "open_model",
+]
 
 ANY_HELP = f"A saved .pt2, .ptn, .pte or .ptc program, {MODEL_HELP}"
 TOKENIZER_HELP = "Folder or hub id of the tokenizer, where the model is not byte-level and brings none."
+TEXT_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True}
+"""What a file of text must be."""
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(**TEXT_FILE, help="Text, or token ids (.npy, .safetensors). Default for demo: the bundled text."),
+]
 
 
 def open_float(source: str) -> MambaLM:

@@ -11,7 +11,7 @@ import typer
 
 from mq_ao.backends import get_backend
 from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
-from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, Opened, open_model
+from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, CalibrationFile, Opened, open_model
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
 
@@ -39,19 +39,15 @@ def quantize(
             "folder, see --format.",
         ),
     ],
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            help="Text, or token ids (.npy, .safetensors). Default for demo: the bundled text.",
-        ),
-    ] = None,
+    calibration: CalibrationFile = None,
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file (.yaml, .json).")] = "mambaquant-w8a8",
     tokens: Annotated[int, typer.Option(help="Calibration tokens, spread evenly over the file.")] = 16384,
     backend: Annotated[
-        str, typer.Option(help="inductor: this machine's CPU; executorch: a .pte for edge devices; cuda: GPUs.")
+        str,
+        typer.Option(
+            help="inductor: this machine's CPU; native: a CPU, without compiling; executorch: a .pte for edge devices; "
+            "cuda: GPUs."
+        ),
     ] = "inductor",
     max_length: Annotated[int, typer.Option(help="executorch: tokens that prefill takes at most in one call.")] = 256,
     max_context: Annotated[

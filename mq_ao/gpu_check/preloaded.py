@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import mq_ao.api
 import mq_ao.lowering.cuda
-import mq_ao.roofline  # noqa: F401
+import mq_ao.roofline  # noqa: F401  (as all three: for the processes that are forked)

@@ -31,7 +31,7 @@ def _toolkit() -> Toolkit:
 def library() -> SharedLibrary:
     """The kernels for this machine."""
     return SharedLibrary(
-        name="libmq_ao_ops.so",
+        name=prebuilt.NAME,
         sources=tuple(sorted(_HERE.glob("*.cpp"))),
         headers=tuple(sorted(_HERE.glob("*.h"))),
         flags=FLAGS,
