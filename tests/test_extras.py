@@ -59,7 +59,7 @@ def refusal(call):
 
 from pathlib import Path
 refusal(lambda: q.report(html="report.html"))
-refusal(lambda: mq_ao.ablation.save_plot([], "metric", Path("plot.svg")))
+refusal(lambda: mq_ao.ablation.save_plot([], Path("plot.svg")))
 program = q.lower()
 print(program(ids)[0].shape, dict(program.integer_kernels))
 """

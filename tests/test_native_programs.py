@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -304,6 +304,7 @@ def test_files_that_are_not_ours_or_damaged_are_refused(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4))
+@example([(86, 32)])  # the name of an entry that every program has
 def test_mutated_files_never_crash(mutations: list[tuple[int, int]]) -> None:
     content = bytearray(_small_file())
     for place, byte in mutations:

@@ -16,7 +16,7 @@ from mq_ao import MqAoError
 from mq_ao.graph import Role
 from mq_ao.passes import PASSES, Basis, Pass, check_order, parse_pass
 from mq_ao.passes.rotate_dt import RotateDt
-from mq_ao.passes.smooth_gate import SmoothGate
+from mq_ao.passes.smooth_gate import Size, SmoothGate
 from mq_ao.passes.smooth_state import Partner
 from mq_ao.quantizer import Activation, QuantizationConfig, Range, RoleSpec, Rounding, w8a8
 from mq_ao.recipe_files import from_dict, read_recipe, to_dict, to_yaml
@@ -25,8 +25,8 @@ from mq_ao.recipes import RECIPES, Recipe, get_recipe
 SHARES = sorted(
     (name, field.name) for name, kind in PASSES.items() for field in fields(kind) if field.name in ("alpha", "share")
 )
-CHOICES = (("rotate_residual", "basis"), ("rotate_dt", "basis"), ("smooth_state", "partner"))
-KINDS = {"basis": Basis, "partner": Partner}
+CHOICES = (("rotate_residual", "basis"), ("rotate_dt", "basis"), ("smooth_state", "partner"), ("smooth_gate", "size"))
+KINDS = {"basis": Basis, "partner": Partner, "size": Size}
 
 SPECS = st.builds(
     RoleSpec,
@@ -40,6 +40,7 @@ SHARE = st.floats(0, 1)
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     **{name: {option: SHARE} for name, option in SHARES},
     **{name: {option: st.sampled_from(KINDS[option])} for name, option in CHOICES},
+    "smooth_gate": {"alpha": SHARE, "size": st.sampled_from(Size)},
     "plant_outliers": {"factor": st.floats(1, 1e6), "share": SHARE, "seed": st.integers(0, 2**63 - 1)},
 }
 

@@ -6,7 +6,8 @@ Nothing in it depends on this machine or its PyTorch, and it holds no machine co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,17 +75,30 @@ def read(path: Path) -> Saved:
     """
     if not path.is_file():
         raise MqAoError(f"there is no file {path}.")
-    try:
+    with undamaged(path):
         weights, metadata = tensor_file.mapped(path, 0, path.stat().st_size)
         described = json.loads(metadata[_NAME])
-        if described["format"] == FORMAT:
-            named = {str(name): weights[name] for name in described["weights"]}
-            return Saved(Plan.read(described["plan"]), named, dict(described["info"]))
+        if described["format"] != FORMAT:
+            raise MqAoError(
+                f"{path} was saved in format {described['format']}, but this is {FORMAT}: quantize the model again "
+                "with this mq_ao."
+            )
+        named = {str(name): weights[name] for name in described["weights"]}
+        return Saved(Plan.read(described["plan"]), named, dict(described["info"]))
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Says that a file is damaged where what it holds is not what a program needs.
+
+    Raises:
+        MqAoError: instead of what such contents raise.
+    """
+    try:
+        yield
+    except MqAoError:
+        raise
     except archive.DAMAGE:
         raise MqAoError(
             f"{path} is not a program saved by mq_ao, or is damaged: make one with `mq-ao quantize`."
         ) from None
-    raise MqAoError(
-        f"{path} was saved in format {described['format']}, but this is {FORMAT}: quantize the model again with this "
-        "mq_ao."
-    )

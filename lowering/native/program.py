@@ -92,4 +92,7 @@ def load(path: str | Path) -> NativeProgram | NativeModule:
     Raises:
         MqAoError: the file is missing, damaged, not ours, or of another version; or see `program`.
     """
-    return program(file.read(Path(path)))
+    path = Path(path)
+    saved = file.read(path)
+    with file.undamaged(path):
+        return program(saved)
