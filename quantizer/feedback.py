@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.quantizer.weights import to_grid
+from mq_ao.ops.round_tile import round_tile
+from mq_ao.quantizer.weights import LIMITS, to_grid
 
 _BLOCK = 128
 
@@ -74,7 +75,7 @@ def round_both(weight: Tensor, scale: Tensor, inputs: Tensor, outputs: Tensor, b
 
     With E the rounded weight's error, L_O and L_I the unit triangular factors of the two moments, the residuals of
     rounding are L_O^T E L_I, and the sum of their squares, each times both pivots, is what round_inputs makes small for
-    one output alone. A weight can be rounded once those before it in both axes are: all on an antidiagonal at once.
+    one output alone.
 
     Args:
         weight: (out, in) float64.
@@ -91,41 +92,22 @@ def round_both(weight: Tensor, scale: Tensor, inputs: Tensor, outputs: Tensor, b
     values = torch.empty_like(weight)
     for start in range(0, len(weight), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        # Last output first, so that an antidiagonal of outputs and inputs is a diagonal of the block.
-        local = across[rows, rows].flip(0, 1).t().contiguous()
-        errors = _round_block(
-            *(remaining[rows].flip(0), scale[rows].flip(0).contiguous(), values[rows], along, local, bits)
-        )
+        errors = _round_rows(remaining[rows], scale[rows], along, across[rows, rows], bits, values[rows])
         later = slice(rows.stop, None)
-        remaining[later].addmm_(across[rows, later].t(), errors.flip(0), alpha=-1)
+        remaining[later].addmm_(across[rows, later].t(), errors, alpha=-1)
     return values
 
 
-def _round_block(remaining: Tensor, scale: Tensor, values: Tensor, along: Tensor, across: Tensor, bits: int) -> Tensor:
-    """Rounds some outputs, last one first, into `values`; returns the errors that later outputs make up for."""
-    height, inputs = remaining.shape
-    rounded = torch.empty_like(remaining)
-    owed = torch.zeros_like(remaining)  # by each weight, for errors of inputs before it
-    residuals = torch.empty_like(remaining)
-    for start in range(0, inputs, _BLOCK):
-        columns = slice(start, min(start + _BLOCK, inputs))
-        width = columns.stop - start
-        block = tuple(tensor[:, columns] for tensor in (remaining, scale, owed, residuals, rounded))
-        left, size, owing, residual, integers = block
-        local = along[columns, columns].contiguous()
-        for offset in range(1 - height, width):
-            first, last = max(0, -offset), min(height, width - offset)
-            row, column = slice(first, last), slice(first + offset, last + offset)
-            wanted = left.diagonal(offset) - owing.diagonal(offset)
-            chosen = to_grid(wanted, size.diagonal(offset), bits)
-            error = wanted - chosen * size.diagonal(offset)
-            integers.diagonal(offset).copy_(chosen)
-            residual.diagonal(offset).copy_(error)
-            left[:, column].addcmul_(across[:, row], (owing.diagonal(offset) + error)[None], value=-1)
-            owing[row].addcmul_(local[column], error[:, None])
-        rest = slice(columns.stop, None)
-        owed[:, rest].addmm_(residuals[:, columns], along[columns, rest])
-    values.copy_(rounded.flip(0))
+def _round_rows(weight: Tensor, scale: Tensor, along: Tensor, across: Tensor, bits: int, values: Tensor) -> Tensor:
+    """Rounds some outputs into `values`; returns what later outputs make up for."""
+    owed = torch.zeros_like(weight)  # by each weight, for errors of inputs before it
+    residuals = torch.empty_like(weight)
+    low, high = LIMITS[bits]
+    for start in range(0, weight.shape[1], _BLOCK):
+        columns = slice(start, start + _BLOCK)
+        tile = weight[:, columns], scale[:, columns], owed[:, columns], along[columns, columns], across
+        values[:, columns], residuals[:, columns] = round_tile(*tile, low, high)
+        owed[:, start:].addmm_(residuals[:, columns], along[columns, start:])
     return owed.add_(residuals)
 
 

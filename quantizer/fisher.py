@@ -55,6 +55,8 @@ def fisher(
     along = compensation(moments[0][columns][:, columns])
     across = compensation(moments[1][rows][:, rows])
     exact, scale = weight.double(), best.scale
+    # In float32 for the scales, whose fit is most of the work: of mean 1, so that no product leaves the range.
+    single = tuple((moment / moment.diagonal().mean()).float() for moment in moments)
     least = loss_change(weight, best, *moments)
     for _ in range(rounds):
         wide = spread(scale, weight.shape[1], group_size).double().expand(weight.shape)
@@ -62,7 +64,7 @@ def fisher(
         values[rows[:, None], columns] = round_both(
             exact[rows][:, columns], wide[rows][:, columns], along, across, bits
         )
-        scale = fitted_scale(exact, values, scale, *moments, group_size)
+        scale = fitted_scale(exact.float(), values.float(), scale, single[0], single[1], group_size)
         found = QuantizedWeight(values.to(torch.int8), scale, group_size, bits)
         change = loss_change(weight, found, *moments)
         if change < least:
@@ -83,11 +85,11 @@ def fitted_scale(
     it was.
 
     Args:
-        weight: (out, in) float64.
-        values: (out, in) float64, integers.
+        weight: (out, in), float32 or float64, in which all is computed.
+        values: (out, in), integers.
         scale: see `QuantizedWeight`; where the search starts.
-        inputs: (in, in) float64.
-        outputs: (out, out) float64.
+        inputs: (in, in).
+        outputs: (out, out).
         group_size: see `QuantizedWeight`.
     """
     size = weight.shape[1] if group_size is None else group_size
@@ -103,9 +105,9 @@ def fitted_scale(
     def of(scales: Tensor) -> Tensor:
         return values * spread(scales, weight.shape[1], size)
 
-    found = scale.double().reshape(len(weight), -1)
-    # A group of zeros has no say.
-    diagonal = sums(values.square() * outputs.diagonal()[:, None] * inputs.diagonal()).clamp(min=1e-300)
+    found = scale.to(weight.dtype).reshape(len(weight), -1)
+    diagonal = sums(values.square() * outputs.diagonal()[:, None] * inputs.diagonal())
+    diagonal = diagonal.clamp(min=torch.finfo(weight.dtype).tiny)  # a group of zeros has no say
     residual = product(weight - of(found))
     direction = residual / diagonal
     power = (residual * direction).sum()
