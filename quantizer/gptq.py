@@ -9,6 +9,10 @@ from mq_ao.errors import MqAoError
 from mq_ao.quantizer.feedback import compensation, damped, round_inputs
 from mq_ao.quantizer.weights import QuantizedWeight, round_to_grid, spread
 
+_ROWS = 4096
+"""Outputs that are rounded at once: they know nothing of each other, and copies of a whole head in float64 would be larger
+than a small model."""
+
 
 def gptq(
     weight: Tensor,
@@ -47,20 +51,26 @@ def gptq(
     rounded = round_to_grid(weight, bits, group_size, search, diagonal if search else None)
     inputs = torch.arange(len(moment), device=moment.device)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else inputs
-    wide = spread(rounded.scale, weight.shape[1], group_size).double().expand(weight.shape)
     factor = compensation(damped(moment, damping)[order][:, order])
-    permuted = round_inputs(weight.double()[:, order], wide[:, order], factor, bits)
-    values = torch.empty_like(rounded.values)
-    values[:, order] = permuted.to(torch.int8)
-    chosen = QuantizedWeight(values, rounded.scale, group_size, bits)
-    better = output_error(weight, chosen, moment) < output_error(weight, rounded, moment)
-    return QuantizedWeight(torch.where(better[:, None], values, rounded.values), rounded.scale, group_size, bits)
+    parts = (tensor.split(_ROWS) for tensor in (weight, rounded.values, rounded.scale))
+    for rows, values, scale in zip(*parts, strict=True):
+        wide = spread(scale, weight.shape[1], group_size)
+        exact = wide.double().expand(rows.shape)
+        chosen = torch.empty_like(values)
+        chosen[:, order] = round_inputs(rows.double()[:, order], exact[:, order], factor, bits).to(torch.int8)
+        better = _error(rows, chosen * wide, moment) < _error(rows, values * wide, moment)
+        values.copy_(torch.where(better[:, None], chosen, values))
+    return rounded
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, second_moment: Tensor) -> Tensor:
     """Mean square of what quantization adds to every output, (out,) float64: diag((W-Q) H (W-Q)^T)."""
-    change = weight.double() - quantized.dequantized().double()
-    return ((change @ second_moment.double()) * change).sum(1)
+    return _error(weight, quantized.dequantized(), second_moment.double())
+
+
+def _error(weight: Tensor, stands_for: Tensor, moment: Tensor) -> Tensor:
+    change = weight.double() - stands_for.double()
+    return ((change @ moment) * change).sum(1)
 
 
 def _check(weight: Tensor, second_moment: Tensor) -> None:
