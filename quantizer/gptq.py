@@ -10,7 +10,7 @@ from mq_ao.quantizer.feedback import compensation, damped, round_inputs
 from mq_ao.quantizer.weights import QuantizedWeight, round_to_grid, spread
 
 _ROWS = 4096
-"""Outputs that are rounded at once: they know nothing of each other, and copies of a whole head in float64 would be larger
+"""Outputs that are rounded at once: they know nothing of each other, and float64 copies of a whole head would be larger
 than a small model."""
 
 
