@@ -83,8 +83,9 @@ def test_any_pieces_of_a_sequence_give_what_the_model_gives(name: str, data: st.
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     model, graph = captured(name)
     prompt = ids_of(2, 6, seed=11)
-    # With its cache, transformers 5.23's NemotronH gives other logits than without: what it computes is the latter.
-    cached = name != "NemotronH"
+    # With their caches, NemotronH of transformers 5.23 and FalconH1 with norms of 5.17 give other tokens than without:
+    # what they compute is the latter.
+    cached = name not in ("NemotronH", "FalconH1, norm")
     wanted = model.generate(prompt, max_new_tokens=64, do_sample=False, use_cache=cached, eos_token_id=None)
     assert torch.equal(generate(StatefulGraph(graph), prompt, 64), wanted)
 

@@ -52,8 +52,15 @@ class Carried:
         return self.new[f"{kind}_{self._layer}"]
 
     def keep(self, kind: str, value: Tensor) -> None:
-        """Keeps a state of the layer that runs."""
-        self.new[f"{kind}_{self._layer}"] = value
+        """Keeps a state of the layer that runs.
+
+        Raises:
+            MqAoError: it was kept before, so that the model does not say which layer runs in a way that is known here.
+        """
+        name = f"{kind}_{self._layer}"
+        if name in self.new:
+            raise MqAoError(f"{name} is kept twice in one call: this version of the model's library is not supported.")
+        self.new[name] = value
 
     @property
     def length(self) -> Any:
@@ -76,7 +83,8 @@ class Carried:
         self.get_conv_state(layer_idx, state_idx)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
-        """What the convolution is to be applied to: the input itself."""
+        """Says which layer runs, and what its convolution is to be applied to: the input itself."""
+        self.enter(layer_idx)
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> None:
@@ -95,7 +103,9 @@ class Carried:
         return self.length
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int = 0) -> bool:
-        """No layer is to take a way of its own for one token."""
+        """Says which layer runs, if one asks; none is to take a way of its own for one token."""
+        if layer_idx is not None:
+            self.enter(layer_idx)
         return False
 
     def is_recording_past(self, layer_idx: int) -> bool:
