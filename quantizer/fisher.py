@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def fisher(
     bits: int,
     group_size: int | None = None,
     *,
+    tokens: float = math.inf,
     input_damping: float = 0.05,
     output_damping: float = 0.1,
     rounds: int = 2,
@@ -38,8 +41,11 @@ def fisher(
         outputs: (out, out), second moment of the gradient of log p by the layer's output.
         bits: 4 or 8.
         group_size: consecutive inputs that share a scale; None: one scale a row.
+        tokens: of which the moments are means. The fewer, the more is added to the diagonals: twice the mean diagonal
+            where there is one token an input, four times that of `outputs` where there is one an output, and less by
+            the square of their number.
         input_damping: share of the mean diagonal that is added to the diagonal of `inputs`.
-        output_damping: likewise of `outputs`, which is an estimate from fewer and noisier numbers.
+        output_damping: likewise of `outputs`, which is an estimate from noisier numbers.
         rounds: how often the weight is rounded.
 
     Returns:
@@ -50,7 +56,10 @@ def fisher(
     """
     _check(weight, inputs, outputs)
     best = round_to_grid(weight, bits, group_size, True, inputs.diagonal())
-    moments = damped(inputs.double(), input_damping), damped(outputs.double(), output_damping)
+    moments = (
+        damped(inputs.double(), input_damping + 2 * (len(inputs) / tokens) ** 2),
+        damped(outputs.double(), output_damping + 4 * (len(outputs) / tokens) ** 2),
+    )
     columns, rows = (torch.argsort(moment.diagonal(), descending=True, stable=True) for moment in moments)
     along = compensation(moments[0][columns][:, columns])
     across = compensation(moments[1][rows][:, rows])

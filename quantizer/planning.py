@@ -43,7 +43,7 @@ def plan_weight(
                 f"{spec.rounding} rounding needs statistics for {node.name}: collect the quantizer's requests and give "
                 "them to set_statistics, or use mq_ao.quantize."
             )
-        planned = _learned(matrix, moments, spec, group_size)
+        planned = _learned(matrix, moments, found[0].count, spec, group_size)
     else:
         # Where statistics were given, inputs count by their power.
         given = statistics.get(layer.x.name)
@@ -77,13 +77,18 @@ def without_gradients(node: Node) -> str | None:
     return None if other is None else f"{other.name} has no gradient"
 
 
-def _learned(matrix: Tensor, moments: list[Tensor], spec: RoleSpec, group_size: int | None) -> QuantizedWeight:
+def _learned(
+    matrix: Tensor, moments: list[Tensor], tokens: int, spec: RoleSpec, group_size: int | None
+) -> QuantizedWeight:
     inputs, *outputs = moments
     if not outputs:
         return gptq(matrix, inputs, spec.bits, group_size)
     # Outputs whose gradients are not related to each other's are rounded for themselves.
     parts = matrix.split([len(moment) for moment in outputs])
-    found = [fisher(part, inputs, moment, spec.bits, group_size) for part, moment in zip(parts, outputs, strict=True)]
+    found = [
+        fisher(part, inputs, moment, spec.bits, group_size, tokens=tokens)
+        for part, moment in zip(parts, outputs, strict=True)
+    ]
     values, scales = (torch.cat([getattr(one, name) for one in found]) for name in ("values", "scale"))
     return replace(found[0], values=values, scale=scales)
 
