@@ -186,7 +186,7 @@ def test_few_tokens_do_no_harm() -> None:
     found = []
     for rounding in (Rounding.FISHER, Rounding.GPTQ):
         spec = RoleSpec("none", bits=4, group_size=128, rounding=rounding)
-        scheme = QuantizationConfig({role: spec for role in (Role.IN_PROJ, Role.OUT_PROJ)})
+        scheme = QuantizationConfig(dict.fromkeys((Role.IN_PROJ, Role.OUT_PROJ), spec))
         found.append(divergence(model, mq_ao.quantize(model, few, Recipe("four", scheme)).converted, text))
     assert found[0] < 0.95 * found[1]
 
