@@ -185,3 +185,19 @@ def test_keys_of_another_call_than_the_values_are_refused() -> None:
     states[place] = more[place]
     with pytest.raises(MqAoError, match="states of 5, 6 tokens are given: they are of one call"):
         step.states.check(2, states)
+
+
+def test_layers_are_told_apart_by_any_call_that_names_them() -> None:
+    """transformers 5.17 asks for states through the cache's layers, and names them in these calls alone."""
+    for call in (
+        lambda carried: carried.has_previous_state(1),
+        lambda carried: carried.update_conv_state(torch.zeros(1), 1),
+        lambda carried: carried.get_conv_state(1),
+    ):
+        carried = Carried({})
+        carried.keep("conv", torch.zeros(1))
+        with pytest.raises(MqAoError, match="conv_0 is kept twice in one call"):
+            carried.keep("conv", torch.zeros(1))
+        call(carried)
+        carried.keep("conv", torch.ones(1))
+        assert list(carried.new) == ["conv_0", "conv_1"]
