@@ -179,7 +179,7 @@ def test_predictions_change_less_than_with_gptq() -> None:
 
 
 def test_few_tokens_do_no_harm() -> None:
-    """Gradients of a trained model are of very unlike size, so that few tokens tell little of them."""
+    """A trained model, since on moments of drawn Gaussian numbers little damping is best for any number of them."""
     model = MambaLM.from_pretrained("demo")
     few = calibration_batches(read_tokens(demo.CALIBRATION, BYTE_VOCABULARY, ByteCodec()), 1024)
     text = byte_text(demo.HELDOUT.read_bytes()[:8192])
