@@ -33,11 +33,11 @@ def one_by_one(a: dict[str, Any], low: int, high: int) -> tuple[Tensor, Tensor]:
     """The definition."""
     values, errors, off = (torch.zeros_like(a["weight"]) for _ in range(3))
     for row in range(len(values)):
-        above = a["outputs"][:row, row, None]
+        above = a["outputs"][:row, row]
         for column in range(values.shape[1]):
             before = a["inputs"][:column, column]
             owing = a["owed"][row, column] + (errors[row, :column] * before).sum()
-            wanted = a["weight"][row, column] - (above[:, 0] * off[:row, column]).sum() - owing
+            wanted = a["weight"][row, column] - (above * off[:row, column]).sum() - owing
             values[row, column] = (wanted / a["scale"][row, column]).round().clamp(low, high)
             errors[row, column] = wanted - values[row, column] * a["scale"][row, column]
             off[row, column] = owing + errors[row, column]
