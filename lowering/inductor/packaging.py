@@ -49,7 +49,10 @@ def write(
 
 
 def _compile(program: ExportedProgram, folder: Path) -> list[str]:
-    """Compiles one program; returns what has to be shipped of it, in `folder`: no sources, and no symbols."""
+    """Compiles one program; returns what has to be shipped of it, in `folder`: no sources, and no symbols.
+
+    The loader of torch 2.11 finds a program by the name of its source, so that file is there, and empty.
+    """
     folder.mkdir()
     built = aot_compile(program.module(check_guards=False), *program.example_inputs, options=_OPTIONS)
     assert isinstance(built, list)
@@ -57,6 +60,10 @@ def _compile(program: ExportedProgram, folder: Path) -> list[str]:
     for file in built:
         if isinstance(file, str) and file.endswith((".so", ".json")):
             files.append(str(shutil.copy(file, folder)))
+        if isinstance(file, str) and file.endswith(".wrapper.so"):
+            source = folder / Path(file).with_suffix(".cpp").name
+            source.touch()
+            files.append(str(source))
     strip = shutil.which("strip")
     if strip is not None:
         subprocess.run([strip, "--strip-unneeded", *(file for file in files if file.endswith(".so"))], check=True)

@@ -87,6 +87,11 @@ def _scan(
         matrix = n[:, None]
         matrix_mask = (n < D_STATE)[:, None]
     start_of_sequence = batch * length
+    # Offsets of 64 bits that are kept over the loop are registers that a float32 scan has not got.
+    u += start_of_sequence * u_row
+    delta += start_of_sequence * delta_row
+    if y is not None:
+        y += start_of_sequence * channels
     first = tl.program_id(1) * chunk
     stop = tl.minimum(first + chunk, length)
     ahead = tl.arange(0, AHEAD)[:, None]
@@ -94,7 +99,7 @@ def _scan(
     # Some steps at a time, so that lanes that share a channel do not all compute the same softplus.
     for t in range(first, stop, AHEAD):
         some = (t + ahead < stop) & inside[None, :]
-        at = start_of_sequence + t + ahead
+        at = (t + ahead).to(tl.int64)
         sizes = step_size(delta + at * delta_row + c[None, :], some, delta_scale, delta_zero_point, bias, SOFTPLUS)
         inputs = read(u + at * u_row + c[None, :], some, u_scale, u_zero_point)
         outs: tl.tuple = ()
@@ -117,7 +122,7 @@ def _scan(
             for i in tl.static_range(AHEAD):
                 # A vector, as above.
                 there = inside & (t + i + tl.zeros_like(c) < stop)
-                to = y + (start_of_sequence + t + i) * channels + c
+                to = y + tl.cast(t + i, tl.int64) * channels + c
                 write(to, outs[i], there, out_inverse, out_zero_point)
     if end is not None:
         write_state(end + of_chunk * D_STATE + states, scale_at, h, mask)
