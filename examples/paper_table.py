@@ -16,7 +16,7 @@ import typer
 from paper_figures import FLOAT, RECIPES, Figures, Row, table
 
 from mq_ao import MqAoError, api
-from mq_ao.backends import get_backend
+from mq_ao.backends import DEFAULT, get_backend
 from mq_ao.cli.console import out
 from mq_ao.models import demo
 from mq_ao.opening import Opened, open_model
@@ -37,7 +37,7 @@ def main(
     tasks: Annotated[str, typer.Option(help="Names, with commas between.")] = TASKS,
     include_path: Annotated[Path | None, typer.Option(exists=True, help="Folder with more tasks.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task at most, for trying out.")] = None,
-    backend: Annotated[str, typer.Option(help="What runs the programs.")] = "inductor",
+    backend: Annotated[str, typer.Option(help="What runs the programs.")] = DEFAULT.name,
     output: Annotated[Path, typer.Option(help="Folder of programs and figures.")] = Path("paper-table"),
 ) -> None:
     """Measure every model under every recipe, and print a table."""

@@ -1,6 +1,6 @@
 """Trains the bundled model with its quantization in the loop, so that 4-bit weights lose less.
 
-    python examples/train_w4a8.py --steps 200 --output demo-trained-w4a8.pt2
+    python examples/train_w4a8.py --steps 200 --output demo-trained-w4a8.ptn
 
 It learns to give the float model's probabilities, on the text that the model was trained on: Python's standard library
 on this machine, without the held-out modules that the result is measured on. Both programs that are measured run in
@@ -38,11 +38,11 @@ def main(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of the weights, at the start.")] = 2e-4,
     scale_rate: Annotated[float, typer.Option(min=0, help="Of the scales.")] = 2e-5,
     seed: int = 0,
-    output: Annotated[Path | None, typer.Option(help="Program to write, ending in .pt2.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Program to write, ending in .ptn.")] = None,
 ) -> None:
     """Measure quantization after training and in training, and write the trained program."""
     if output is not None:
-        check_output(output, ".pt2")
+        check_output(output, ".ptn")
     chosen = get_recipe(recipe)
     model = MambaLM.from_pretrained("demo")
     calibration = calibration_batches(read_tokens(demo.CALIBRATION, BYTE_VOCABULARY, ByteCodec()), 16384)

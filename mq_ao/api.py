@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from mq_ao import models, passes
 from mq_ao import tokenizer as tokenizers
-from mq_ao.backends import get_backend
+from mq_ao.backends import DEFAULT, INDUCTOR, get_backend
 from mq_ao.calibration import Calibration, calibrate
 from mq_ao.calibration.calls import Call
 from mq_ao.calibration.graph_inputs import tokens
@@ -74,7 +74,7 @@ def quantize(
     calibration: Iterable[Any],
     recipe: str | Path | Recipe = "mambaquant-w8a8",
     *,
-    backend: str = "inductor",
+    backend: str = DEFAULT.name,
     scans: Scans | None = None,
     tokenizer: Any = None,
     progress: bool = False,
@@ -90,9 +90,9 @@ def quantize(
             token ids too. Padding that an `attention_mask` tells does not count. Not data that the result is evaluated
             on. A generator is read once.
         recipe: name of a recipe (`mq_ao.recipes.RECIPES`), a recipe file, or a recipe.
-        backend: what runs the result: "inductor" (this machine's CPU), "native" (a CPU, without compiling),
+        backend: what runs the result: "native" (a CPU, without compiling), "inductor" (this machine's CPU),
             "executorch" (a `.pte` for edge devices) or "cuda" (a GPU). Activations become the integers that its
-            kernels take.
+            kernels take; those of "native" and "inductor" are the same.
         scans: the model's own functions that compute a scan; see `mq_ao.export`.
         tokenizer: of transformers, or its folder or hub id, for programs of a language model to keep, so that they
             read text. None: the one in the folder that the model comes from, if there is one.
@@ -117,7 +117,7 @@ def prepare_qat(
     calibration: Iterable[Any],
     recipe: str | Path | Recipe = "mambaquant-w4a8",
     *,
-    backend: str = "inductor",
+    backend: str = DEFAULT.name,
     scans: Scans | None = None,
     progress: bool = False,
 ) -> TrainableModel:
@@ -275,8 +275,11 @@ def _info(model: nn.Module, graph: GraphModule) -> dict[str, Any]:
 
 @in_turn
 @plain()
-def compile_float(model: nn.Module, backend: str = "inductor", options: Any = None) -> LanguageProgram:
-    """Compiles the float graph of a language model the same way as a quantized one, for comparison.
+def compile_float(model: nn.Module, backend: str = INDUCTOR.name, options: Any = None) -> LanguageProgram:
+    """Compiles the float graph of a language model, for comparison.
+
+    By Inductor, if no other backend is named: native programs have no fused kernels for what lies between float
+    operators, and decode at half the speed.
 
     Raises:
         MqAoError: unknown backend or options, or the model carries no states.

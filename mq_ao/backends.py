@@ -68,13 +68,16 @@ class Backend:
         raise MqAoError(f"the options of backend {self.name!r} are {wanted}, and not {type(options).__name__}.")
 
 
-INDUCTOR = Backend("inductor", ".pt2", "this machine's CPU", "uint8")
 NATIVE = Backend("native", ".ptn", "any CPU that there are kernels for, without a compiler", "uint8")
+INDUCTOR = Backend("inductor", ".pt2", "this machine's CPU", "uint8")
 EXECUTORCH = Backend("executorch", ".pte", "edge devices", "int8, XNNPACK")
 CUDA = Backend("cuda", ".ptc", "GPUs", "int8")
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType({item.name: item for item in (INDUCTOR, NATIVE, EXECUTORCH, CUDA)})
+BACKENDS: Mapping[str, Backend] = MappingProxyType({item.name: item for item in (NATIVE, INDUCTOR, EXECUTORCH, CUDA)})
 """The backends by name."""
+
+DEFAULT = NATIVE
+"""What runs a model where no backend is named: nothing is compiled, and integers are those of `INDUCTOR`."""
 
 
 def get_backend(name: str) -> Backend:
@@ -86,6 +89,20 @@ def get_backend(name: str) -> Backend:
     if not isinstance(name, str) or name not in BACKENDS:
         raise MqAoError(f"unknown backend {name!r}: the backends are {', '.join(BACKENDS)}.")
     return BACKENDS[name]
+
+
+def backend_for(output: str | Path, named: str | None) -> Backend:
+    """The backend of a program that is to be written: the one that was named, else the one that the file's name says.
+
+    Raises:
+        MqAoError: there is none of that name, or programs end otherwise.
+    """
+    if named is not None:
+        return get_backend(named)
+    if (found := backend_of(output)) is None:
+        endings = ", ".join(f"{item.suffix} ({item.name})" for item in BACKENDS.values())
+        raise MqAoError(f"{output} does not say which program to write: these end in {endings}.")
+    return found
 
 
 def backend_of(path: str | Path) -> Backend | None:

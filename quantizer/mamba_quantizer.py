@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
-from mq_ao.backends import get_backend
+from mq_ao.backends import DEFAULT, get_backend
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Match, Rejection, Role, match, walk
 from mq_ao.graph.walk import module_path
@@ -44,7 +44,7 @@ class MambaQuantizer(Quantizer):
         >>> print(quantizer.report)
     """
 
-    def __init__(self, backend: str = "inductor") -> None:
+    def __init__(self, backend: str = DEFAULT.name) -> None:
         super().__init__()
         self.kernels: Kernels = get_backend(backend).lowering.KERNELS
         self._global: QuantizationConfig | None = None

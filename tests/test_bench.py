@@ -23,7 +23,7 @@ from mq_ao.bench.quantizing import QuantizingCost, measure_quantizing
 from mq_ao.bench.results import Measured, Results
 from mq_ao.bench.runner import Bench, Plan
 from mq_ao.bench.table import render, render_quantizing
-from mq_ao.bench.worker import Kind, Memory, Spec, Worker, call_alone
+from mq_ao.bench.worker import Kind, Memory, Spec, Start, Worker, call_alone
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.inductor import InductorProgram
 from mq_ao.models import Logits, MambaConfig, MambaLM, language_model
@@ -129,9 +129,13 @@ def test_a_worker_runs_the_model(tiny: MambaLM, folder: Path) -> None:
         assert worker.prefill(ids[0].tolist()) > 0
         assert worker.decode([1, 2], [3, 4]) > 0
         memory = worker.memory()
+    with Worker(Spec("ours", Kind.EAGER, folder, threads=1, longest=12)) as worker:
+        start = worker.start([1, 2], [3, 4])
     with torch.no_grad():
         assert_close(logits, tiny(ids)[0][0, -1], 1e-5)
     assert memory.peak >= memory.libraries > memory.weight_bytes > 0
+    assert 0 < start.seconds < 60
+    assert memory.weight_bytes <= start.peak < memory.peak
 
 
 def test_a_workers_failures_name_it(folder: Path) -> None:
@@ -201,6 +205,10 @@ class FakeWorker:
         self.log.append((self.spec.name, "decode", len(ids)))
         return 0.5
 
+    def start(self, prompt: list[int], ids: list[int]) -> Start:
+        self.log.append((self.spec.name, "start", len(ids)))
+        return Start(0.25, 300)
+
     def logits(self, prompt: list[int], ids: list[int]) -> list[float]:
         return [3.0, 4.0 if self.spec.name != "slow" else 4.5]
 
@@ -230,6 +238,10 @@ def test_rounds_interleave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results.contenders["first"].prefill == {8: [2.0] * 3, 16: [2.0] * 3}
     assert results.contenders["first"].logits_error == 0.0
     assert results.contenders["slow"].logits_error == pytest.approx(0.1)
+    # Each in a process of its own, which is closed before the next one starts.
+    started = FakeWorker.log.index(("first", "start", 5))
+    assert FakeWorker.log[started : started + 3] == [("first", "start", 5), ("first", "close", 0), ("weak", "start", 5)]
+    assert results.contenders["weak"].starts == [Start(0.25, 300)] * 3
     closed = [name for name, what, _ in FakeWorker.log if what == "close"]
     assert set(closed) == {"first", "weak", "slow"}
 
@@ -275,7 +287,12 @@ def as_text(parts: Sequence[Table | str]) -> str:
 
 
 def test_figures(results: Results) -> None:
+    results.contenders[INT8].starts += [Start(0.1, 5), Start(0.5, 1), Start(0.2, 3)]
+    results.contenders[FP32].starts += [Start(0.4, 9)]
+    assert results.contenders[INT8].start_median() == Start(0.2, 3)
     figures = {figure.name: figure.value for figure in results.figures()}
+    assert figures[f"{INT8} against {FP32}, first token"] == 2.0
+    assert f"{INT8} against llama.cpp Q8_0, first token" not in figures
     assert figures[f"{INT8} against {FP32}, prefill of 100 tokens"] == 3.0
     assert figures[f"{INT8} against {FP32}, decode"] == pytest.approx(3.0)
     assert figures[f"{INT8} against llama.cpp Q8_0, prefill of 100 tokens"] == 6.0

@@ -109,7 +109,7 @@ def quantized(name: str, recipe: str = "mambaquant-w8a8") -> Any:
 @pytest.fixture(scope="module", params=["Bamba", "GraniteMoeHybrid, experts", "FalconMamba"])
 def program(request: pytest.FixtureRequest) -> Iterator[tuple[Any, InductorProgram]]:
     model = quantized(request.param)
-    yield model, model.lower()
+    yield model, model.lower("inductor")
 
 
 def test_integer_programs_decode_as_the_simulation(program: tuple[Any, InductorProgram]) -> None:

@@ -40,7 +40,7 @@ class Files:
 
     @property
     def program(self) -> Path:
-        return self.folder / "demo.pt2"
+        return self.folder / "demo.ptn"
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,10 @@ def test_bad_quantize_arguments_stop_before_the_model_is_loaded(
     monkeypatch.setattr(MambaLM, "from_pretrained", lambda source: pytest.fail("the model was loaded"))
     output = tmp_path / "out.pt2"
     data = calibrate(files)
-    assert "must end in .pt2" in error(mq_ao("quantize", files.model, *data, "-o", tmp_path / "out.bin"))
+    run = mq_ao("quantize", files.model, *data, "-o", tmp_path / "out.bin")
+    assert "does not say which program to write: these end in .ptn (native), .pt2 (inductor)" in error(run)
+    run = mq_ao("quantize", files.model, *data, "-o", output, "--backend", "native")
+    assert "must end in .ptn" in error(run)
     assert "does not exist" in error(mq_ao("quantize", files.model, *data, "-o", tmp_path / "no" / "out.pt2"))
     assert "cannot be written" in error(mq_ao("quantize", files.model, *data, "-o", "/proc/out.pt2"))
     (tmp_path / "folder.pt2").mkdir()

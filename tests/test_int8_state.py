@@ -46,7 +46,7 @@ def carried(tiny: MambaLM, calibration: list[torch.Tensor]) -> QuantizedModel:
 
 @pytest.fixture(scope="module")
 def compiled(carried: QuantizedModel) -> InductorProgram:
-    return carried.lower()
+    return carried.lower("inductor")
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -40,7 +40,7 @@ def with_cache(name: str = "rtn-w8a8") -> mq_ao.Recipe:
 @pytest.fixture(scope="module", params=["Bamba", "Zamba2"])
 def program(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any, InductorProgram]]:
     model = mq_ao.quantize(build(request.param), [ids_of(4, 16, seed=1)], with_cache())
-    yield request.param, model, model.lower()
+    yield request.param, model, model.lower("inductor")
 
 
 def test_programs_decode_as_the_simulation(program: tuple[str, Any, InductorProgram]) -> None:

@@ -146,7 +146,7 @@ def test_lowering_without_a_compiler_says_so_at_once(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MqAoError, match="no C.. compiler found .looked for no-such-compiler.: install g"):
-        quantized.lower()
+        quantized.lower("inductor")
 
 
 def test_partly_quantized_graphs_run_the_rest_in_float(tiny: MambaLM, calibration: list[torch.Tensor]) -> None:

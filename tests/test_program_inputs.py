@@ -215,7 +215,7 @@ def mamba2() -> MambaLM:
 def mamba2_program() -> InductorProgram:
     torch.manual_seed(0)
     made = Mamba2LM(Mamba2Config(vocab_size=VOCAB, d_model=32, n_layer=1, d_state=8, headdim=16)).eval()
-    lowered = mq_ao.quantize(made, [ids_of(2, 32, seed=seed) for seed in (1, 2)], "rtn-w8a8").lower()
+    lowered = mq_ao.quantize(made, [ids_of(2, 32, seed=seed) for seed in (1, 2)], "rtn-w8a8").lower("inductor")
     assert isinstance(lowered, InductorProgram)
     return lowered
 

@@ -149,7 +149,7 @@ def test_a_node_that_another_quantizer_took_is_reported_and_fails_validation_onl
 
 
 def test_what_is_unknown_is_refused_with_the_known_names(tiny: MambaLM) -> None:
-    with pytest.raises(MqAoError, match="unknown backend 'tpu': the backends are inductor"):
+    with pytest.raises(MqAoError, match="unknown backend 'tpu': the backends are native"):
         MambaQuantizer("tpu")
     with pytest.raises(MqAoError, match="unknown role 'attention': the roles are in_proj, conv1d"):
         MambaQuantizer().set_role("attention", None)

@@ -27,7 +27,7 @@ IDS = tokens(2, 7, seed=11)
 @pytest.fixture(scope="module")
 def saved(tiny: MambaLM, calibration: list[Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "tiny.pt2"
-    mq_ao.quantize(tiny, calibration, "mambaquant-w8a8").lower().save(path)
+    mq_ao.quantize(tiny, calibration, "mambaquant-w8a8").lower("inductor").save(path)
     return path
 
 

@@ -46,7 +46,7 @@ def text(tmp_path: Path) -> Path:
 def test_a_folder_becomes_a_program_that_writes_text(
     name: str, mq_ao: CommandLine, words: Any, text: Path, tmp_path: Path
 ) -> None:
-    folder, output = tmp_path / "model", tmp_path / "model.pt2"
+    folder, output = tmp_path / "model", tmp_path / "model.ptn"
     build(name).save_pretrained(folder)
     words.save_pretrained(folder)
     given = ("--calibration", text, "--tokens", "128", "--recipe", "rtn-w8a8", "-o", output)
@@ -118,8 +118,8 @@ def small() -> MambaLM:
 def test_from_python(small: MambaLM, words: Any, tmp_path: Path) -> None:
     batches = calibration([" ".join(WORDS)], words, tokens=32, length=16)
     program = package.quantize(small, batches, "rtn-w8a8", tokenizer=words).lower()
-    program.save(tmp_path / "small.pt2")
-    loaded = package.load(tmp_path / "small.pt2")
+    program.save(tmp_path / "small.ptn")
+    loaded = package.load(tmp_path / "small.ptn")
     kept = tokenizer.restored(loaded.info["tokenizer"])
     assert kept.encode("w5 w6") == words.encode("w5 w6")
     assert torch.equal(torch.cat(calibration(["w1 w2"], loaded)), torch.cat(calibration(["w1 w2"], words)))
@@ -130,7 +130,7 @@ def test_inspect_says_that_it_is_kept(
 ) -> None:
     small.save_pretrained(tmp_path / "small")
     words.save_pretrained(tmp_path / "named")
-    output = tmp_path / "small.pt2"
+    output = tmp_path / "small.ptn"
     given = ("--calibration", text, "--recipe", "rtn-w8a8", "--tokenizer", tmp_path / "named", "-o", output)
     assert mq_ao("quantize", tmp_path / "small", *given).code == 0
     run = mq_ao("inspect", output)

@@ -69,7 +69,7 @@ def ours(folder: Path) -> Any:
 
 
 def test_it_runs_what_quantize_gives(folder: Path, quantized: Any) -> None:
-    program = ours(folder).lower()
+    program = ours(folder).lower("inductor")
     ids = tokens(3, 12)
     expected = program.generate(ids, 20)
     assert quantized.integers.info["integer_kernels"] == program.integer_kernels

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mq_ao import api
-from mq_ao.backends import get_backend
+from mq_ao.backends import DEFAULT, INDUCTOR, NATIVE, get_backend
 from mq_ao.bench.gguf_writer import write_f32
 from mq_ao.bench.shapes import SHAPES, random_model
 from mq_ao.bench.worker import Kind, Spec
@@ -114,7 +114,7 @@ def prepare(
     peers: Sequence[Peer],
     threads: int,
     longest: int,
-    backend: str = "inductor",
+    backend: str = DEFAULT.name,
     step: Step | None = None,
 ) -> list[Spec]:
     """Writes what each contender opens into `folder`.
@@ -126,7 +126,7 @@ def prepare(
         peers: other libraries to bench.
         threads: threads that every contender uses; compiled programs are compiled for them.
         longest: most tokens in a sequence.
-        backend: what runs ours.
+        backend: what runs ours; in fp32 Inductor, where that is native.
         step: shows what is being done.
 
     Raises:
@@ -148,17 +148,19 @@ def prepare(
         else:
             model.model.save_pretrained(folder / "model")
             add(TRANSFORMERS_EAGER, Kind.TRANSFORMERS, folder / "model")
-    suffix = get_backend(backend).suffix
+    runs = get_backend(backend)
+    # What int8 is set against is the fastest float program that there is.
+    in_float = INDUCTOR if runs is NATIVE else runs
     with step("compiling in fp32"):
-        api.compile_float(model, backend).save(folder / f"fp32{suffix}")
-    add(FP32, Kind.PROGRAM, folder / f"fp32{suffix}")
+        api.compile_float(model, in_float.name).save(folder / f"fp32{in_float.suffix}")
+    add(FP32, Kind.PROGRAM, folder / f"fp32{in_float.suffix}")
     for index, (name, recipe) in enumerate(zip(int8_names(recipes), recipes, strict=True)):
         with step(f"quantizing ({recipe.name})"):
             quantized = api.quantize(model, calibration_of(model), recipe, backend=backend)
-        with step(f"compiling {name}"):
-            quantized.lower().save(folder / f"int8-{index}{suffix}")
+        with step(f"lowering {name}"):
+            quantized.lower().save(folder / f"int8-{index}{runs.suffix}")
         del quantized  # the next one needs the memory
-        add(name, Kind.PROGRAM, folder / f"int8-{index}{suffix}")
+        add(name, Kind.PROGRAM, folder / f"int8-{index}{runs.suffix}")
     if Peer.TRANSFORMERS in peers:
         add(TRANSFORMERS_EAGER, Kind.TRANSFORMERS, folder / "model")
     if Peer.LLAMA in peers:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from mq_ao.bench.prepare import FP32, FP32_EAGER, is_int8
-from mq_ao.bench.worker import Memory
+from mq_ao.bench.worker import Memory, Start
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Measured:
         memory: of its process after everything else, or None if it failed before.
         logits_error: relative L2 distance of its logits to the first contender's, or None.
         failure: why it could not be measured (further), or None.
+        starts: one a round, each in a process of its own.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Measured:
     memory: Memory | None = None
     logits_error: float | None = None
     failure: str | None = None
+    starts: list[Start] = field(default_factory=list)
 
     def prefill_median(self, tokens: int) -> float | None:
         """Median seconds for a prefill of that many tokens, or None if there was none."""
@@ -39,6 +41,15 @@ class Measured:
     def decode_median(self, context: int) -> float | None:
         """Median seconds a token after that many, or None."""
         return _median(self.decode.get(context, []))
+
+    def start_median(self) -> Start | None:
+        """Medians of the starts, or None if there was none."""
+        if not self.starts:
+            return None
+        return Start(
+            statistics.median(start.seconds for start in self.starts),
+            int(statistics.median(start.peak for start in self.starts)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON: medians, and the samples that they come from."""
@@ -64,6 +75,7 @@ class Measured:
             "name": self.name,
             "prefill": prefill,
             "decode": decode,
+            "starts": [asdict(start) for start in self.starts],
             "memory_bytes": memory,
             "logits_error": self.logits_error,
             "failure": self.failure,
@@ -150,6 +162,8 @@ class Results:
             for tokens in self.lengths
         ]
         pairs += [(self.decoding(n), ours.decode_median(n), theirs.decode_median(n)) for n in self.contexts]
+        if (our_start := ours.start_median()) and (their_start := theirs.start_median()):
+            pairs.append(("first token", our_start.seconds, their_start.seconds))
         return [
             Figure(f"{base} against {other}, {what}", b / a) for what, a, b in pairs if a is not None and b is not None
         ]

@@ -83,8 +83,9 @@ class Bench:
                     self._guard(spec.name, self._open, spec, stack)
             with step("comparing logits"):
                 self._compare_logits()
-            total = len(self._specs) * self._plan.repeats * (len(lengths) + len(self._plan.contexts))
+            total = len(self._specs) * self._plan.repeats * (1 + len(lengths) + len(self._plan.contexts))
             with bar(model, total) as advance:
+                self._rounds(f"{model}, start", self._start, advance)
                 for tokens in lengths:
                     self._rounds(f"{model}, {tokens} tokens", partial(self._prefill, tokens), advance)
                 for context in self._plan.contexts:
@@ -107,6 +108,13 @@ class Bench:
                     # What comes before a measurement takes time as well: a long prompt.
                     spent[name] += max(measured, time.perf_counter() - started)
                 advance(1)
+
+    def _start(self, name: str) -> float:
+        prompt, ids = self._ids[:PROMPT_TOKENS], self._ids[PROMPT_TOKENS : PROMPT_TOKENS + self._plan.decode_tokens]
+        with Worker(self._workers[name].spec) as fresh:
+            start = fresh.start(prompt, ids)
+        self._results.contenders[name].starts.append(start)
+        return start.seconds
 
     def _prefill(self, tokens: int, name: str) -> float:
         seconds = self._workers[name].prefill(self._ids[:tokens])

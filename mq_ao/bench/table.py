@@ -8,6 +8,7 @@ from rich.table import Table
 
 from mq_ao.bench.quantizing import QuantizingCost
 from mq_ao.bench.results import Measured, Results
+from mq_ao.bench.runner import PROMPT_TOKENS
 from mq_ao.bench.worker import Memory
 
 
@@ -25,7 +26,7 @@ def _times(results: Results) -> Table:
     for context in results.contexts:
         after = "" if len(results.contexts) == 1 else f" after\n{context} tokens,"
         table.add_column(f"decode{after}\nms a token", justify="right", no_wrap=True)
-    for name in ("weights\nMB", "decoding, peak MB\n(libraries)", "logits\noff by"):
+    for name in ("first token\nms", "start\nMB", "weights\nMB", "decoding, peak MB\n(libraries)", "logits\noff by"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results.contenders.values():
         prefill = [_against(row.prefill_median(n), base.prefill_median(n)) for n in results.lengths]
@@ -33,7 +34,10 @@ def _times(results: Results) -> Table:
         memory = "-" if row.memory is None else _memory(row.memory)
         error = "-" if row.logits_error is None else f"{row.logits_error:.1e}"
         decode = [_against(row.decode_median(n), base.decode_median(n)) for n in results.contexts]
-        table.add_row(row.name, *prefill, *decode, weights, memory, error)
+        start, first = row.start_median(), base.start_median()
+        seconds = "-" if start is None else _against(start.seconds, None if first is None else first.seconds)
+        started = "-" if start is None else f"{start.peak / 1e6:.0f}"
+        table.add_row(row.name, *prefill, *decode, seconds, started, weights, memory, error)
     return table
 
 
@@ -53,9 +57,11 @@ def _against(seconds: float | None, base: float | None) -> str:
 def _notes(results: Results) -> list[str]:
     notes = [f"{figure.name}: {figure.value:.3g}x" for figure in results.own_figures()]
     notes += [
+        f"First token: from opening the model, libraries imported, through a prompt of {PROMPT_TOKENS}. Start: most "
+        f"memory up to then and while {results.decode_tokens} tokens were decoded, without the libraries'.",
         "Prefill computes the last token's logits only. Memory is that of the contender's process, interpreter and "
         "libraries (in brackets) included: while it decodes, and at most, opening included. Logits: relative L2 "
-        "distance to the first row's."
+        "distance to the first row's.",
     ]
     most = max((len(samples) for row in results.contenders.values() for samples in row.prefill.values()), default=0)
     for row in results.contenders.values():

@@ -45,7 +45,7 @@ class Spec:
     Attributes:
         name: what tables call it.
         kind: how it runs the model.
-        path: model folder, `.pt2` or `.gguf` file.
+        path: model folder, saved program or `.gguf` file.
         threads: threads to use.
         longest: most tokens in a sequence.
     """
@@ -79,6 +79,19 @@ class Memory:
         if self.decoding is None:
             return None
         return (self.decoding - self.libraries) / self.weight_bytes - 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a contender needs before it has said anything, and soon after.
+
+    Attributes:
+        seconds: from opening the model, with libraries imported and files in the system's cache, to the first token.
+        peak: most resident bytes beyond the libraries while it was opened, read a prompt and decoded.
+    """
+
+    seconds: float
+    peak: int
 
 
 class Worker:
@@ -132,6 +145,10 @@ class Worker:
     def logits(self, prompt: list[int], ids: list[int]) -> list[float]:
         """Logits after `prompt` in one call and then `ids` token by token."""
         return self._call("logits", prompt, ids)
+
+    def start(self, prompt: list[int], ids: list[int]) -> Start:
+        """What opening it took, and reading `prompt` and going on with `ids`. It has to be the first call."""
+        return self._call("start", prompt, ids)
 
     def memory(self) -> Memory:
         """What the process has needed so far."""
@@ -200,7 +217,9 @@ class _Server:
         torch.set_grad_enabled(False)
         opener = _opener(spec)
         self._libraries = resident()
+        started = time.perf_counter()
         self._contender = opener()
+        self._opening = time.perf_counter() - started
         self._decoding: int | None = None
 
     def prefill(self, ids: list[int]) -> float:
@@ -217,6 +236,13 @@ class _Server:
     def logits(self, prompt: list[int], ids: list[int]) -> list[float]:
         self._contender.prefill(_row(prompt))
         return self._contender.decode(_row(ids)).tolist()
+
+    def start(self, prompt: list[int], ids: list[int]) -> Start:
+        started = time.perf_counter()
+        self._contender.prefill(_row(prompt))
+        seconds = self._opening + time.perf_counter() - started
+        self._contender.decode(_row(ids))
+        return Start(seconds, peak() - self._libraries)
 
     def memory(self) -> Memory:
         return Memory(self._contender.weight_bytes, self._libraries, peak(), self._decoding)

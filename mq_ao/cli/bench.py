@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mq_ao.backends import get_backend
+from mq_ao.backends import DEFAULT, get_backend
 from mq_ao.cli.bench_gpu import gpu
 from mq_ao.cli.bench_kernels import kernels
 from mq_ao.cli.bench_quantize import quantize
@@ -68,7 +68,9 @@ def bench(
         typer.Option(help="transformers, llama.cpp: comma-separated; none: only ours. Default: all installed ones."),
     ] = None,
     recipe: Recipes = None,
-    backend: Annotated[str, typer.Option(help="What runs ours: inductor, native, or executorch (.pte).")] = "inductor",
+    backend: Annotated[
+        str, typer.Option(help="What runs ours: native, inductor, or executorch (.pte).")
+    ] = DEFAULT.name,
     threads: Threads = None,
     json: Json = None,
 ) -> None:

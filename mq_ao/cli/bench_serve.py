@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mq_ao.backends import DEFAULT
 from mq_ao.cli.benching import Json, Models, Threads, chosen_models, chosen_threads, machine, write
 from mq_ao.cli.console import check_json, out, ready_kernels, step
 from mq_ao.extras import needs
@@ -59,11 +60,11 @@ def serve(
 
     for source in chosen_models(model):
         with tempfile.TemporaryDirectory(prefix="mq_ao_bench_") as folder, ExitStack() as stack:
-            path = Path(folder) / f"{Path(source).name}.pt2"
+            path = Path(folder) / f"{Path(source).name}{DEFAULT.suffix}"
             with step(f"quantizing {source} ({recipe})"):
                 opened = open_model(source)
                 quantized = api.quantize(opened, calibration_of(opened), recipe)
-            with step(f"compiling {source}"):
+            with step(f"lowering {source}"):
                 quantized.lower().save(path)
             words = save_words(opened.config.vocab_size, Path(folder) / "words")
             with step(f"starting the server of {source}"):

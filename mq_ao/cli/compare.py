@@ -35,7 +35,7 @@ def compare(
     ] = 3,
     outliers: measuring.Outliers = None,
     lowered: Annotated[
-        bool, typer.Option("--lowered", help="Run compiled programs in real integers; by default these are simulated.")
+        bool, typer.Option("--lowered", help="Run programs in real integers; by default these are simulated.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP)] = None,
     json: measuring.Json = None,

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mq_ao.backends import INDUCTOR, NATIVE, Backend, backend_for
 from mq_ao.cli.console import bar, err, kernel_counts, megabytes, out, ready_kernels, step
+from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
 
 if TYPE_CHECKING:
@@ -33,9 +35,9 @@ _EAGER = "fp32, PyTorch eager"
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Program to write, ending in .pt2.")] = Path(
-        "demo-w8a8.pt2"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Program to write: .ptn, or .pt2 for one that Inductor compiles.")
+    ] = Path("demo-w8a8.ptn"),
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file.")] = "mambaquant-w8a8",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     vision: Annotated[
@@ -46,7 +48,7 @@ def demo(
 
     [bold]Examples[/bold]
 
-    mq-ao demo -o demo-w8a8.pt2
+    mq-ao demo -o demo-w8a8.ptn
 
     mq-ao demo --vision
     """
@@ -55,7 +57,8 @@ def demo(
 
         demo_vision(recipe)
         return
-    check_output(output, ".pt2")
+    backend = backend_for(output, None)
+    check_output(output, backend.suffix if backend in (NATIVE, INDUCTOR) else NATIVE.suffix)
     with step("starting"):
         from mq_ao import api
         from mq_ao.evaluate import compare
@@ -69,23 +72,40 @@ def demo(
     with step("loading the bundled model"):
         model = MambaLM.from_pretrained("demo")
     calibration = read_tokens(bundled.CALIBRATION, BYTE_VOCABULARY, ByteCodec())
-    with step("compiling in fp32, to compare"):
-        programs = [api.compile_float(model)]
+    baseline = _baseline()
+    with step(f"lowering in fp32, to compare ({baseline.name})"):
+        programs = [api.compile_float(model, baseline.name)]
     for chosen in recipes:
-        quantized = api.quantize(model, calibration_batches(calibration, tokens), chosen, progress=True)
-        with step(f"compiling {chosen.name}"):
-            programs.append(quantized.lower("inductor"))
+        quantized = api.quantize(
+            model, calibration_batches(calibration, tokens), chosen, backend=backend.name, progress=True
+        )
+        with step(f"lowering {chosen.name}"):
+            programs.append(quantized.lower())
     err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
     programs[-1].save(output)
     programs[-1] = load(output)
     text = read_tokens(bundled.HELDOUT, BYTE_VOCABULARY, ByteCodec())
     with bar(f"evaluating {text.predicted} held-out bytes", text.predicted * len(recipes)) as advance:
         comparisons = [compare(programs[0], program, text, progress=advance) for program in programs[1:]]
-    names = ("fp32", *(chosen.name for chosen in recipes))
+    backends = [baseline, *[backend] * len(recipes)]
+    names = [
+        f"{what}, {runs.name}" for what, runs in zip(("fp32", *(item.name for item in recipes)), backends, strict=True)
+    ]
     speeds = _measure({_EAGER: model, **dict(zip(names, programs, strict=True))})
-    _print_table(comparisons, speeds, programs)
+    _print_table(comparisons, speeds, programs, backends)
     _print_remarks(comparisons[-1], programs[-1], output)
     _print_sample(programs[-1])
+
+
+def _baseline() -> Backend:
+    """What runs fp32: Inductor, whose float programs decode faster, or native where it would find no compiler."""
+    from mq_ao.ops.native.shared_library import compiler
+
+    try:
+        compiler()
+    except MqAoError:
+        return NATIVE
+    return INDUCTOR
 
 
 @dataclass(frozen=True)
@@ -130,19 +150,22 @@ def _seconds(run: Callable[[Tensor], object], ids: Tensor) -> float:
 
 
 def _print_table(
-    comparisons: Sequence[Comparison], speeds: Mapping[str, Speed], programs: Sequence[LoweredProgram]
+    comparisons: Sequence[Comparison],
+    speeds: Mapping[str, Speed],
+    programs: Sequence[LoweredProgram],
+    backends: Sequence[Backend],
 ) -> None:
-    """Eager float32, then the programs: compiled float32, the baseline, the recipe."""
+    """Eager float32, then the programs: float32, the baseline, the recipe."""
     from rich.table import Table
 
     table = Table("", title="bundled model, on text that it has not seen", title_justify="left")
     for name in speeds:
-        table.add_column(f"{name}, compiled" if name != _EAGER else name, justify="right")
+        table.add_column(name, justify="right")
     bits = [comparisons[0].reference.bits_per_byte or 0.0, *(item.other.bits_per_byte or 0.0 for item in comparisons)]
     table.add_row("bits per byte", "", *map(_against(bits, "{:.4f}"), bits))
     divergences = [f"{item.divergence:.5f}" for item in comparisons]
     table.add_row("mean KL to fp32, nats", "", "", *divergences)
-    sizes = [_file_size(program) for program in programs]
+    sizes = [_file_size(*pair) for pair in zip(programs, backends, strict=True)]
     table.add_row("program file", "", *(f"{megabytes(size)} ({size / sizes[0]:.2f}x)" for size in sizes))
     weights = [program.weight_bytes for program in programs]
     table.add_row("resident weights", "", *(f"{megabytes(size)} ({size / weights[0]:.2f}x)" for size in weights))
@@ -160,9 +183,9 @@ def _against(values: Sequence[float], form: str) -> Callable[[float], str]:
     )
 
 
-def _file_size(program: LoweredProgram) -> int:
+def _file_size(program: LoweredProgram, backend: Backend) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program.pt2"
+        path = Path(folder) / f"program{backend.suffix}"
         program.save(path)
         return path.stat().st_size
 

@@ -59,11 +59,11 @@ def evaluate(
 
     mq-ao eval demo
 
-    mq-ao eval demo-w8a8.pt2 --against demo
+    mq-ao eval demo-w8a8.ptn --against demo
 
-    mq-ao eval mamba-w8a8.pt2 --text wiki.txt --tokenizer state-spaces/mamba-130m-hf --json -
+    mq-ao eval mamba-w8a8.ptn --text wiki.txt --tokenizer state-spaces/mamba-130m-hf --json -
 
-    mq-ao eval mamba-w8a8.pt2 --tasks arc_easy,arc_challenge,piqa,winogrande,hellaswag
+    mq-ao eval mamba-w8a8.ptn --tasks arc_easy,arc_challenge,piqa,winogrande,hellaswag
     """
     check_json(json)
     if tasks is not None:

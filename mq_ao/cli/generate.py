@@ -30,7 +30,7 @@ def generate(
 
     mq-ao generate demo --prompt "def "
 
-    mq-ao generate demo-w8a8.pt2 -p "import os" -n 500 --temperature 0.7 --top-p 0.95 --seed 1
+    mq-ao generate demo-w8a8.ptn -p "import os" -n 500 --temperature 0.7 --top-p 0.95 --seed 1
     """
     if not prompt:
         raise MqAoError("the prompt is empty: give at least one character with --prompt.")

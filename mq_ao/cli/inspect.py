@@ -40,7 +40,7 @@ def inspect(
 
     mq-ao inspect demo
 
-    mq-ao inspect demo-w8a8.pt2
+    mq-ao inspect demo-w8a8.ptn
 
     mq-ao inspect demo-w8a8.pte
 

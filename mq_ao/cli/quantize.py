@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mq_ao.backends import get_backend
+from mq_ao.backends import CUDA, EXECUTORCH, Backend, backend_for
 from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
 from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, CalibrationFile, Opened, open_model
 from mq_ao.errors import MqAoError
@@ -35,7 +35,7 @@ def quantize(
         typer.Option(
             "--output",
             "-o",
-            help="Program to write: .pt2 for inductor, .ptn for native, .pte for executorch, .ptc for cuda; or a "
+            help="Program to write: .ptn for native, .pt2 for inductor, .pte for executorch, .ptc for cuda; or a "
             "folder, see --format.",
         ),
     ],
@@ -43,12 +43,12 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file (.yaml, .json).")] = "mambaquant-w8a8",
     tokens: Annotated[int, typer.Option(help="Calibration tokens, spread evenly over the file.")] = 16384,
     backend: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="inductor: this machine's CPU; native: a CPU, without compiling; executorch: a .pte for edge devices; "
-            "cuda: GPUs."
+            help="native: a CPU, without compiling; inductor: this machine's CPU; executorch: a .pte for edge devices; "
+            "cuda: GPUs. Default: what the output's name says."
         ),
-    ] = "inductor",
+    ] = None,
     max_length: Annotated[int, typer.Option(help="executorch: tokens that prefill takes at most in one call.")] = 256,
     max_context: Annotated[
         int, typer.Option(help="executorch: tokens of a conversation, of models with attention.")
@@ -68,30 +68,31 @@ def quantize(
     ] = Format.PROGRAM,
     report: Annotated[Path | None, typer.Option(help="Page to write with what was done, ending in .html.")] = None,
 ) -> None:
-    """Calibrate, quantize and compile a model, and save the program.
+    """Calibrate and quantize a model, and save the program that runs it.
 
     [bold]Examples[/bold]
 
-    mq-ao quantize demo -o demo-w8a8.pt2
+    mq-ao quantize demo -o demo-w8a8.ptn
 
-    mq-ao quantize state-spaces/mamba-130m-hf --calibration wiki.txt --tokens 32768 -o mamba-w8a8.pt2
+    mq-ao quantize state-spaces/mamba-130m-hf --calibration wiki.txt --tokens 32768 -o mamba-w8a8.ptn
 
-    mq-ao quantize ./my-mamba --calibration ids.npy --recipe mine.yaml -o mine.pt2
+    mq-ao quantize ./my-mamba --calibration ids.npy --recipe mine.yaml -o mine.ptn
 
-    mq-ao quantize demo --backend native -o demo.ptn
+    mq-ao quantize demo -o compiled.pt2
 
-    mq-ao quantize demo --backend executorch -o demo.pte
+    mq-ao quantize demo -o demo.pte
 
-    mq-ao quantize ./my-mamba --calibration wiki.txt --backend executorch --runner -o for-the-app.pte
+    mq-ao quantize ./my-mamba --calibration wiki.txt --runner -o for-the-app.pte
 
-    mq-ao quantize demo --backend cuda -o demo.ptc
+    mq-ao quantize demo -o demo.ptc
 
     mq-ao quantize ./my-bamba --calibration wiki.txt --format compressed-tensors -o my-bamba-w8a8
     """
     if format is Format.COMPRESSED:
         _compressed(model, output, calibration, recipe, tokens, tokenizer)
         return
-    check_output(output, get_backend(backend).suffix)
+    runs = backend_for(output, backend)
+    check_output(output, runs.suffix)
     if report is not None:
         check_output(report, ".html")
     with step("starting"):
@@ -104,7 +105,7 @@ def quantize(
         if report is not None:
             import_module("mq_ao.report.page")  # before anything takes long: it says what it lacks
     chosen = get_recipe(recipe)
-    options = _options(backend, max_length, max_context, scan, runner)
+    options = _options(runs, max_length, max_context, scan, runner)
     if calibration is None:
         if model != "demo":
             raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
@@ -114,12 +115,12 @@ def quantize(
     codec = None if calibration.suffix in TOKEN_FILES else opened.codec
     batches = calibration_batches(read_tokens(calibration, opened.vocab_size, codec), tokens)
     named = tokenizer or (model if is_beside(model) else None)
-    quantized = api.quantize(loaded, batches, chosen, backend=backend, tokenizer=named, progress=True)
+    quantized = api.quantize(loaded, batches, chosen, backend=runs.name, tokenizer=named, progress=True)
     err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
     if report is not None:
         with step("writing the report"):
             quantized.report(html=report, title=model)
-    with step(f"lowering ({backend})"):
+    with step(f"lowering ({runs.name})"):
         program = quantized.lower(options=options)
     program.save(output)
     counts = kernel_counts(program.integer_kernels)
@@ -129,7 +130,7 @@ def quantize(
         markup=False,
         soft_wrap=True,
     )
-    if backend == "cuda":
+    if runs is CUDA:
         console.print(
             "lowered on the CPU, and not run on a GPU: the machine that loads it compiles it. Here it runs by the "
             "operators' references, for checking."
@@ -171,8 +172,8 @@ def _compressed(
     )
 
 
-def _options(backend: str, max_length: int, max_context: int, scan: str, runner: bool) -> Options | None:
-    if backend != "executorch":
+def _options(runs: Backend, max_length: int, max_context: int, scan: str, runner: bool) -> Options | None:
+    if runs is not EXECUTORCH:
         return None
     from mq_ao.checks import member
     from mq_ao.lowering.executorch.options import Options, Scan

@@ -39,7 +39,7 @@ def serve(
 
     mq-ao serve demo
 
-    mq-ao serve mamba-w8a8.pt2 --tokenizer state-spaces/mamba-130m-hf --port 8080 --api-key secret
+    mq-ao serve mamba-w8a8.ptn --tokenizer state-spaces/mamba-130m-hf --port 8080 --api-key secret
 
     curl localhost:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 20}'
     """

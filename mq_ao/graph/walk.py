@@ -158,7 +158,7 @@ def check_experts(module: GraphModule, backend: str) -> None:
     for node in calls(module, EXPERTS):
         raise MqAoError(
             f"this model is a mixture of experts ({node.name}), for which backend {backend!r} has no operator: choose "
-            "'inductor'."
+            "'native' or 'inductor'."
         )
 
 

@@ -36,7 +36,7 @@ class TextMetric:
     Attributes:
         model: the float model.
         text: what is predicted; not the calibration text.
-        lowered: measure the compiled program, in real integers, instead of the graph that simulates them.
+        lowered: measure the program, in real integers, instead of the graph that simulates them.
     """
 
     model: MambaLM

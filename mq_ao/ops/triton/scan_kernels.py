@@ -78,18 +78,14 @@ def _scan(
     h = tl.zeros((N, BLOCK), dtype=tl.float32)
     if start is not None:
         h = read_state(start + of_chunk * D_STATE + states, scale_at, mask)
-    bias = parameter(delta_bias, c, inside)
-    skip = parameter(D, c, inside)
+    bias, skip = parameter(delta_bias, c, inside), parameter(D, c, inside)
     if GROUPED:
-        matrix = (c // group_channels)[None, :] * D_STATE + n[:, None]
-        matrix_mask = mask
+        matrix, matrix_mask = (c // group_channels)[None, :] * D_STATE + n[:, None], mask
     else:
-        matrix = n[:, None]
-        matrix_mask = (n < D_STATE)[:, None]
+        matrix, matrix_mask = n[:, None], (n < D_STATE)[:, None]
     start_of_sequence = batch * length
     # Offsets of 64 bits that are kept over the loop are registers that a float32 scan has not got.
-    u += start_of_sequence * u_row
-    delta += start_of_sequence * delta_row
+    u, delta = u + start_of_sequence * u_row, delta + start_of_sequence * delta_row
     if y is not None:
         y += start_of_sequence * channels
     first = tl.program_id(1) * chunk
