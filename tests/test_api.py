@@ -71,7 +71,7 @@ def test_unknown_pass_is_refused(tiny: MambaLM) -> None:
 
 
 def test_unknown_backend_is_refused(quantized: QuantizedModel) -> None:
-    with pytest.raises(MqAoError, match="unknown backend 'tpu': the backends are inductor"):
+    with pytest.raises(MqAoError, match="unknown backend 'tpu': the backends are native"):
         quantized.lower("tpu")
 
 

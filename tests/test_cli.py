@@ -68,7 +68,7 @@ def test_help_answers_without_torch() -> None:
     assert result.stdout.strip() == "False"
 
 
-BENCHES = ["bench", "bench kernels", "bench quantize", "bench gpu"]
+BENCHES = ["bench", "bench kernels", "bench profile", "bench quantize", "bench gpu"]
 
 
 @pytest.mark.parametrize(

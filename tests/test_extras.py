@@ -119,7 +119,7 @@ def test_the_base_installation_quantizes_and_lowers(tmp_path: Path) -> None:
     assert report[0] == "recipe rtn-w8a8" and any("quantized" in line for line in report)
     assert page == 'the page of a report needs matplotlib: run pip install "mq-ao[report]".'
     assert plot == 'a plot needs matplotlib: run pip install "mq-ao[report]".'
-    assert program.startswith("torch.Size([2, 32, 256]) {'mq_ao.linear_packed.default'")
+    assert program.startswith("torch.Size([2, 32, 256]) {'mq_ao.qrms_norm.default'")
     assert "calibrating: 2 done" in done.stderr.splitlines()
     assert list(tmp_path.iterdir()) == []
 

@@ -43,7 +43,7 @@ class Ungiven(Blocks):
         (lambda: compile_float(Blocks()), "Blocks has no states that it could go on from"),
         (lambda: compile_float(3), "the model is of type int"),
         (lambda: mq_ao.quantize(Blocks(), X, scans=3), "scans is of type int: give a dictionary such as"),
-        (lambda: mq_ao.quantize(Blocks(), X, backend=["inductor"]), "unknown backend .* the backends are inductor, "),
+        (lambda: mq_ao.quantize(Blocks(), X, backend=["inductor"]), "unknown backend .* the backends are native, "),
         (lambda: mq_ao.load(None), "a saved program's path is text or a Path, and not NoneType"),
         (
             lambda: mq_ao.export(torch.jit.script(nn.Linear(2, 2)).eval(), (X[0],)),

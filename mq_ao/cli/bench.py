@@ -11,6 +11,7 @@ import typer
 from mq_ao.backends import DEFAULT, get_backend
 from mq_ao.cli.bench_gpu import gpu
 from mq_ao.cli.bench_kernels import kernels
+from mq_ao.cli.bench_profile import profile
 from mq_ao.cli.bench_quantize import quantize
 from mq_ao.cli.bench_serve import serve
 from mq_ao.cli.benching import (
@@ -43,9 +44,10 @@ if TYPE_CHECKING:
     from mq_ao.bench.runner import Plan
     from mq_ao.recipes import Recipe
 
-app = typer.Typer(subcommand_metavar="[gpu | kernels | quantize | serve]", rich_markup_mode="rich")
+app = typer.Typer(subcommand_metavar="[gpu | kernels | profile | quantize | serve]", rich_markup_mode="rich")
 app.command("gpu")(gpu)
 app.command("kernels")(kernels)
+app.command("profile")(profile)
 app.command("quantize")(quantize)
 app.command("serve")(serve)
 

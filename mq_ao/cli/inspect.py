@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mq_ao.backends import EXECUTORCH, backend_of
+from mq_ao.backends import EXECUTORCH, NATIVE, backend_of
 from mq_ao.cli.console import kernel_name, megabytes, out, said, step
 from mq_ao.cli.opened import ANY_HELP, is_program, open_model
 from mq_ao.errors import MqAoError
@@ -48,7 +48,8 @@ def inspect(
     """
     portable = backend_of(model) is EXECUTORCH
     if profile and not portable:
-        raise MqAoError(f"--profile is for .pte programs, and {model} is none.")
+        other = f": mq-ao bench profile {model}" if backend_of(model) is NATIVE else ""
+        raise MqAoError(f"--profile is for .pte programs, and {model} is none{other}.")
     if tokens is not None and not profile:
         raise MqAoError("--tokens is the length of what --profile runs: give both.")
     if profile:

@@ -1,6 +1,7 @@
-"""Predicted times on GPUs: bytes and operations of every lowered node, against a device's peaks.
+"""Bytes and operations of every lowered node, against a device's peaks.
 
-Nothing here was run on a GPU, and nothing is fitted to measurements.
+For GPUs times are predicted (`predict`): nothing of that was run on one, and nothing is fitted to measurements. For the
+CPU that this runs on, times and peaks are measured (`measured`, `machine`).
 """
 
 from __future__ import annotations
