@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import edit, walk
-from mq_ao.graph.gate import gate_of
+from mq_ao.graph.gate import Gate, gate_of
 from mq_ao.graph.rows import pieces
 from mq_ao.graph.views import Conv, Layer, Linear, Norm, Scan
 from mq_ao.lowering.patterns import (
@@ -101,11 +102,30 @@ class GraphRewriter(ABC):
         alone = walk.only_user(x) is quantize and (not rotated or walk.only_user(product) is x)
         if product.target not in walk.MUL or not alone:
             return None
-        gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
-        if gate is None or not gate.is_plain or not self.readable(quantize):
+        gate = _plain_gate(product)
+        if gate is None or not self.readable(quantize):
             return None
         y, z = self.operand(gate.y), self.operand(gate.z)
         return *y.arguments, *z.arguments, gate.scale, rotated
+
+    def gated_norm(self, operator: Any, quantize: Node) -> None:
+        """Gate, RMSNorm, rotation if there is one, and the one quantize step that reads them as one `operator`.
+
+        It takes `(y, z, weight, eps, hadamard, out_scale, out_zero_point)` and gives integers and scales.
+        """
+        x = walk.argument(quantize, 0)
+        rotated = x.target in walk.HADAMARD
+        norm = walk.argument(x, 0) if rotated else x
+        if norm.target != aten.rms_norm.default or (rotated and (len(x.args) > 1 or x.kwargs)):
+            return
+        given = Norm.of(norm)
+        chain = [given.x, norm, *[x][: int(rotated)], quantize]
+        if not all(walk.only_user(node) is reader for node, reader in pairwise(chain)) or not self.readable(quantize):
+            return
+        gate = _plain_gate(given.x) if given.x.target in walk.MUL else None
+        if gate is None or gate.scale is not None or len(given.shape) != 1 or given.eps is None:
+            return
+        self.fused(quantize, operator, (gate.y, gate.z, given.weight, given.eps, rotated))
 
     def norm(self, operator: Any, quantize: Node) -> None:
         """The sum before an RMSNorm, the norm, and the one quantize step that reads it as one `operator`.
@@ -265,6 +285,12 @@ class LinearRewriter(GraphRewriter):
         bounds = pieces(node)
         if bounds is None or not self.in_pieces(x, weight, bias, bounds):
             self.replace(node, self.product(node, x, weight, bias))
+
+
+def _plain_gate(product: Node) -> Gate | None:
+    """The gate whose product this is, if nothing but y, z and a smoothing is in it."""
+    gate = next((found for y in walk.inputs(product) if (found := gate_of(product, y)) is not None), None)
+    return gate if gate is not None and gate.is_plain else None
 
 
 def _alike(a: object, b: object) -> bool:

@@ -61,6 +61,19 @@ def test_quantize_per_tensor_is_pytorchs(
 ) -> None:
     x = torch.randn((*shape, 2) if strided else shape, generator=torch.Generator().manual_seed(seed)) * 4
     x = x[..., 0] if strided else x
+    assert_quantized(x, scale, zero_point)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 4, 6), (3, 5, 4, 6), (2, 3, 1, 8)])
+def test_parts_of_wider_rows_are_quantized_alike(shape: tuple[int, ...]) -> None:
+    *batch, heads, size = shape
+    wide = torch.randn(*batch, heads * size + 7, generator=torch.Generator().manual_seed(0))
+    part = wide[..., 3 : 3 + heads * size].unflatten(-1, (heads, size))
+    for x in (part, part.transpose(-1, -2), part[..., :2], wide.expand(2, *wide.shape)):
+        assert_quantized(x, 0.02, 100)
+
+
+def assert_quantized(x: Tensor, scale: float, zero_point: int) -> None:
     q = mq.quantize_per_tensor(x, scale, zero_point)
     assert q.is_contiguous()
     assert torch.equal(q, qd.quantize_per_tensor(x, scale, zero_point, 0, 255, torch.uint8))

@@ -17,7 +17,7 @@ from mq_ao.quantizer.kernels import UINT8
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
 
-INTEGER_KERNELS = linked.INTEGER_KERNELS | {mq.qrms_norm.default}
+INTEGER_KERNELS = linked.INTEGER_KERNELS | {mq.qrms_norm.default, mq.qgated_norm.default}
 
 
 class Rewriter(linked.Rewriter):
@@ -30,8 +30,9 @@ class Rewriter(linked.Rewriter):
     @property
     def steps(self) -> Sequence[Step]:
         """Norms are known by what reads them."""
-        tokens = mq.quantize_per_token.default
-        return (*super().steps, each({Q_STATIC, tokens}, partial(self.norm, mq.qrms_norm.default)))
+        quantizes = {Q_STATIC, mq.quantize_per_token.default}
+        gated_norms = each(quantizes, partial(self.gated_norm, mq.qgated_norm.default))
+        return (*super().steps, gated_norms, each(quantizes, partial(self.norm, mq.qrms_norm.default)))
 
 
 def own_kernels(module: GraphModule) -> None:

@@ -1,4 +1,4 @@
-// mq_ao::qrms_norm and mq_ao::quantize_per_tensor for PyTorch's CPU dispatch key; the schemas are defined in Python.
+// mq_ao::qrms_norm, mq_ao::qgated_norm and mq_ao::quantize_per_tensor for PyTorch's CPU dispatch key; the schemas are defined in Python.
 
 #include "norm.h"
 
@@ -51,12 +51,59 @@ std::tuple<Tensor, Tensor, Tensor> qrms_norm(
   return {q, scale, total};
 }
 
+std::tuple<Tensor, Tensor> qgated_norm(const Tensor& y, const Tensor& z, const OptionalTensor& weight, double eps,
+                                       bool hadamard, std::optional<double> out_scale, int64_t out_zero_point) {
+  const bool fits = y.dim() > 0 && y.size(-1) > 0 && y.scalar_type() == at::kFloat && z.scalar_type() == at::kFloat &&
+      y.sizes() == z.sizes() &&
+      (!weight || (weight->scalar_type() == at::kFloat && has_shape(weight, {y.size(-1)}))) &&
+      (!hadamard || hadamard::find_plan(y.size(-1))) && (!out_scale || (*out_scale > 0 && is_byte_point(out_zero_point)));
+  if (!fits) {
+    return call_reference<decltype(qgated_norm)>("qgated_norm", y, z, weight, eps, hadamard, out_scale,
+                                                 out_zero_point);
+  }
+  const int64_t n = y.size(-1);
+  const Tensor y_rows = dense_rows(y.reshape({-1, n})), z_rows = dense_rows(z.reshape({-1, n}));
+  const OptionalTensor weight_ = float_contiguous(weight);
+  const hadamard::Plan* plan = hadamard ? hadamard::find_plan(n) : nullptr;
+  at::DimVector one(y.sizes());
+  one.back() = 1;
+  const Tensor q = at::empty(y.sizes(), y.options().dtype(at::kByte));
+  const Tensor scale = at::empty(out_scale ? at::DimVector{0} : one, y.options());
+  const gate::Gate<float, float> gated{{y_rows.const_data_ptr<float>(), y_rows.stride(0), 1.0f, 0.0f},
+                                       {z_rows.const_data_ptr<float>(), z_rows.stride(0), 1.0f, 0.0f},
+                                       nullptr, n, nullptr};
+  uint8_t* bytes = q.mutable_data_ptr<uint8_t>();
+  float* scales = scale.mutable_data_ptr<float>();
+  const qgemm::Requantizer requantize({bytes, true, float(1.0 / out_scale.value_or(1.0)), int32_t(out_zero_point)});
+  gate::for_ranges(y_rows.size(0), n, TorchThreads(), [&](int64_t begin, int64_t end) {
+    const Scratch<float> row(n), work(plan ? plan->work_size() : 0);
+    const norm::Norm given{row.get(), 0, nullptr, 0, data_or_null(weight_), float(eps), n, nullptr};
+    for (int64_t i = begin; i < end; ++i) {
+      gated.run(i, row.get(), nullptr);
+      given.run(0, row.get());
+      if (plan) hadamard::rotate(*plan, row.get(), work.get());
+      if (out_scale)
+        gate::quantize_row(row.get(), n, requantize, bytes + i * n);
+      else
+        scales[i] = qgemm::quantize_token(row.get(), n, bytes + i * n);
+    }
+  });
+  return {q, scale};
+}
+
+// How many of the last values lie side by side, where not all do: parts of wider rows need not be copied.
+int64_t adjacent(const Tensor& x) {
+  int64_t n = 1;
+  for (int64_t d = x.dim() - 1; d >= 0 && (x.size(d) == 1 || x.stride(d) == n); --d) n *= x.size(d);
+  return n;
+}
+
 Tensor quantize_per_tensor(const Tensor& x, double out_scale, int64_t out_zero_point) {
   if (x.scalar_type() != at::kFloat || !(out_scale > 0) || !is_byte_point(out_zero_point))
     return call_reference<decltype(quantize_per_tensor)>("quantize_per_tensor", x, out_scale, out_zero_point);
   const Tensor q = at::empty(x.sizes(), x.options().dtype(at::kByte));
   if (x.numel() == 0) return q;
-  const int64_t n = x.dim() ? x.size(-1) : 1;
+  const int64_t last = x.dim() ? x.size(-1) : 1, n = x.is_contiguous() ? last : std::max(last, adjacent(x));
   const Tensor rows = dense_rows(x.reshape({-1, n}));
   uint8_t* bytes = q.mutable_data_ptr<uint8_t>();
   const qgemm::Requantizer requantize({bytes, true, float(1.0 / out_scale), int32_t(out_zero_point)});
@@ -69,6 +116,7 @@ Tensor quantize_per_tensor(const Tensor& x, double out_scale, int64_t out_zero_p
 
 TORCH_LIBRARY_IMPL(mq_ao, CPU, m) {
   m.impl("qrms_norm", qrms_norm);
+  m.impl("qgated_norm", qgated_norm);
   m.impl("quantize_per_tensor", quantize_per_tensor);
 }
 
