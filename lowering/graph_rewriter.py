@@ -119,7 +119,7 @@ class GraphRewriter(ABC):
         if norm.target != aten.rms_norm.default or (rotated and (len(x.args) > 1 or x.kwargs)):
             return
         given = Norm.of(norm)
-        chain = [given.x, norm, *[x][: int(rotated)], quantize]
+        chain = [given.x, norm, x, quantize] if rotated else [given.x, norm, quantize]
         if not all(walk.only_user(node) is reader for node, reader in pairwise(chain)) or not self.readable(quantize):
             return
         gate = _plain_gate(given.x) if given.x.target in walk.MUL else None

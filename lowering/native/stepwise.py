@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.native import file
-from mq_ao.lowering.native.plan import SIZES, Step, Value
+from mq_ao.lowering.native.plan import SIZES, Plan, Step, Value
 from mq_ao.lowering.native.program import NativeProgram
 
 _SIZES = {name: function for function, name in SIZES.items()}
@@ -48,10 +48,11 @@ class Stepwise:
 
     def __init__(self, saved: file.Saved) -> None:
         self._saved = saved
+        self._last_reads = _last_reads(saved.plan, len(saved.weights))
         self._calls: dict[int, Timed] = {}
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Gives what the plan gives, and adds the time of each call to `calls`."""
+        """Gives what the plan gives, and keeps the time of each call for `take_calls`."""
         plan = self._saved.plan
         values: dict[int, Any] = dict(enumerate([*self._saved.weights.values(), *inputs]))
         for (index, step), done in zip(enumerate(plan.steps), self._last_reads, strict=True):
@@ -88,19 +89,6 @@ class Stepwise:
             (*before, seconds),
         )
         return results
-
-    @property
-    def _last_reads(self) -> list[list[int]]:
-        """Of each step the values that none after it reads; so memory is used again as it is by `plan.cpp`."""
-        plan, kept = self._saved.plan, set(self._saved.plan.outputs)
-        seen, last = set(range(len(self._saved.weights))) | kept, []
-        for step in reversed(plan.steps):
-            read = {place for item in step.arguments for place in _places(item)} | {
-                place for place in step.results if place is not None
-            }
-            last.append(sorted(read - seen))
-            seen |= read
-        return last[::-1]
 
 
 @dataclass(frozen=True)
@@ -153,12 +141,15 @@ def profile(path: Path, tokens: int, runs: int) -> list[Phase]:
     return phases
 
 
-def _places(argument: Any) -> Iterator[int]:
-    if isinstance(argument, Value):
-        yield argument.place
-    elif isinstance(argument, list):
-        for item in argument:
-            yield from _places(item)
+def _last_reads(plan: Plan, weights: int) -> list[set[int]]:
+    """Of each step the values that none after it reads; so memory is used again as it is by `plan.cpp`."""
+    seen, last = {*range(weights), *plan.outputs}, []
+    for step in reversed(plan.steps):
+        touched = {place for places in step.places for place in places if place >= 0}
+        touched |= {place for place in step.results if place is not None}
+        last.append(touched - seen)
+        seen |= touched
+    return last[::-1]
 
 
 def _filled(argument: Any, values: Mapping[int, Any]) -> Any:

@@ -34,13 +34,18 @@ def results(name: str, dtype: torch.dtype, a: Operands) -> Rows:
         require(residual.dtype == torch.float32 and residual.dim() == x.dim(), message)
         for size, wanted in zip(residual.shape, x.shape, strict=True):
             require(size == wanted, message)
+    check_weight(weight, n)
+    check_rows(name, dtype, out)
+    return *empty_rows(x, dtype, out), like(x, (0,) if residual is None else x.shape)
+
+
+def check_weight(weight: Tensor | None, n: int) -> None:
+    """Raises MqAoError unless a norm of n values can have this weight."""
     if weight is not None:
         require(
             weight.dtype == torch.float32 and weight.dim() == 1 and weight.shape[0] == n,
             f"weight must be a float32 vector of {n} values, not {weight.dtype} {tuple(weight.shape)}.",
         )
-    check_rows(name, dtype, out)
-    return *empty_rows(x, dtype, out), like(x, (0,) if residual is None else x.shape)
 
 
 def normalize(

@@ -14,6 +14,7 @@ from mq_ao.ops.gate import gated
 from mq_ao.ops.grids import Grid
 from mq_ao.ops.hadamard import check_order, rotate
 from mq_ao.ops.library import require
+from mq_ao.ops.norm_rows import check_weight
 from mq_ao.ops.operator import Operands, operator
 from mq_ao.ops.quantized_rows import check_rows, empty_rows, quantize_rows
 
@@ -27,11 +28,7 @@ def _results(a: Operands) -> tuple[Tensor, Tensor]:
         require(size == other, message)
     n = y.shape[-1]
     require(n > 0, "qgated_norm needs at least one value in a row, but the last axis is empty.")
-    if weight is not None:
-        require(
-            weight.dtype == torch.float32 and weight.dim() == 1 and weight.shape[0] == n,
-            f"weight must be a float32 vector of {n} values, not {weight.dtype} {tuple(weight.shape)}.",
-        )
+    check_weight(weight, n)
     if a.hadamard:
         check_order(y)
     check_rows("qgated_norm", torch.uint8, out)
