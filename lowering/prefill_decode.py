@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
@@ -41,14 +40,6 @@ def export_decode(module: GraphModule, states: States) -> ExportedProgram:
     args = (torch.zeros(2, 1, dtype=torch.int64), *states.examples(2, _ROWS))
     first: Dynamic = {0: batch}
     return export(module, args, (first, *_dynamic(states, batch)))
-
-
-def export_whole(module: GraphModule, states: States, weights: tuple[Tensor, ...]) -> ExportedProgram:
-    """Exports `(*weights, input_ids, *states)` with any batch and length."""
-    batch = Dim("batch", min=1)
-    args = (*weights, torch.zeros(2, 8, dtype=torch.int64), *states.examples(2, _ROWS))
-    first: Dynamic = {0: batch, 1: Dim("length", min=1)}
-    return export(module, args, (*[{}] * len(weights), first, *_dynamic(states, batch)))
 
 
 def _dynamic(states: States, batch: Dim) -> list[Dynamic]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx import GraphModule
 
 from mq_ao import tokenizer as tokenizers
-from mq_ao.backends import INDUCTOR, get_backend
+from mq_ao.backends import get_backend
 from mq_ao.errors import MqAoError
 from mq_ao.files import check_output
 from mq_ao.models.program_interface import LanguageProgram
 from mq_ao.report import build
 from mq_ao.report.summary import Report
 from mq_ao.turns import in_turn
-
-if TYPE_CHECKING:
-    from mq_ao.lowering.portable import Portable
 
 
 class QuantizedModel:
@@ -84,20 +81,6 @@ class QuantizedModel:
                 f"call mq_ao.quantize(..., backend={backend!r})."
             )
         return wanted.lowering.lower(self.converted, self._described, options)
-
-    @in_turn
-    def portable(self) -> Portable:
-        """The integer graph of a language model for CPUs, apart from its weights and not compiled.
-
-        Raises:
-            MqAoError: it was quantized for another backend, or is no language model with states.
-        """
-        if get_backend(self._report.backend).integers != INDUCTOR.integers or "vocab_size" not in self._info:
-            raise MqAoError("this takes a language model with states, quantized for backend inductor or native.")
-        from mq_ao.lowering import inductor
-
-        described = {name: value for name, value in self._described.items() if name != tokenizers.INFO}
-        return inductor.portable(self.converted, described)
 
     @property
     def _described(self) -> dict[str, Any]:

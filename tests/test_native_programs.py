@@ -72,7 +72,7 @@ def test_every_linear_convolution_norm_and_gate_is_an_integer_kernel(
     lowered: tuple[QuantizedModel, native.NativeProgram],
 ) -> None:
     _, program = lowered
-    counts, called = program.integer_kernels, [step.target for step in program._saved.plan.steps]
+    counts, called = program.integer_kernels, [step.target for step in program.saved.plan.steps]
     assert sum(count for name, count in counts.items() if "linear_packed" in name) == 5 * 2 + 1
     assert counts["mq_ao.qcausal_conv1d.default"] == 2
     # One before each block and one before the head.
@@ -120,8 +120,8 @@ def test_a_program_in_a_file_is_the_same_program(
     from safetensors import safe_open
 
     with safe_open(path, "pt") as opened:
-        assert set(opened.keys()) == set(program._saved.weights)
-    assert min(tensor.data_ptr() for tensor in loaded._saved.weights.values()) % 64 == 0
+        assert set(opened.keys()) == set(program.saved.weights)
+    assert min(tensor.data_ptr() for tensor in loaded.saved.weights.values()) % 64 == 0
     loaded.save(tmp_path / "again.ptn")
     assert (tmp_path / "again.ptn").read_bytes() == path.read_bytes()
 

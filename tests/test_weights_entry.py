@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_comes_back(path: Path) -> None:
-    found = weights.mapped(path, weights.ALL)
+    found = weights.mapped(path)
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
@@ -44,18 +44,18 @@ def test_what_is_written_comes_back(path: Path) -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
     assert found["b"].untyped_storage().nbytes() >= path.stat().st_size - 4096
     found["b"].zero_()  # stays in memory
-    assert torch.equal(weights.mapped(path, weights.ALL)["b"], TENSORS["b"])
+    assert torch.equal(weights.mapped(path)["b"], TENSORS["b"])
     with zipfile.ZipFile(path) as file:
         assert file.testzip() is None
         from safetensors.torch import load
 
-        assert load(file.read(f"program/{weights.ALL}")).keys() == TENSORS.keys()
+        assert load(file.read(f"program/{weights.NAME}")).keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize("damage", ["missing", "compressed", "header", "offsets", "cut"])
 def test_damage_is_told(path: Path, damage: str) -> None:
     with zipfile.ZipFile(path) as file:
-        content = file.read(f"program/{weights.ALL}")
+        content = file.read(f"program/{weights.NAME}")
     changed = {
         "missing": b"",
         "compressed": content,
@@ -64,12 +64,12 @@ def test_damage_is_told(path: Path, damage: str) -> None:
         "cut": content[:-20],
     }[damage]
     method = zipfile.ZIP_DEFLATED if damage == "compressed" else zipfile.ZIP_STORED
-    name = "other" if damage == "missing" else weights.ALL
+    name = "other" if damage == "missing" else weights.NAME
     with zipfile.ZipFile(path, "w", method) as file:
         file.writestr("program/archive_format", "pt2")
         file.writestr(f"program/{name}", changed)
     with pytest.raises(MqAoError, match=r"the weights of .*program\.pt2 are damaged"):
-        weights.mapped(path, weights.ALL)
+        weights.mapped(path)
 
 
 def test_to_load_a_program_imports_nothing_that_makes_one() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mq_ao.lowering.inductor.program import InductorModule, InductorProgram, load
 
 if TYPE_CHECKING:
-    from mq_ao.lowering.inductor.build import compiled, compiled_float, lower, lower_float, portable, rewrite
+    from mq_ao.lowering.inductor.build import compiled, compiled_float, lower, lower_float, rewrite
     from mq_ao.lowering.inductor.kernels import KERNELS
     from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS
 
@@ -22,7 +22,6 @@ __all__ = [
     "load",
     "lower",
     "lower_float",
-    "portable",
     "rewrite",
 ]
 

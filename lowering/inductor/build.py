@@ -22,7 +22,6 @@ from mq_ao.lowering.inductor.rewriter import INTEGER_KERNELS, Rewriter
 from mq_ao.lowering.integer_graph import IntegerGraph, fold_constants
 from mq_ao.lowering.language_graphs import states_of
 from mq_ao.lowering.module_export import export_module, refuse_memory
-from mq_ao.lowering.portable import Portable
 from mq_ao.lowering.prefill_decode import both
 from mq_ao.models.states import States
 from mq_ao.ops.native.build import compiler
@@ -41,20 +40,6 @@ def rewrite(converted: GraphModule) -> IntegerGraph:
         MqAoError: there is nothing quantized in the graph.
     """
     return IntegerGraph.of(Rewriter(copy.deepcopy(converted)), INTEGER_KERNELS)
-
-
-def portable(converted: GraphModule, info: Mapping[str, Any]) -> Portable:
-    """The integer graph of a language model apart from its weights, which `rebuild.program` compiles on any machine.
-
-    Args:
-        converted: see `lower`.
-        info: what programs are to say of themselves.
-
-    Raises:
-        MqAoError: there is nothing quantized in the graph, or it is none of a language model with states.
-    """
-    graph = rewrite(converted)
-    return Portable.of(graph.module, states_of(graph.module), {**info, **graph.described})
 
 
 def compiled(converted: GraphModule, example_args: tuple[Tensor, ...]) -> Any:

@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from mq_ao.lowering.inductor import weights as entries
 
 FORMAT = 5
 _PROGRAMS = "data/aotinductor"
-_INNER = "graph_module."
-"""What `torch.export` puts before the names of a graph's weights."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +30,16 @@ class Package:
         weights: every tensor that the programs read, one copy.
         info: what the archive says of itself (JSON).
         path: the archive's file.
-        complete: whether all weights lie in the file.
     """
 
     programs: Mapping[str, Compiled]
     weights: Mapping[str, Tensor]
     info: Mapping[str, Any]
     path: Path
-    complete: bool = True
 
     def copy(self, path: Path) -> None:
-        """Writes the archive, complete, to another file."""
+        """Writes the archive to another file."""
         shutil.copyfile(self.path, path)
-        if not self.complete:
-            entries.add(path, self.weights)
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -63,26 +56,22 @@ def platform() -> dict[str, Any]:
     return {"format": FORMAT, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
-def read(path: Path, apart: Mapping[str, Tensor] = MappingProxyType({})) -> Package:
+def read(path: Path) -> Package:
     """Loads an archive written by `packaging.write`; the operators' native kernels are loaded or built first.
 
     Args:
         path: the file.
-        apart: the weights that it was written without.
 
     Raises:
         MqAoError: see `read_info`.
     """
     info = read_info(path)
     mq_ao.ops.load_native()
-    weights = entries.mapped(path, entries.REST if apart else entries.ALL)
+    weights = entries.mapped(path)
     programs = {name: Compiled(path, name) for name in _names(path)}
     for program in programs.values():
-        for name in program.weight_names():
-            if name not in weights:
-                weights[name] = apart[own_name(name)]
         program.take({name: weights[name] for name in program.weight_names()})
-    return Package(programs, weights, info, path, complete=not apart)
+    return Package(programs, weights, info, path)
 
 
 def _names(path: Path) -> list[str]:
@@ -91,8 +80,3 @@ def _names(path: Path) -> list[str]:
         inside = f"{archive.root(file)}/{_PROGRAMS}/"
         found = [name.removeprefix(inside).split("/")[0] for name in file.namelist() if name.startswith(inside)]
     return list(dict.fromkeys(found))
-
-
-def own_name(name: str) -> str:
-    """That of a weight in the graph that was exported."""
-    return name.removeprefix(_INNER)

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,19 @@ from torch.export import ExportedProgram
 from mq_ao.compat.compiling import aot_compile, package_pt2
 from mq_ao.lowering import archive
 from mq_ao.lowering.inductor import weights as entries
-from mq_ao.lowering.inductor.package import own_name, platform
+from mq_ao.lowering.inductor.package import platform
 
 # Weights stay out of the shared objects: all programs read one copy, and the file holds them once.
 _OPTIONS: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
 
 
-def write(
-    path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str, Any], apart: Collection[str] = ()
-) -> None:
+def write(path: Path, programs: Mapping[str, ExportedProgram], info: Mapping[str, Any]) -> None:
     """Compiles the programs and writes them, their weights and `info` to `path`, or writes nothing.
 
     Args:
         path: file to write, ending in `.pt2`; it is replaced in one step when everything is done.
         programs: exported programs by name.
         info: JSON-able description.
-        apart: names of weights that are not written: whoever reads the archive has them.
     """
     weights: dict[str, Tensor] = {}
     described = json.dumps({**info, **platform()})
@@ -40,11 +37,11 @@ def write(
         for name, program in programs.items():
             files[name] = _compile(program, Path(folder) / name)
             for key, tensor in [*program.state_dict.items(), *program.constants.items()]:
-                if isinstance(tensor, Tensor) and own_name(key) not in apart:
+                if isinstance(tensor, Tensor):
                     weights[key] = tensor.detach().contiguous()
         archive_path = Path(folder) / path.name
         package_pt2(archive_path, aoti_files=files, extra_files={archive.INFO: described})
-        entries.add(archive_path, weights, entries.REST if apart else entries.ALL)
+        entries.add(archive_path, weights)
         archive_path.replace(path)
 
 

@@ -18,7 +18,7 @@ from mq_ao.lowering.native.plan import Plan
 from mq_ao.lowering.native.program import NativeModule, NativeProgram, program
 from mq_ao.lowering.native.rewriter import INTEGER_KERNELS, Rewriter, own_kernels
 from mq_ao.lowering.native.stacked_states import write_in_place
-from mq_ao.lowering.portable import without_weights
+from mq_ao.lowering.weights_apart import without_weights
 
 
 def rewrite(converted: GraphModule) -> IntegerGraph:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mq_ao.errors import MqAoError
-from mq_ao.files import replacing
+from mq_ao.files import replacing, write_atomically
 from mq_ao.lowering import archive, tensor_file
 from mq_ao.lowering.native.plan import Plan
 from mq_ao.ops import library
@@ -55,16 +56,23 @@ class Saved:
         Raises:
             MqAoError: the path cannot be written.
         """
-        described = {
-            "format": FORMAT,
-            "info": dict(self.info),
-            "weights": list(self.weights),
-            "plan": self.plan.described,
-        }
-        metadata = {_NAME: json.dumps(described)}
+        metadata = {_NAME: json.dumps({**self._described, "weights": list(self.weights)})}
         with replacing(path) as temporary, temporary.open("wb") as file:
             for part in tensor_file.parts(self.weights, metadata):
                 file.write(part)
+
+    def write_plan(self, path: Path) -> None:
+        """Writes all but the weights, as JSON, under a temporary name that is renamed when it is complete.
+
+        Raises:
+            MqAoError: the path cannot be written.
+        """
+        shapes = {name: [list(item.shape), str(item.dtype)[6:]] for name, item in self.weights.items()}
+        write_atomically(path, json.dumps({**self._described, "weights": shapes}).encode())
+
+    @property
+    def _described(self) -> dict[str, Any]:
+        return {"format": FORMAT, "info": dict(self.info), "plan": self.plan.described}
 
 
 def read(path: Path) -> Saved:
@@ -78,13 +86,35 @@ def read(path: Path) -> Saved:
     with undamaged(path):
         weights, metadata = tensor_file.mapped(path, 0, path.stat().st_size)
         described = json.loads(metadata[_NAME])
-        if described["format"] != FORMAT:
-            raise MqAoError(
-                f"{path} was saved in format {described['format']}, but this is {FORMAT}: quantize the model again "
-                "with this mq_ao."
-            )
-        named = {str(name): weights[name] for name in described["weights"]}
-        return Saved(Plan.read(described["plan"]), named, dict(described["info"]))
+        return _saved(path, described, {str(name): weights[name] for name in described["weights"]})
+
+
+def read_plan(path: Path) -> Saved:
+    """What `Saved.write_plan` wrote, with weights on the meta device.
+
+    Raises:
+        MqAoError: the file is not one of ours or damaged, or another version wrote it.
+    """
+    with undamaged(path):
+        described = json.loads(path.read_bytes())
+        weights = {str(name): _empty(*what) for name, what in described["weights"].items()}
+        return _saved(path, described, weights)
+
+
+def _empty(shape: list[int], dtype: str) -> Tensor:
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"{dtype} is no type of a tensor")
+    return torch.empty(shape, dtype=kind, device="meta")
+
+
+def _saved(path: Path, described: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Saved:
+    if described["format"] != FORMAT:
+        raise MqAoError(
+            f"{path} was saved in format {described['format']}, but this is {FORMAT}: quantize the model again "
+            "with this mq_ao."
+        )
+    return Saved(Plan.read(described["plan"]), weights, dict(described["info"]))
 
 
 @contextmanager

@@ -21,14 +21,18 @@ _FIRST = torch.zeros(1, dtype=torch.int64)
 
 
 class _Planned:
-    """A program whose plan may be saved."""
+    """A program whose plan may be saved.
 
-    _saved: file.Saved
+    Attributes:
+        saved: what a file of it holds.
+    """
+
+    saved: file.Saved
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights and scales."""
-        return sum(tensor.nbytes for tensor in self._saved.weights.values())
+        return sum(tensor.nbytes for tensor in self.saved.weights.values())
 
     def save(self, path: str | Path) -> None:
         """Writes the program to a `.ptn` file, under a temporary name that is renamed when it is complete.
@@ -36,7 +40,7 @@ class _Planned:
         Raises:
             MqAoError: the path cannot be written.
         """
-        self._saved.write(check_output(path, NATIVE.suffix))
+        self.saved.write(check_output(path, NATIVE.suffix))
 
 
 class NativeProgram(_Planned, StatefulProgram):
@@ -49,7 +53,7 @@ class NativeProgram(_Planned, StatefulProgram):
 
     def __init__(self, saved: file.Saved, bound: Any) -> None:
         super().__init__(saved.info)
-        self._saved, self._bound = saved, bound
+        self.saved, self._bound = saved, bound
 
     def run(self, name: str, *inputs: Tensor) -> Sequence[Tensor]:
         """See `StatefulProgram.run`."""
@@ -66,7 +70,7 @@ class NativeModule(_Planned, ModuleProgram):
 
     def __init__(self, saved: file.Saved, bound: Any) -> None:
         super().__init__(saved.info)
-        self._saved, self._bound = saved, bound
+        self.saved, self._bound = saved, bound
 
     def run(self, *inputs: Tensor) -> Sequence[Tensor]:
         """See `ModuleProgram.run`."""

@@ -13,6 +13,7 @@ model.save_pretrained("small")  # integers: loaded again by `from_pretrained`, w
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ with needs("the integration with transformers", "hf"):
 
 import torch
 
+from mq_ao import tokenizer as tokenizers
 from mq_ao.api import quantize
-from mq_ao.integrations.transformers_model import GRAPH, become
-from mq_ao.lowering import portable
+from mq_ao.backends import NATIVE
+from mq_ao.integrations.transformers_model import PLAN, become
+from mq_ao.lowering.native import NativeProgram, file
 from mq_ao.models import demo
 from mq_ao.recipes import get_recipe
 from mq_ao.text import calibration as calibration_batches
@@ -38,7 +41,7 @@ from mq_ao.version import __version__
 logger = logging.getLogger(__name__)
 
 METHOD = "mq-ao"
-FORMAT = 1
+FORMAT = 2
 
 
 @register_quantization_config(METHOD)
@@ -52,8 +55,6 @@ class MambaQuantConfig(QuantizationConfigMixin):
             better.
         tokens: how many tokens of a text to take.
         tokenizer: of transformers, or its folder; None: the one beside the model.
-        compile: whether programs are compiled, once on a machine, and run by their code; else PyTorch runs operator
-            by operator: at once, and slower.
         format: of a saved folder.
         version: of the mq-ao that saved it.
 
@@ -68,7 +69,6 @@ class MambaQuantConfig(QuantizationConfigMixin):
         *,
         tokens: int = 16384,
         tokenizer: Any = None,
-        compile: bool = True,
         format: int = FORMAT,
         version: str = __version__,
         **_: Any,
@@ -77,11 +77,11 @@ class MambaQuantConfig(QuantizationConfigMixin):
             raise MqAoError(f"this model was saved in format {format} by mq-ao {version}, this one reads {FORMAT}.")
         self.quant_method = METHOD
         self.recipe, self.calibration, self.tokens, self.tokenizer = recipe, calibration, tokens, tokenizer
-        self.compile, self.format, self.version = compile, format, version
+        self.format, self.version = format, version
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json keeps: not the text."""
-        kept = ("quant_method", "compile", "format", "version")
+        kept = ("quant_method", "format", "version")
         return {**{name: getattr(self, name) for name in kept}, "recipe": str(self.recipe)}
 
 
@@ -113,15 +113,14 @@ class MambaQuantHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
-            path = _graph_of(model)
-            become(model, portable.read(path), self.quantization_config.compile)
+            become(model, file.read_plan(_plan_of(model)))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             wanted = self.quantization_config
             quantized = quantize(model, self._batches(model), wanted.recipe, tokenizer=wanted.tokenizer)
-            become(model, quantized.portable(), wanted.compile)
+            become(model, _without_tokenizer(quantized.lower(NATIVE.name)))
         return model
 
     def _batches(self, model: PreTrainedModel) -> list[Any]:
@@ -147,12 +146,19 @@ class MambaQuantHfQuantizer(HfQuantizer):
         return False
 
 
-def _graph_of(model: PreTrainedModel) -> Path:
-    """The file with the graph, beside the weights."""
+def _without_tokenizer(program: Any) -> file.Saved:
+    """What a program is made of: the tokenizer is a file beside the model."""
+    if not isinstance(program, NativeProgram):
+        raise MqAoError("this takes a language model with states, that generates.")
+    return replace(program.saved, info={name: said for name, said in program.info.items() if name != tokenizers.INFO})
+
+
+def _plan_of(model: PreTrainedModel) -> Path:
+    """The file with the plan, beside the weights."""
     source = model.config.name_or_path
     found = cached_file(
-        source, GRAPH, revision=getattr(model.config, "_commit_hash", None), _raise_exceptions_for_missing_entries=False
+        source, PLAN, revision=getattr(model.config, "_commit_hash", None), _raise_exceptions_for_missing_entries=False
     )
     if found is None:
-        raise MqAoError(f"{source} has no {GRAPH}: it is incomplete; copy or save it again.")
+        raise MqAoError(f"{source} has no {PLAN}: it is incomplete; copy or save it again.")
     return Path(found)

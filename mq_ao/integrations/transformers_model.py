@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,27 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mq_ao.errors import MqAoError
-from mq_ao.lowering.inductor import rebuild
-from mq_ao.lowering.portable import Portable
-from mq_ao.lowering.stateful_graph import StatefulGraph
+from mq_ao.lowering.native.file import Saved
+from mq_ao.lowering.native.program import NativeProgram
+from mq_ao.lowering.native.program import program as program_of
 from mq_ao.models.prompts import Ragged, lengths
 from mq_ao.models.states import States
 from mq_ao.models.token_inputs import token_ids
 
-GRAPH = "mq_ao_graph.pt2"
-"""Name of the file that has the graph, beside the weights."""
+PLAN = "mq_ao_plan.json"
+"""Name of the file that has the plan, beside the weights."""
 
 
-def become(model: PreTrainedModel, graph: Portable, compiles: bool) -> None:
-    """Puts a graph in the place of a model's modules.
+def become(model: PreTrainedModel, saved: Saved) -> None:
+    """Puts a native program in the place of a model's modules.
 
     Args:
         model: it keeps its name, configuration and `generate`.
-        graph: its weights may lie on the meta device still: transformers then loads them.
-        compiles: whether it is compiled when it first runs.
+        saved: its weights may lie on the meta device still: transformers then loads them.
     """
     for name in [*model._modules]:
         delattr(model, name)
-    model.integers = Integers(graph, compiles)
+    model.integers = Integers(saved)
     model.all_tied_weights_keys = {}  # each is there once
     kind = type(model)
     # Pipelines and `AutoModel` know models by the names of their classes.
@@ -42,29 +42,35 @@ def become(model: PreTrainedModel, graph: Portable, compiles: bool) -> None:
 
 
 class Integers(nn.Module):
-    """Weights and scales of a graph, and the program that reads them."""
+    """Weights and scales of a program, and the program, which reads them where they lie."""
 
-    def __init__(self, graph: Portable, compiles: bool) -> None:
+    def __init__(self, saved: Saved) -> None:
         super().__init__()
-        self._graph, self._compiles = graph, compiles
-        for name, tensor in graph.weights.items():
+        self._saved = saved
+        for name, tensor in saved.weights.items():
             self.register_buffer(name, tensor)
 
     @cached_property
-    def program(self) -> Any:
-        """Compiled, or run operator by operator; `(input_ids, *states) -> (logits, *states)`."""
-        graph = self.graph
-        return rebuild.program(graph) if self._compiles else StatefulGraph(graph.module, graph.states)
+    def program(self) -> NativeProgram:
+        """`(input_ids, *states) -> (logits, *states)`.
+
+        Raises:
+            MqAoError: there are no native kernels for this machine.
+        """
+        made = program_of(self.saved)
+        assert isinstance(made, NativeProgram)
+        return made
 
     @property
-    def graph(self) -> Portable:
+    def saved(self) -> Saved:
         """With the weights as they are."""
-        return self._graph.with_weights(dict(self.named_buffers()))
+        buffers = dict(self.named_buffers())
+        return replace(self._saved, weights={name: buffers[name] for name in self._saved.weights})
 
     @property
     def info(self) -> Mapping[str, Any]:
         """Recipe, kernel counts, states and vocabulary."""
-        return self._graph.info
+        return self._saved.info
 
 
 class Carried:
@@ -155,12 +161,12 @@ class QuantizedForCausalLM(PreTrainedModel, GenerationMixin):
     def _run(self, ids: Tensor, mask: Tensor | None, past: Carried | None, every: bool) -> tuple[Tensor, Carried]:
         program = self.integers.program
         ids = token_ids(ids, self.integers.info["vocab_size"])
-        step = program if every else getattr(program, "prefill", program)
+        step = program if every else program.prefill
         length = ids.shape[1]
         if past is not None:
             if past.apart and length > 1:
                 raise MqAoError("padded prompts go on token by token in models with attention: give one token a row.")
-            run = past.step if isinstance(past.step, Ragged) else getattr(program, "step", program)
+            run = past.step if isinstance(past.step, Ragged) else program.step
             logits, *states = (run if length == 1 else step)(ids, *past.states)
             return logits, Carried(run, tuple(states), past.length + length, program.carried)
         counts = [length] if mask is None else lengths(ids, mask)
@@ -169,7 +175,7 @@ class QuantizedForCausalLM(PreTrainedModel, GenerationMixin):
             return logits, Carried(step, tuple(states), length, program.carried)
         if every:
             raise MqAoError("logits of all tokens of padded rows are not given: run rows of one length each.")
-        ragged = Ragged(getattr(program, "step", program), counts, program.carried)
+        ragged = Ragged(program.step, counts, program.carried)
         logits, *states = ragged(ids)
         return logits, Carried(ragged, tuple(states), length, program.carried)
 
@@ -193,10 +199,10 @@ class QuantizedForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Integers, scales and the graph; `from_pretrained` reads them."""
+        """Integers, scales and the plan; `from_pretrained` reads them."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.integers.graph.save(folder / GRAPH)  # first: what uploads the folder is in the other call
+        self.integers.saved.write_plan(folder / PLAN)  # first: what uploads the folder is in the other call
         super().save_pretrained(folder, *args, **kwargs)
 
     @property
