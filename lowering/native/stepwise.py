@@ -15,7 +15,7 @@ from torch import Tensor
 from mq_ao.errors import MqAoError
 from mq_ao.lowering.native import file
 from mq_ao.lowering.native.plan import SIZES, Plan, Step, Value
-from mq_ao.lowering.native.program import NativeProgram
+from mq_ao.lowering.native.program import NativeProgram, load
 
 _SIZES = {name: function for function, name in SIZES.items()}
 
@@ -117,14 +117,14 @@ def profile(path: Path, tokens: int, runs: int) -> list[Phase]:
         runs: that count, after one that does not.
 
     Raises:
-        MqAoError: it is no program of a language model, does not load, or takes fewer tokens at once.
+        MqAoError: it is no program of a language model, or see `program.load`.
     """
-    saved = file.read(path)
-    if "vocab_size" not in saved.info:
+    whole = load(path)
+    if not isinstance(whole, NativeProgram):
         raise MqAoError(f"{path} is a program of no language model: it has no prefill and decode to profile.")
-    stepwise = Stepwise(saved)
-    whole, timed = NativeProgram(saved, saved.bound()), NativeProgram(saved, stepwise)
-    ids = (torch.arange(tokens) % int(saved.info["vocab_size"])).reshape(1, tokens)
+    stepwise = Stepwise(whole.saved)
+    timed = NativeProgram(whole.saved, stepwise)
+    ids = (torch.arange(tokens) % int(whole.info["vocab_size"])).reshape(1, tokens)
     _, *states = whole.prefill(ids)
     inputs: dict[str, tuple[Any, ...]] = {"prefill": (ids,), "decode": (ids[:, :1], *states)}
     phases = []

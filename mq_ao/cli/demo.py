@@ -88,9 +88,7 @@ def demo(
     with bar(f"evaluating {text.predicted} held-out bytes", text.predicted * len(recipes)) as advance:
         comparisons = [compare(programs[0], program, text, progress=advance) for program in programs[1:]]
     backends = [baseline, *[backend] * len(recipes)]
-    names = [
-        f"{what}, {runs.name}" for what, runs in zip(("fp32", *(item.name for item in recipes)), backends, strict=True)
-    ]
+    names = [f"fp32, {baseline.name}", *(f"{item.name}, {backend.name}" for item in recipes)]
     speeds = _measure({_EAGER: model, **dict(zip(names, programs, strict=True))})
     _print_table(comparisons, speeds, programs, backends)
     _print_remarks(comparisons[-1], programs[-1], output)

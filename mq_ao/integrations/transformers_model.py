@@ -216,7 +216,7 @@ class QuantizedForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.float32
 
     def get_input_embeddings(self) -> nn.Module:
-        """There are none any more."""
+        """There are none any more; this error is by which transformers knows such models, and it goes on."""
         raise NotImplementedError("a quantized model has no modules of its own.")
 
     def get_output_embeddings(self) -> None:

@@ -34,7 +34,7 @@ class Program(Protocol):
 
 
 class LanguageProgram(Program, Protocol):
-    """A lowered language model with states; see `InductorProgram`, `CudaProgram` and `ExecutorchProgram`.
+    """A lowered language model with states; see `NativeProgram`, `InductorProgram` and the others.
 
     Token ids are (batch, length) integers: a tensor of any width, a numpy array, or lists. All sequences of a batch
     have one length; `generate` and `stream` alone take prompts that are padded on the left, with their mask.

@@ -16,14 +16,19 @@ from mq_ao.ops.library import require
 from mq_ao.ops.operator import Operands, like, operator
 
 
-def check_rows(a: Operands) -> None:
-    """Raises MqAoError unless y and z have one shape (..., n), and s and the rotation fit n."""
-    y, z, s = a.y, a.z, a.s
-    message = f"a gate takes y and z of one shape (..., n), not {tuple(y.shape)} and {tuple(z.shape)}."
+def check_pair(takes: str, y: Tensor, z: Tensor) -> None:
+    """Raises MqAoError, which begins with "takes", unless y and z have one shape (..., n)."""
+    message = f"{takes} y and z of one shape (..., n), not {tuple(y.shape)} and {tuple(z.shape)}."
     require(y.dim() >= 1 and y.dim() == z.dim(), message)
     for size, other in zip(y.shape, z.shape, strict=True):
         require(size == other, message)
     require(y.shape[-1] > 0, "a gate needs at least one value in a row, but the last axis is empty.")
+
+
+def check_rows(a: Operands) -> None:
+    """Raises MqAoError unless y and z have one shape (..., n), and s and the rotation fit n."""
+    y, s = a.y, a.s
+    check_pair("a gate takes", y, a.z)
     if s is not None:
         require(
             s.dtype == torch.float32 and s.dim() == 1 and s.shape[0] == y.shape[-1],

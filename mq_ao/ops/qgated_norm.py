@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mq_ao.ops.gate import gated
+from mq_ao.ops.gate import check_pair, gated
 from mq_ao.ops.grids import Grid
 from mq_ao.ops.hadamard import check_order, rotate
 from mq_ao.ops.library import require
@@ -20,15 +20,11 @@ from mq_ao.ops.quantized_rows import check_rows, empty_rows, quantize_rows
 
 
 def _results(a: Operands) -> tuple[Tensor, Tensor]:
-    y, z, weight, out = a.y, a.z, a.weight, Grid.of(a, "out")
-    message = f"qgated_norm takes float32 y and z of one shape (..., n), not {y.dtype} {tuple(y.shape)} and {z.dtype} "
-    message += f"{tuple(z.shape)}."
-    require(y.dtype == z.dtype == torch.float32 and y.dim() >= 1 and y.dim() == z.dim(), message)
-    for size, other in zip(y.shape, z.shape, strict=True):
-        require(size == other, message)
-    n = y.shape[-1]
-    require(n > 0, "qgated_norm needs at least one value in a row, but the last axis is empty.")
-    check_weight(weight, n)
+    y, z, out = a.y, a.z, Grid.of(a, "out")
+    takes = "qgated_norm takes float32"
+    require(y.dtype == z.dtype == torch.float32, f"{takes} y and z of one shape (..., n), not {y.dtype} and {z.dtype}.")
+    check_pair(takes, y, z)
+    check_weight(a.weight, y.shape[-1])
     if a.hadamard:
         check_order(y)
     check_rows("qgated_norm", torch.uint8, out)
