@@ -240,7 +240,7 @@ def test_missing_native_operators_are_named_with_the_command(
 
 
 def test_a_graph_of_another_backend_is_refused(small: MambaLM) -> None:
-    quantized = mq_ao.quantize(small, [tokens(2, 16)], "rtn-w8a8")
+    quantized = mq_ao.quantize(small, [tokens(2, 16)], "rtn-w8a8", backend="inductor")
     with pytest.raises(MqAoError, match="quantized for inductor, whose integers are not those of executorch"):
         quantized.lower("executorch")
     with pytest.raises(MqAoError, match="backend 'inductor' takes no options"):
