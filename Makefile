@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 WITHOUT_CUDA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE
 MAMBA_SSM := mamba-ssm einops triton==3.9.0
 
-.PHONY: setup demo test lint types format bench wheel clean
+.PHONY: setup demo test lint types format bench wheel prebuilt clean
 
 setup: $(READY)
 
@@ -56,16 +56,29 @@ bench: $(READY)
 	$(BIN)/mq-ao bench --model mamba-130m
 
 # A wheel with the kernels inside, for this kind of processor and the installed version of PyTorch: no compiler is needed
-# where it is installed. It is made of a copy: kernels in the checkout would stand for its sources.
+# where it is installed. It is made of a copy: kernels in the checkout would stand for its sources. One wheel serves
+# several versions of PyTorch: make wheel WHEEL_TORCH="2.11.0 2.12.0" adds theirs.
 STAGED := build/wheel
+WHEEL_TORCH ?=
 
 wheel: $(READY)
 	rm -rf $(STAGED)
 	mkdir -p $(STAGED)
 	git ls-files -z | xargs -0 cp --parents --target-directory $(STAGED)
-	$(BIN)/python -m mq_ao.ops.native.wheel $(STAGED)/mq_ao/ops/native/prebuilt
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist $(STAGED)
-	$(BIN)/python -m wheel tags --remove --platform-tag linux_$$(uname -m) dist/mq_ao-*-py3-none-any.whl
+	cd $(STAGED) && $(CURDIR)/$(BIN)/python -m mq_ao.ops.native.wheel mq_ao/ops/native/prebuilt
+	$(MAKE) prebuilt SOURCES=$(STAGED)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist \
+		--config-settings=--build-option=--plat-name=linux_$$(uname -m) $(STAGED)
+
+# Kernels for each version of PyTorch in WHEEL_TORCH, put where wheels have them, by an environment of its own.
+SOURCES := .
+
+prebuilt:
+	set -e; for version in $(WHEEL_TORCH); do \
+		$(PYTHON) -m venv build/torch-$$version; \
+		build/torch-$$version/bin/python -m pip install --quiet torch==$$version numpy setuptools; \
+		(cd $(SOURCES) && $(CURDIR)/build/torch-$$version/bin/python -m mq_ao.ops.native.wheel mq_ao/ops/native/prebuilt); \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

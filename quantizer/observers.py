@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization import PerAxis, PerToken
-from torchao.quantization.pt2e import (
-    HistogramObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-)
+from torchao.quantization.pt2e import MinMaxObserver, MovingAverageMinMaxObserver
 from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, MappingType
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.utils import get_new_attr_name_with_prefix
 
-from mq_ao.compat.observers import AffineQuantizedPlaceholderObserver
+from mq_ao.compat.observers import AffineQuantizedPlaceholderObserver, HistogramObserver
 from mq_ao.quantizer.kernels import Kernels
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight
