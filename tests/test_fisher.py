@@ -16,7 +16,8 @@ import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import capture
 from mq_ao.evaluate import compare
-from mq_ao.graph import Role, edit, match
+from mq_ao.graph import Role, edit, match, walk
+from mq_ao.graph.stretches import stretches
 from mq_ao.graph.views import Layer
 from mq_ao.models import Mamba2Config, Mamba2LM, MambaConfig, MambaLM, demo
 from mq_ao.quantizer import MambaQuantizer, QuantizationConfig, RoleSpec, Rounding, planning
@@ -25,7 +26,7 @@ from mq_ao.quantizer.fisher import fisher, fitted_scale, loss_change
 from mq_ao.quantizer.gptq import gptq
 from mq_ao.quantizer.weights import round_to_grid, spread
 from mq_ao.recipes import Recipe
-from mq_ao.statistics import Request, collect
+from mq_ao.statistics import Request, collect, gradients
 from mq_ao.statistics.gradients import GradientRun, gradient_names, weighted_input_name
 from mq_ao.text import BYTE_VOCABULARY, ByteCodec, TokenText, byte_text, calibration_batches, read_tokens
 from tests.conftest import tokens
@@ -219,12 +220,61 @@ def test_heads_of_large_vocabularies_are_rounded_by_gptq(tiny: MambaLM, monkeypa
 def test_sequences_are_run_one_after_the_other(tiny: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, sizes = capture(tiny, ()), []
     (head,) = match(graph).heads
-    run = GradientRun.run
+    run = GradientRun._forwards
     monkeypatch.setattr(
-        GradientRun, "run", lambda self, *a, **k: [sizes.append([len(a[0]), a[1].shape[1]]), run(self, *a, **k)][1]
+        GradientRun,
+        "_forwards",
+        lambda self, given: [sizes.append([len(given[0]), given[1].shape[1]]), run(self, given)][1],
     )
     names = [weighted_input_name(head), *gradient_names(head)]
     batches = [(tokens(3, 8), *tiny.initial_states(3))]
     found = collect(graph, [Request(name, covariance=True) for name in names], batches)
     assert sizes == [[1, 1]] * 3
     assert [found[name].count for name in names] == [24, 24]
+
+
+def moments_of_all_linears(graph: GraphModule, batches: list[tuple[Tensor, ...]]) -> tuple[list[Tensor], int]:
+    """The moments of gradients of all linears, and the most bytes that were kept for gradients at a time."""
+    names = [
+        name for node in walk.calls(graph, walk.LINEAR) for name in (weighted_input_name(node), *gradient_names(node))
+    ]
+    kept = most = 0
+
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal kept, most
+            self.tensor = tensor
+            kept += tensor.nbytes
+            most = max(most, kept)
+
+        def __del__(self) -> None:
+            nonlocal kept
+            kept -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda one: one.tensor):
+        found = collect(graph, [Request(name, covariance=True) for name in names], batches)
+    return [found[name].moments for name in names], most
+
+
+def test_gradients_block_by_block_are_those_of_the_whole_and_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(vocab_size=64, d_model=32, n_layer=6)).eval().double()
+    graph = capture(model, ())
+    ids = tokens(2, 24) % 64
+    batches = [(ids, *(state.double() for state in model.initial_states(2)))]
+    moments, kept = moments_of_all_linears(graph, batches)
+    monkeypatch.setattr(gradients, "stretches", lambda graph, starts: stretches(graph, []))
+    whole, all_kept = moments_of_all_linears(graph, batches)
+    for one, expected in zip(moments, whole, strict=True):
+        assert float(expected.abs().max()) > 0
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-12)
+    assert kept < all_kept / 3  # six blocks, of which one is kept
+
+
+def test_graphs_are_not_cut_through_several_values(tiny: MambaLM) -> None:
+    graph = capture(tiny, ()).graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    found = stretches(graph, calls)
+    assert [node for stretch in found for node in stretch.nodes] == calls
+    assert all(isinstance(walk.value(node), Tensor) for stretch in found for node in stretch.reads)
+    assert len(found) > len(calls) / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from mq_ao.errors import MqAoError, first_line
 from mq_ao.graph import edit, match, walk
+from mq_ao.graph.stretches import GIVEN, Stretch, is_size, stretches
 from mq_ao.graph.views import Layer
 from mq_ao.memory import is_out_of_memory
 from mq_ao.modes import plain
@@ -60,10 +61,14 @@ class GradientRun(Interpreter):
         other = next(iter(walk.calls(module, walk.WITHOUT_GRADIENT)), None)
         if self._wanted and other is not None:
             raise MqAoError(f"{other.name} has no gradient: ask for statistics of values alone.")
-        self._categorical = bool(self._wanted and match(module).heads)
         self._axes = _batch_axes(module)
         self._generator = torch.Generator().manual_seed(0)
         self._taken: dict[Node, tuple[Tensor, Tensor]] = {}
+        if self._wanted:
+            found = match(module)
+            self._categorical, self._output = bool(found.heads), _first_output(module)
+            # What is kept for gradients is that of one block, which is run a second time for them.
+            self._stretches = stretches(module.graph, [block.in_proj for block in found.blocks])
 
     @property
     def names(self) -> set[str]:
@@ -77,21 +82,24 @@ class GradientRun(Interpreter):
             MqAoError: an operator on the way has no gradient, or there is not enough memory.
         """
         try:
-            with plain(), torch.enable_grad():
+            with plain():
                 for given in self._sequences(self.graph.process_inputs(*batch)):
-                    self._backwards(self.run(*given, enable_io_processing=False))
+                    self._forwards(given)
+                    self._backwards()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise MqAoError("there is not enough memory for gradients: give fewer or shorter sequences.") from error
             raise MqAoError(f"gradients of this model cannot be computed: {first_line(error)}") from error
 
     def run_node(self, n: Node) -> Any:
-        """Runs a node; keeps inputs and outputs of wanted linears."""
+        """Runs a node; where gradients are computed, keeps inputs and outputs of wanted linears."""
         if n.target in _DIFFERENTIABLE:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return _DIFFERENTIABLE[n.target](*args, **kwargs)
         value = super().run_node(n)
-        if n in self._wanted:
+        if n.op == "get_attr":
+            return value.detach() if isinstance(value, Tensor) else value  # gradients by weights are not asked for
+        if n in self._wanted and torch.is_grad_enabled():
             if not value.requires_grad:
                 value.requires_grad_()
             self._taken[n] = (self.env[Layer.of(n).x].detach(), value)
@@ -110,23 +118,63 @@ class GradientRun(Interpreter):
                 for value, axis in zip(given, self._axes, strict=True)
             ]
 
-    def _backwards(self, outputs: Any) -> None:
-        first = outputs[0] if isinstance(outputs, tuple | list) else outputs
-        nodes, taken = zip(*self._taken.items(), strict=True)
-        self._taken = {}
-        found = torch.autograd.grad(self._likelihood(first), [value for _, value in taken], allow_unused=True)
-        for node, (x, value), gradient in zip(nodes, taken, found, strict=True):
-            rows = torch.zeros_like(value) if gradient is None else gradient
-            self._add(node, x.flatten(0, -2), rows.flatten(0, -2))
+    @torch.no_grad()
+    def _forwards(self, given: list[Any]) -> None:
+        """Leaves in `env` what the graph is given, the values that stretches read of earlier ones, and its output."""
+        self.env, self.args_iter = {}, iter(given)
+        kept = {self._output}.union(*(stretch.reads for stretch in self._stretches))
+        for node in self.graph.nodes:
+            if node.op in GIVEN:
+                self.env[node] = self.run_node(node)
+        for stretch in self._stretches:
+            self._run(stretch)
+            self._forget(node for node in stretch.nodes if node not in kept)
 
-    def _likelihood(self, output: Tensor) -> Tensor:
-        """log p of what is drawn for every token."""
+    def _backwards(self) -> None:
+        """Runs the stretches again from the last to the first, with the gradients that the later ones left."""
+        gradients = {self._output: self._gradient_of_likelihood(self.env[self._output])}
+        for stretch in reversed(self._stretches):
+            self._taken = {}
+            read = [node for node in stretch.reads if self.env[node].is_floating_point()]
+            for node in read:
+                self.env[node] = self.env[node].detach().requires_grad_()
+            with torch.enable_grad():
+                self._run(stretch)
+            results = [
+                (self.env[node], gradients.pop(node))
+                for node in stretch.nodes
+                if node in gradients and self.env[node].requires_grad
+            ]
+            leaves = [*(self.env[node] for node in read), *(value for _, value in self._taken.values())]
+            found = _gradients(results, leaves)
+            del results
+            for node, gradient in zip(read, found, strict=False):
+                if gradient is not None:
+                    gradients[node] = gradients[node] + gradient if node in gradients else gradient
+            for (node, (x, value)), gradient in zip(self._taken.items(), found[len(read) :], strict=True):
+                rows = torch.zeros_like(value) if gradient is None else gradient
+                self._add(node, x.flatten(0, -2), rows.flatten(0, -2))
+            self._forget(stretch.nodes)
+        self._taken = {}
+
+    def _run(self, stretch: Stretch) -> None:
+        for node in stretch.nodes:
+            self.env[node] = self.run_node(node)
+
+    def _forget(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if not is_size(node):
+                self.env.pop(node, None)
+
+    def _gradient_of_likelihood(self, output: Tensor) -> Tensor:
+        """The gradient by the output of log p of what is drawn for every token."""
         if not self._categorical:
             noise = torch.randn(output.shape, generator=self._generator, dtype=output.dtype)
-            return (output * noise.to(output.device)).sum()
-        log_p = output.flatten(0, -2).log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=self._generator)
-        return log_p.gather(1, drawn.to(log_p.device)).sum()
+            return noise.to(output.device)
+        p = output.flatten(0, -2).log_softmax(-1).exp_()
+        drawn = torch.multinomial(p.cpu(), 1, generator=self._generator).to(p.device)
+        one = torch.ones_like(drawn, dtype=p.dtype)
+        return p.neg_().scatter_add_(1, drawn, one).view(output.shape)
 
     def _add(self, node: Node, x: Tensor, gradient: Tensor) -> None:
         weighted = weighted_input_name(node)
@@ -135,6 +183,21 @@ class GradientRun(Interpreter):
         for name, part in zip(gradient_names(node), gradient.split(OUTPUTS, dim=1), strict=True):
             if name in self._accumulators:
                 self._accumulators[name].update(part, name)
+
+
+def _gradients(results: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients by the leaves, given those by results; None for what no result depends on."""
+    if not results or not leaves:
+        return [None] * len(leaves)
+    values, gradients = zip(*results, strict=True)
+    return torch.autograd.grad(values, leaves, gradients, allow_unused=True)
+
+
+def _first_output(module: GraphModule) -> Node:
+    (given,) = module.graph.output_node().args
+    first = given[0] if isinstance(given, tuple | list) else given
+    assert isinstance(first, Node)
+    return first
 
 
 def _batch_axes(module: GraphModule) -> list[int | None]:
