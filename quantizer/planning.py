@@ -59,7 +59,9 @@ def weight_requests(node: Node, spec: RoleSpec | None) -> list[Request]:
         return []
     if spec.rounding is not Rounding.FISHER or without_gradients(node):
         return [Request(Layer.of(node).x.name, covariance=True)]
-    return [Request(name, covariance=True) for name in (weighted_input_name(node), *gradient_names(node))]
+    # Moments of drawn gradients are estimates, which are damped by hundredths: float32 is exact enough for them.
+    names = (weighted_input_name(node), *gradient_names(node))
+    return [Request(name, covariance=True, precision=torch.float32) for name in names]
 
 
 MOST_OUTPUTS = 8192

@@ -251,6 +251,17 @@ def test_scaled_takes_positive_factors_only(sample: Tensor, s: list[float]) -> N
         of(sample).scaled(torch.tensor(s))
 
 
+def test_second_moments_in_float32_differ_by_their_rounding_alone() -> None:
+    half = Request("x", covariance=True, precision=torch.float32)
+    assert (half | half).precision == torch.float32 and (half | Request("x")).precision == torch.float64
+    batches = [(torch.randn(40, 9, generator=torch.Generator().manual_seed(seed)),) for seed in range(3)]
+    found, exact = (collect(graph_of(), [one], batches)["x"] for one in (half, Request("x", covariance=True)))
+    assert found.moments.dtype == torch.float32
+    # 120 products, each and each sum rounded to 24 bits.
+    torch.testing.assert_close(found.moments.double(), exact.moments, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.total, exact.total) and found.squares.dtype == torch.float64
+
+
 def test_rotated_knows_moments_and_refuses_the_rest(sample: Tensor) -> None:
     R = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
     rotated = of(sample).rotated(R)

@@ -33,17 +33,19 @@ def bin_centres() -> Tensor:
 class Accumulator:
     """Statistics of one value, along its last axis, over any number of batches.
 
-    Sums and products are formed in float64 from blocks of rows: the square of a float32 is exact in float64, and no
-    float64 copy of a whole activation exists. Tensors stay on the device of the value.
+    Sums, and products unless `precision` says otherwise, are formed in float64 from blocks of rows: the square of a
+    float32 is exact in float64, and no float64 copy of a whole activation exists. Tensors stay on the device of the value.
 
     Args:
         covariance: accumulate X^T X.
         quantiles: accumulate a histogram of |x| per channel.
+        precision: dtype in which X^T X is formed.
     """
 
-    def __init__(self, *, covariance: bool, quantiles: bool) -> None:
+    def __init__(self, *, covariance: bool, quantiles: bool, precision: torch.dtype = torch.float64) -> None:
         self.covariance = covariance
         self.quantiles = quantiles
+        self.precision = precision
         self.count = 0
         self.channels = 0
         """0 until the first row."""
@@ -54,7 +56,7 @@ class Accumulator:
         zeros = torch.zeros(channels, dtype=torch.float64, device=device)
         self.low, self.high = zeros + torch.inf, zeros - torch.inf
         self.total, self.squares = zeros, zeros.clone()
-        self.moments = zeros.new_zeros(channels, channels) if self.covariance else None
+        self.moments = zeros.new_zeros(channels, channels, dtype=self.precision) if self.covariance else None
         self.histogram = zeros.new_zeros(channels, BINS) if self.quantiles else None
 
     def update(self, value: object, where: str) -> None:
@@ -94,7 +96,7 @@ class Accumulator:
         if self.moments is not None:
             moments = self.moments.cpu()
             self.moments = moments.triu_().add_(moments.triu(1).T)
-            self.squares = self.moments.diagonal().clone()
+            self.squares = self.moments.diagonal().clone().double()
         if self.histogram is not None:
             self.histogram = self.histogram.cpu()
 
@@ -112,8 +114,8 @@ class Accumulator:
     def _add_products(self, rows: Tensor, moments: Tensor) -> None:
         width = -(-self.channels // _PANELS)
         for block in rows.split(max(1, _PRODUCT_BLOCK // self.channels)):
-            exact = block.double()
-            self.total += exact.sum(0)
+            exact = block.to(self.precision)
+            self.total += exact.sum(0, dtype=torch.float64)
             for start in range(0, self.channels, width):
                 panel = exact[:, start : start + width]
                 moments[start : start + width, start:].addmm_(panel.T, exact[:, start:])

@@ -21,11 +21,13 @@ class Request:
         node: name of the node whose output is looked at; a floating tensor (..., channels).
         covariance: also the second moments, channels x channels.
         quantiles: also a histogram of |x| per channel.
+        precision: dtype in which second moments are formed and kept; float32 takes half the memory and time.
     """
 
     node: str
     covariance: bool = False
     quantiles: bool = False
+    precision: torch.dtype = torch.float64
 
     def __or__(self, other: Request) -> Request:
         """What either of two requests for the same node asks for.
@@ -35,12 +37,18 @@ class Request:
         """
         if self.node != other.node:
             raise MqAoError(f"requests for {self.node} and {other.node} cannot be united: they name different nodes.")
-        return Request(self.node, self.covariance or other.covariance, self.quantiles or other.quantiles)
+        return Request(
+            self.node,
+            self.covariance or other.covariance,
+            self.quantiles or other.quantiles,
+            torch.promote_types(self.precision, other.precision),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelStatistics:
-    """Statistics of the rows (tokens) of one value, X (count, channels). All tensors are float64 on the CPU.
+    """Statistics of the rows (tokens) of one value, X (count, channels). All tensors are float64 on the CPU, but for moments
+    that were asked for in float32.
 
     Attributes:
         count: number of rows.

@@ -33,7 +33,7 @@ def collect(
 ) -> Statistics:
     """Runs the float graph once over the batches, up to the last node that is asked for.
 
-    Everything is summed in float64; memory does not grow with the number of batches. Under torch.distributed (gloo
+    Everything is summed in float64 unless a request says otherwise; memory does not grow with the number of batches. Under torch.distributed (gloo
     or nccl) every rank gives its own batches (see `shard`) and the same requests, and gets the statistics of all;
     a rank may have none.
 
@@ -95,7 +95,7 @@ def _accumulators(requests: Iterable[Request]) -> dict[str, Accumulator]:
     for request in requests:
         united[request.node] = request | united.get(request.node, request)
     return {
-        name: Accumulator(covariance=request.covariance, quantiles=request.quantiles)
+        name: Accumulator(covariance=request.covariance, quantiles=request.quantiles, precision=request.precision)
         for name, request in sorted(united.items())
     }
 
