@@ -62,7 +62,7 @@ $(DOCS_READY): pyproject.toml constraints.txt
 	touch $(DOCS_READY)
 
 docs: $(DOCS_READY) linked
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict --clean --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --clean --config-file docs/site/mkdocs.yml
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
