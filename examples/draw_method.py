@@ -15,13 +15,12 @@ from typing import Annotated
 
 import typer
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mq_ao import passes
 from mq_ao.api import capture
-from mq_ao.cli.console import out
+from mq_ao.cli.console import out, step
 from mq_ao.files import replacing
 from mq_ao.models import MambaLM, demo
 from mq_ao.passes import Profile, Request
@@ -52,13 +51,35 @@ def out_proj_magnitudes(model: MambaLM, data: Sequence[tuple[Tensor, ...]], rewr
     return passes.collect(rewrite.module, [Request(read)], data)[read].maximum
 
 
-def draw_sorted(axes: Axes, curves: dict[str, Tensor]) -> None:
-    """One curve of descending values each, with its largest over its smallest value in the legend."""
-    for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
+def figures(model: MambaLM, tokens: int) -> dict[str, Figure]:
+    """The figures by file name, measured on that many bytes of calibration text."""
+    data = batches(model, tokens)
+    profile = residual_variances(model, data)
+    variances = {"as trained": profile.before, "Hadamard": profile.hadamard, "KLT and Hadamard (R1)": profile.after}
+    stages: dict[str, list[str]] = {
+        "as trained": [],
+        "smoothed (S2)": ["smooth_gate"],
+        "smoothed, rotated (S2, R2)": ["smooth_gate", "rotate_out_proj"],
+    }
+    magnitudes = {name: out_proj_magnitudes(model, data, rewrites) for name, rewrites in stages.items()}
+    residual, out_proj = drawn(variances), drawn(magnitudes)
+    residual.axes[0].set(xlabel="channel of the residual stream, sorted", ylabel="variance of in_proj's input")
+    residual.axes[0].set_ylim(bottom=0)
+    out_proj.axes[0].set(xlabel=f"channel of out_proj's input in block {BLOCK}, sorted", ylabel="largest magnitude")
+    out_proj.axes[0].set_yscale("log")
+    return {"variances.svg": residual, "out_proj.svg": out_proj}
+
+
+def drawn(curves: dict[str, Tensor]) -> Figure:
+    """One curve of descending values for each tensor (channels,), with its largest over its smallest in the legend."""
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, values) in zip(COLOURS, curves.items(), strict=True):
         label = f"{name}: max/min {number(ratio(values))}"
         axes.plot(values.sort(descending=True).values.tolist(), color=colour, linewidth=1.8, label=label)
     axes.grid(visible=True, axis="y", linewidth=0.3, alpha=0.6)
     axes.legend(frameon=False)
+    return figure
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -73,30 +94,11 @@ def main(
 ) -> None:
     """Draw what rotations and smoothing do to the bundled model."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = MambaLM.from_pretrained("demo")
-    data = batches(model, tokens)
-
-    profile = residual_variances(model, data)
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    axes = figure.subplots()
-    named = {"as trained": profile.before, "Hadamard": profile.hadamard, "KLT and Hadamard (R1)": profile.after}
-    draw_sorted(axes, named)
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="channel of the residual stream, sorted", ylabel="variance of in_proj's input")
-    save(figure, folder / "variances.svg")
-
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
-    axes = figure.subplots()
-    stages: dict[str, list[str]] = {
-        "as trained": [],
-        "smoothed (S2)": ["smooth_gate"],
-        "smoothed, rotated (S2, R2)": ["smooth_gate", "rotate_out_proj"],
-    }
-    draw_sorted(axes, {name: out_proj_magnitudes(model, data, rewrites) for name, rewrites in stages.items()})
-    axes.set_yscale("log")
-    axes.set(xlabel=f"channel of out_proj's input in block {BLOCK}, sorted", ylabel="largest magnitude")
-    save(figure, folder / "out_proj.svg")
-    out().print(f"variances.svg and out_proj.svg are in {folder}")
+    with step("measuring and drawing"):
+        found = figures(MambaLM.from_pretrained("demo"), tokens)
+        for name, figure in found.items():
+            save(figure, folder / name)
+    out().print(f"{' and '.join(found)} are in {folder}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch import Tensor
 
 import mq_ao as package
 from mq_ao import text
@@ -137,7 +138,11 @@ def workplace(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     whole = text.calibration_batches
-    monkeypatch.setattr(text, "calibration_batches", lambda given, count: whole(given, min(count, CALIBRATED)))
+
+    def less(given: text.TokenText, count: int, *sizes: int) -> list[Tensor]:
+        return whole(given, min(count, CALIBRATED), *sizes)
+
+    monkeypatch.setattr(text, "calibration_batches", less)
     return tmp_path
 
 
