@@ -1,6 +1,7 @@
 # make demo   the main job: quantize the bundled model, measure it, generate a sample
 # make test   the test suite
-# Both create .venv and install the package first if needed.
+# make docs   the documentation as a site, in build/site
+# The first two create .venv and install the package first if needed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 WITHOUT_CUDA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE
 MAMBA_SSM := mamba-ssm einops triton==3.9.0
 
-.PHONY: setup demo test lint types format bench wheel prebuilt clean
+.PHONY: setup demo test lint linked types docs format bench wheel prebuilt clean
 
 setup: $(READY)
 
@@ -36,17 +37,32 @@ lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# quantizer/ and lowering/ are imported from inside mq_ao, where mypy has to find them: a tree of links, with a cache of
-# its own, stands for the installed package. Messages name the files that the links lead to.
+# quantizer/ and lowering/ are imported from inside mq_ao, where mypy and mkdocstrings have to find them: a tree of links,
+# with a cache of its own, stands for the installed package. Messages name the files that the links lead to.
 TYPED := build/typed
 
-types: SHELL := bash -o pipefail
-types: $(READY)
+linked:
 	rm -rf $(TYPED)/mq_ao
 	mkdir -p $(TYPED)/mq_ao
 	ln -s $(CURDIR)/mq_ao/* $(CURDIR)/quantizer $(CURDIR)/lowering $(TYPED)/mq_ao
+
+types: SHELL := bash -o pipefail
+types: $(READY) linked
 	$(BIN)/mypy --cache-dir $(TYPED)/cache $(TYPED)/mq_ao \
 		| sed -E 's#^$(TYPED)/mq_ao/(quantizer|lowering)/#\1/#; s#^$(TYPED)/##'
+
+# An environment of its own, without torch: pages are made of sources, which are read and not imported.
+DOCS := build/docs-venv
+DOCS_READY := $(DOCS)/.ready
+
+$(DOCS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt $$($(PYTHON) -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $(DOCS_READY)
+
+docs: $(DOCS_READY) linked
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --clean --config-file docs/site/mkdocs.yml
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""What mq-ao does with the models of other libraries, captured as they are: the README's table.
+"""What mq-ao does with the models of other libraries, captured as they are: the table of docs/support.md.
 
 python -m tests.families    # prints it
 """

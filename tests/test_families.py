@@ -1,4 +1,4 @@
-"""The README's table of other libraries' models is what this tree does with them."""
+"""The table of other libraries' models in docs/support.md is what this tree does with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests import families
 
 pytest.importorskip("transformers", reason='needs pip install "mq-ao[hf]"')
 
-README = Path(__file__).parent.parent / "README.md"
+SUPPORT = Path(__file__).parent.parent / "docs/support.md"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_captured_models_equal_the_library_and_integers_equal_their_simulation(
         assert family.integer_error < 2e-2, family.name
 
 
-def test_the_table_in_the_readme_is_this_one(measured: list[families.Family]) -> None:
+def test_the_support_table_is_this_one(measured: list[families.Family]) -> None:
     # `python -m tests.families` prints it.
     rows = families.table(measured).splitlines()
-    written = README.read_text(encoding="utf-8").splitlines()
+    written = SUPPORT.read_text(encoding="utf-8").splitlines()
     assert [row for row in rows if row not in written] == []

@@ -33,7 +33,7 @@ from mq_ao.logs import quiet_libraries
 
 app = typer.Typer(
     name="mq-ao",
-    help="Quantize Mamba language models to int8 and run them, compiled, on the CPU.",
+    help="Quantize Mamba-family models to int8 or int4, and run them in integers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

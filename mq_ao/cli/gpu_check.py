@@ -29,7 +29,10 @@ SLOWER = 8.0
 def gpu_check(
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File with all results, written as they come; it is gone on with.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="File with all results, written as they come; an existing one is continued."
+        ),
     ] = Path("gpu-check.json"),
     minutes: Annotated[float, typer.Option(min=0.0, help="Budget: no stage begins that is thought not to fit.")] = 6.0,
     device: Annotated[str, typer.Option(help="cuda, a GPU of several such as cuda:1, or cpu to rehearse.")] = "cuda",

@@ -30,7 +30,7 @@ Outliers = Annotated[
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")]
 Resume = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Keeps finished measurements; a run that was cut off goes on from there."),
+    typer.Option(metavar="FOLDER", help="Keeps finished measurements; an interrupted run continues from there."),
 ]
 
 

@@ -1,4 +1,6 @@
-"""Twins of every operator that carries a state, for decoding, where states are most of what moves besides weights.
+"""Variants of every operator that carries a state, which write it where it belongs.
+
+They are for decoding, where states are most of what moves besides weights.
 
 `mq_ao::<name>_` overwrites `initial_state` by the last state and gives y; on the CPU it runs the operator and copies.
 `mq_ao::<name>_into` takes the tensor that becomes the last state as its last argument, and gives y.
@@ -26,7 +28,7 @@ from mq_ao.ops import (  # noqa: F401
 from mq_ao.ops.library import require
 
 STATEFUL = ("causal_conv1d", "qcausal_conv1d", "selective_scan", "qselective_scan", "ssd_scan", "qssd_scan")
-"""The operators `(..., initial_state, ...) -> (y, last_state)` that have such a twin."""
+"""The operators `(..., initial_state, ...) -> (y, last_state)` that have such variants."""
 _DEFAULT = re.compile(r"=[^,)]+")
 
 
@@ -49,24 +51,24 @@ def check_state(what: str, state: Tensor, last_state: Tensor) -> None:
 
 
 def _define(name: str) -> None:
-    """Both twins."""
+    """Both variants of an operator."""
     operator, index = getattr(torch.ops.mq_ao, name).default, state_index(name)
     arguments = str(operator._schema).partition("(")[2].rpartition(") -> ")[0]
     arguments = _DEFAULT.sub("", arguments)
     in_place = arguments.replace("Tensor? initial_state", "Tensor(a!) initial_state")
-    _twin(f"{name}_", "initial_state", in_place, operator, lambda args: (args, args[index]))
+    _variant(f"{name}_", "initial_state", in_place, operator, lambda args: (args, args[index]))
     into = f"{arguments}, Tensor(a!) last_state"
-    _twin(f"{name}_into", "last_state", into, operator, lambda args: (args[:-1], args[-1]))
+    _variant(f"{name}_into", "last_state", into, operator, lambda args: (args[:-1], args[-1]))
 
 
-def _twin(
+def _variant(
     name: str,
     written: str,
     arguments: str,
     operator: Any,
     given: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], Tensor]],
 ) -> None:
-    """One of them, which writes its argument `written`; `given` says what the operator is called with, and that one."""
+    """The variant that writes its argument `written`; `given` returns the operator's own arguments, and that tensor."""
 
     def results(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         called, memory = given(args)

@@ -11,7 +11,7 @@ not take itself (float64, or bad input, for which the reference raises the error
 
 `mq_ao::<name>.out` writes into tensors that the caller gives: ExecuTorch puts it in the place of `mq_ao::<name>` when
 it plans a program's memory, and its runtime then finds the kernel of `native/executorch` by that name. Operators whose
-names end in `_` have no such twin: ExecuTorch knows no operators of such names.
+names end in `_` have no such variant: ExecuTorch knows no operators of such names.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Cost:
 
     @property
     def operations(self) -> int:
-        """Of all units."""
+        """Operations of all units together."""
         return self.fp16 + self.int8 + self.fp32 + self.special
 
 
@@ -143,8 +143,8 @@ def _linear(call: Call) -> Cost:
         again = max(several - 1, 0)
         cost = call.cost(1 + again, int8=products, fp32=fp32) + Cost(moved=again * moved(x))
         # Of one scale for all, the zero point is 0 by chance alone: what corrects for others is counted in any case.
-        fortunate = call.arguments.get("token_scale") is None and call.arguments["correction"] is None
-        return cost + Cost(moved=moved(call.arguments["scale"])) if fortunate else cost
+        uncorrected = call.arguments.get("token_scale") is None and call.arguments["correction"] is None
+        return cost + Cost(moved=moved(call.arguments["scale"])) if uncorrected else cost
     # PyTorch does not round float32 for tensor cores unless it is asked to.
     return call.cost(fp32=products) if x.dtype == torch.float32 else call.cost(fp16=products)
 
