@@ -39,7 +39,7 @@ KINDS = ("python", "sh", "yaml", "text")
 BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n)?```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CALIBRATED = 2048
 """Tokens that commands calibrate on, instead of 16,384: figures differ, and nothing else."""
-NEEDS = {"docs/executorch.md": "executorch", "docs/vllm.md": "compressed_tensors"}
+NEEDS = {"docs/vllm.md": "compressed_tensors"}
 """Packages without which a page is left out."""
 LETTERS = 258
 
@@ -180,7 +180,6 @@ def graph(tiny: MambaLM) -> dict[str, Any]:
 
 GIVEN: Mapping[str, Callable[[MambaLM], dict[str, Any]]] = {
     "docs/cuda.md": small,
-    "docs/executorch.md": small,
     "docs/hybrids.md": checkpoint,
     "docs/native.md": quantized,
     "docs/own_model.md": plain_scan,
