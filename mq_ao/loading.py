@@ -14,6 +14,9 @@ def load(path: str | Path) -> LanguageProgram | Any:
     """Loads a program that `save` wrote: `.pt2` (inductor), `.ptn` (native), `.pte` (executorch) or `.ptc`
     (cuda).
 
+    A `.pt2` holds machine code, and a `.ptc` may hold pickled objects: loading either can execute code, so load only
+    those that come from sources that you trust (docs/SECURITY.md).
+
     A program for cuda runs on the GPU if there is one, else on the CPU, slowly; `mq_ao.lowering.cuda.load` can choose.
 
     Raises:

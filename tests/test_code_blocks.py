@@ -33,15 +33,17 @@ transformers = pytest.importorskip("transformers", reason='needs pip install "mq
 
 MADE = ("docs/cli.md", "docs/recipe_tables.md")
 """Pages of the code's own text."""
-PAGES = sorted(name for name in tracked("README.md", "CONTRIBUTING.md", "docs") if name.endswith(".md"))
-PAGES = [name for name in PAGES if name not in MADE]
+PAGES = sorted(
+    name for name in tracked("README.md", "CONTRIBUTING.md", "docs") if name.endswith(".md") and name not in MADE
+)
 KINDS = ("python", "sh", "yaml", "text")
 BLOCK = re.compile(r"^(?:<!-- not run: ([^\n]+) -->\n)?```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CALIBRATED = 2048
 """Tokens that commands calibrate on, instead of 16,384: figures differ, and nothing else."""
-NEEDS = {"docs/executorch.md": "executorch", "docs/vllm.md": "compressed_tensors"}
+NEEDS = {"docs/vllm.md": "compressed_tensors"}
 """Packages without which a page is left out."""
 LETTERS = 258
+"""Tokens of `letters`: bytes, padding and the end."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def small(tiny: MambaLM) -> dict[str, Any]:
 
 
 def quantized(tiny: MambaLM) -> dict[str, Any]:
+    """A quantized language model too."""
     found = small(tiny)
     return {**found, "q": package.quantize(tiny, found["batches"])}
 
@@ -173,14 +176,15 @@ def plain_scan(tiny: MambaLM) -> dict[str, Any]:
 def graph(tiny: MambaLM) -> dict[str, Any]:
     """A module and the inputs of its graph."""
     calls = [(ids, *tiny.initial_states(len(ids))) for ids in small(tiny)["batches"]]
-    return {"model": tiny, "my_module": tiny, "example": calls[0], "batches": calls, "calibration": calls} | {
-        "example_inputs": calls[0]
+    return {
+        **dict.fromkeys(("model", "my_module"), tiny),
+        **dict.fromkeys(("example", "example_inputs"), calls[0]),
+        **dict.fromkeys(("batches", "calibration"), calls),
     }
 
 
 GIVEN: Mapping[str, Callable[[MambaLM], dict[str, Any]]] = {
     "docs/cuda.md": small,
-    "docs/executorch.md": small,
     "docs/hybrids.md": checkpoint,
     "docs/native.md": quantized,
     "docs/own_model.md": plain_scan,
@@ -195,6 +199,8 @@ GIVEN: Mapping[str, Callable[[MambaLM], dict[str, Any]]] = {
 def test_blocks_have_a_kind_and_reasons_name_tests_that_exist() -> None:
     known = tracked()
     for page in PAGES:
+        fences = re.findall(r"^\s*(?:```|~~~)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(fences) == 2 * len(blocks(page)), f"{page} has a block that is not found"
         for block in blocks(page):
             assert block.kind in KINDS, f"{page}:{block.line}"
             if block.reason is not None:
