@@ -237,12 +237,38 @@ def test_other_dtypes_run_the_reference() -> None:
     assert_near(y_half, y, 1e-2)  # operands in float16, of 11 bits
 
 
-def test_there_is_no_gradient() -> None:
-    arguments = replace(WHOLE, length=5).arguments()
-    arguments["x"].requires_grad_()
-    y, _ = scan(**arguments)
-    with pytest.raises(MqAoError, match="no gradient"):
-        y.sum().backward()
+@settings(max_examples=60, deadline=None)
+@given(case=cases)
+def test_gradients_match_float64_autograd_through_the_reference(case: Case) -> None:
+    arguments = case.arguments()
+    exact = double(arguments)
+    names = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    for name in names:
+        arguments[name].requires_grad_()
+        exact[name].requires_grad_()
+    results, results_exact = scan(**arguments), reference(**exact)
+    gen = torch.Generator().manual_seed(case.seed + 1)
+    seeds = [torch.randn(x.shape, generator=gen) for x in results]
+    grads = torch.autograd.grad(results, [arguments[name] for name in names], seeds)
+    grads_exact = torch.autograd.grad(
+        results_exact, [exact[name] for name in names], [seed.double() for seed in seeds], allow_unused=True
+    )
+    for name, grad, grad_exact in zip(names, grads, grads_exact, strict=True):
+        expected = torch.zeros_like(exact[name]) if grad_exact is None else grad_exact
+        # Gradients of A, D and the bias add up to batch * length * headdim such terms.
+        assert_near(grad, expected, 4 * FLOAT32)
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_gradient_is_the_derivative(sequences: bool) -> None:
+    case = Case(2, 7, 2, 2, 3, 2, 2, (True, True, False, True, sequences), "dense", 3)
+    arguments = double(case.arguments())
+    tensors = {name: x.requires_grad_() for name, x in arguments.items() if x is not None and x is not True and name != "seq_idx"}
+
+    def function(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return scan(**arguments | dict(zip(tensors, given, strict=True)))
+
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()))
 
 
 def test_out_is_resized_and_written() -> None:
