@@ -263,7 +263,11 @@ def test_gradients_match_float64_autograd_through_the_reference(case: Case) -> N
 def test_gradient_is_the_derivative(sequences: bool) -> None:
     case = Case(2, 7, 2, 2, 3, 2, 2, (True, True, False, True, sequences), "dense", 3)
     arguments = double(case.arguments())
-    tensors = {name: x.requires_grad_() for name, x in arguments.items() if x is not None and x is not True and name != "seq_idx"}
+    tensors = {
+        name: x.requires_grad_()
+        for name, x in arguments.items()
+        if x is not None and x is not True and name != "seq_idx"
+    }
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:
         return scan(**arguments | dict(zip(tensors, given, strict=True)))
