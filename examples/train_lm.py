@@ -1,6 +1,6 @@
 """Trains a Mamba or Mamba-2 of about 8 million parameters on the text that text_corpus.py collects.
 
-The rate is warmed up and then stays (WSD, Hu et al. 2024, MiniCPM, section 4), so training goes on for as long as there
+The rate is warmed up and then stays (WSD: Hu et al. 2024, MiniCPM), so training goes on for as long as there
 is time, over many runs. `--cooldown` takes the rate to zero from wherever training is, in a branch of its own: what it
 gives is the finished model, and training can go on afterwards as if it had not been.
 

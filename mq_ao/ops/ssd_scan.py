@@ -288,10 +288,9 @@ def _chunk_decays(log_decay: Tensor, seq_idx: Tensor | None, part: slice) -> tup
     Returns:
         (batch, heads, chunk, chunk), zero above the diagonal and between sequences; (batch, heads, chunk).
     """
-    sums = log_decay.cumsum(-1)
-    size = sums.shape[-1]
-    seen = torch.ones(size, size, dtype=torch.bool, device=sums.device).tril()
-    into = sums.exp()
+    size = log_decay.shape[-1]
+    seen = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
+    into = log_decay.cumsum(-1).exp()
     if seq_idx is not None:
         # How often the sequence has changed since the step before the chunk.
         before = seq_idx[:, max(part.start - 1, 0) : part.stop]
@@ -299,8 +298,9 @@ def _chunk_decays(log_decay: Tensor, seq_idx: Tensor | None, part: slice) -> tup
         changes = changes if part.start else torch.nn.functional.pad(changes, (1, 0))
         seen = seen & (changes[:, None, :, None] == changes[:, None, None, :])
         into = into * (changes == 0)[:, None]
-    between = (sums[..., :, None] - sums[..., None, :]).masked_fill(~seen, -math.inf).exp()
-    return between, into
+    # Sums from each step on: differences of sums from the first would round at the size of the whole.
+    sums = log_decay[..., None].expand(*log_decay.shape, size).tril(-1).cumsum(-2)
+    return sums.masked_fill(~seen, -math.inf).exp(), into
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -311,7 +311,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, initial_state, seq_idx = ctx.saved_tensors
-    *grads, dinit = ssd_scan_backward(dy, dlast_state, *tensors, *ctx.options, initial_state, seq_idx)
+    inputs = (*tensors, *ctx.options, initial_state, seq_idx)
+    *grads, dinit = ssd_scan_backward(dy, dlast_state, *inputs)
     given = [None if value is None else grad for value, grad in zip(tensors, grads, strict=True)]
     return *given, None, None, None, None if initial_state is None else dinit, None
 
