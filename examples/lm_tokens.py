@@ -62,10 +62,9 @@ def token_ids(corpus: Path, tokenizer: Tokenizer) -> Tensor:
     if not path.exists():
         say("encoding the training text")
         documents = read_split(corpus, "train")
-        rows: list[int] = [0]
-        parts = []
+        parts = [numpy.zeros(1, dtype=numpy.int16)]
         for start in range(0, len(documents), _CHUNK):
-            rows = [] if start else [0]
+            rows: list[int] = []
             for encoded in tokenizer.encode_batch([text.decode() for text in documents[start : start + _CHUNK]]):
                 rows += [*encoded.ids, 0]
             parts.append(numpy.array(rows, dtype=numpy.int16))

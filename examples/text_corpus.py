@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import re
 import subprocess
 import sysconfig
@@ -32,8 +31,6 @@ import typer
 from training import console, say
 
 from mq_ao.files import write_atomically
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.004
 """Share of the documents that are never trained on and measured on."""
