@@ -109,40 +109,14 @@ def _is_text(content: bytes) -> bool:
     return True
 
 
-def repeated_lines(corpus: Corpus, shortest: int = 30) -> float:
+def repeated_lines(train: list[bytes], heldout: list[bytes], shortest: int = 30) -> float:
     """Share of the held-out bytes in lines of `shortest` characters or more that are trained on too."""
-    seen = {line.strip() for document in corpus.train for line in document.splitlines()}
-    lines = [line.strip() for document in corpus.heldout for line in document.splitlines()]
+    seen = {line.strip() for document in train for line in document.splitlines()}
+    lines = [line.strip() for document in heldout for line in document.splitlines()]
     repeated = sum(len(line) for line in lines if len(line) >= shortest and line in seen)
     return repeated / max(1, sum(len(line) for line in lines))
 
 
-class Batches:
-    """Random access to batches of windows of the joined training text.
-
-    An epoch cuts the text into windows at a random offset and visits each once in a random order; both follow
-    from the seed and the epoch's number. So a batch is a function of its step alone, and a resumed run goes
-    on where it stopped.
-    """
-
-    def __init__(self, documents: list[bytes], length: int, batch: int, seed: int) -> None:
-        self.text = torch.frombuffer(bytearray(b"\0" + b"\0".join(documents) + b"\0"), dtype=torch.uint8)
-        self.length, self.batch, self.seed = length, batch, seed
-        self.windows = (len(self.text) - 1) // length - 1
-        self.epoch = -1
-        self.order = torch.empty(0, dtype=torch.int64)
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step, each (batch, length) int64."""
-        starts = [self._start(step * self.batch + row) for row in range(self.batch)]
-        rows = torch.stack([self.text[start : start + self.length + 1] for start in starts]).long()
-        return rows[:, :-1], rows[:, 1:]
-
-    def _start(self, window: int) -> int:
-        epoch, index = divmod(window, self.windows)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            offset = torch.randint(self.length, (1,), generator=generator)
-            self.order = torch.randperm(self.windows, generator=generator) * self.length + offset
-            self.epoch = epoch
-        return int(self.order[index])
+def joined(documents: list[bytes]) -> Tensor:
+    """Documents as one text, uint8, with a 0 byte before and after each."""
+    return torch.frombuffer(bytearray(b"\0" + b"\0".join(documents) + b"\0"), dtype=torch.uint8)

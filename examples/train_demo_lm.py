@@ -21,14 +21,15 @@ from typing import Annotated
 import torch
 import typer
 from demo_card import Result, model_card
-from demo_corpus import Batches, collect, repeated_lines
+from demo_corpus import collect, joined, repeated_lines
 from torch import Tensor, nn
 from training import (
-    Optimiser,
+    Batches,
     Plan,
     Schedule,
     console,
     load_checkpoint,
+    muon,
     progress_bar,
     save_checkpoint,
     say,
@@ -81,14 +82,14 @@ class Run:
         torch.manual_seed(plan.seed)
         plan.out.mkdir(parents=True, exist_ok=True)
         self.plan, self.corpus, self.model = plan, collect(), MambaLM(config)
-        self.optimiser = Optimiser(self.model, plan)
+        self.optimiser = muon(self.model, plan)
         self.checkpoint = plan.out / "checkpoint.pt"
         self.step, elapsed = 0, 0.0
         if resume and self.checkpoint.exists():
             self.step, elapsed = load_checkpoint(self.checkpoint, self.model, self.optimiser)
         self.schedule = Schedule(plan, elapsed)
-        self.everything = Batches(self.corpus.train, plan.length, plan.batch, plan.seed)
-        self.focus = Batches(self.corpus.modules, plan.length, plan.batch, plan.seed + 1)
+        self.everything = Batches(joined(self.corpus.train), plan.length, plan.batch, plan.seed)
+        self.focus = Batches(joined(self.corpus.modules), plan.length, plan.batch, plan.seed + 1)
         self.heldout = b"\0".join(self.corpus.heldout)
         self.result = self._first_result()
 
@@ -100,7 +101,7 @@ class Run:
             train_bytes=sum(map(len, self.corpus.train)),
             module_documents=len(self.corpus.modules),
             module_bytes=sum(map(len, self.corpus.modules)),
-            heldout_repeated=repeated_lines(self.corpus),
+            heldout_repeated=repeated_lines(self.corpus.train, self.corpus.heldout),
             xz_bpb=xz_bits_per_byte(self.heldout),
             seed=self.plan.seed,
             length=self.plan.length,

@@ -25,7 +25,7 @@ import torch
 import typer
 from fashion_data import CALIBRATION, FOLDER, SHIPPED, VALIDATION, Images, read
 from torch import Tensor, nn
-from training import Optimiser, Plan, Schedule, load_checkpoint, progress_bar, save_checkpoint, say
+from training import Plan, Schedule, load_checkpoint, muon, progress_bar, save_checkpoint, say
 from vim_card import Result, model_card
 
 from mq_ao.files import write_atomically
@@ -122,7 +122,7 @@ class Run:
         torch.manual_seed(plan.seed)
         plan.out.mkdir(parents=True, exist_ok=True)
         self.plan, self.data, self.model = plan, data, Vim(config)
-        self.optimiser = Optimiser(self.model, plan)
+        self.optimiser = muon(self.model, plan)
         self.checkpoint = plan.out / "checkpoint.pt"
         self.step, elapsed = 0, 0.0
         if resume and self.checkpoint.exists():

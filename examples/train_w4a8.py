@@ -15,10 +15,11 @@ from typing import Annotated
 
 import torch
 import typer
-from demo_corpus import Batches, collect
+from demo_corpus import collect, joined
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
+from training import Batches
 
 from mq_ao import MqAoError, api
 from mq_ao.cli.console import err, out, step
@@ -52,7 +53,7 @@ def main(
         held_out = demo.HELDOUT.read_bytes()
         exact = bits_per_byte(model, held_out)
         before = bits_per_byte(trainable.convert().lower(), held_out)
-    train(trainable, model, Batches(collect().train, length, batch, seed), steps, learning_rate, scale_rate)
+    train(trainable, model, Batches(joined(collect().train), length, batch, seed), steps, learning_rate, scale_rate)
     with step("converting, compiling and measuring"):
         program = trainable.convert().lower()
         after = bits_per_byte(program, held_out)

@@ -1,4 +1,4 @@
-"""What the training scripts share: the schedule, the optimisers, checkpoints."""
+"""What the training scripts share: batches of text, the schedule, the optimisers, checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from mq_ao.models import MambaLM, Vim
 
@@ -72,27 +72,53 @@ class Schedule:
 
 
 class Optimiser:
-    """Muon for the projections; AdamW for embeddings, convolutions, the scan's parameters, norms."""
+    """Optimisers of disjoint parts of a model that are stepped together; each group's rate is its `lr` times a factor.
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        matrices = [p for name, p in model.named_parameters() if "proj" in name and p.dim() == 2]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in model.parameters() if id(p) not in chosen]
-        self.parameters = matrices + others
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=plan.matrix_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=plan.other_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        ]
-        self.rates = (plan.matrix_lr, plan.other_lr)
+    Args:
+        parts: the optimisers.
+    """
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        self.rates = [[group["lr"] for group in part.param_groups] for part in parts]
 
     def step(self, factor: float) -> None:
         """Clips, updates and clears the gradients."""
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part, rate in zip(self.parts, self.rates, strict=True):
-            for group in part.param_groups:
+        groups = [group for part in self.parts for group in part.param_groups]
+        nn.utils.clip_grad_norm_([weight for group in groups for weight in group["params"]], 1.0)
+        for part, rates in zip(self.parts, self.rates, strict=True):
+            for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             part.step()
             part.zero_grad(set_to_none=True)
+
+
+def muon(model: nn.Module, plan: Plan) -> Optimiser:
+    """Muon for the projections; AdamW for embeddings, convolutions, the scan's parameters, norms."""
+    matrices, others = _projections(model)
+    return Optimiser(
+        [
+            torch.optim.Muon(matrices, lr=plan.matrix_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=plan.other_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        ]
+    )
+
+
+def adamw(model: nn.Module, rate: float) -> Optimiser:
+    """AdamW, as public checkpoints are trained; weight decay 0.1 on the projections alone.
+
+    Its second moments are averaged over more steps than usual, for small batches.
+    """
+    matrices, others = _projections(model)
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return Optimiser([torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)])
+
+
+def _projections(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of the projections, and all others."""
+    matrices = [p for name, p in model.named_parameters() if "proj" in name and p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    return matrices, [p for p in model.parameters() if id(p) not in chosen]
 
 
 def save_checkpoint(path: Path, model: MambaLM | Vim, optimiser: Optimiser, step: int, elapsed: float) -> None:
@@ -140,3 +166,33 @@ def seconds_until(clock: str) -> float:
     except ValueError as error:
         raise typer.BadParameter(f"{clock!r} is no time of day: give HH:MM (UTC).") from error
     return ((end if end > now else end + timedelta(days=1)) - now).total_seconds()
+
+
+class Batches:
+    """Random access to batches of windows of a text of tokens.
+
+    An epoch cuts the text into windows at a random offset and visits each once in a random order; both follow
+    from the seed and the epoch's number. So a batch is a function of its step alone, and a resumed run goes
+    on where it stopped.
+    """
+
+    def __init__(self, text: Tensor, length: int, batch: int, seed: int) -> None:
+        self.text, self.length, self.batch, self.seed = text, length, batch, seed
+        self.windows = (len(text) - 1) // length - 1
+        self.epoch = -1
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step, each (batch, length) int64."""
+        starts = [self._start(step * self.batch + row) for row in range(self.batch)]
+        rows = torch.stack([self.text[start : start + self.length + 1] for start in starts]).long()
+        return rows[:, :-1], rows[:, 1:]
+
+    def _start(self, window: int) -> int:
+        epoch, index = divmod(window, self.windows)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            offset = torch.randint(self.length, (1,), generator=generator)
+            self.order = torch.randperm(self.windows, generator=generator) * self.length + offset
+            self.epoch = epoch
+        return int(self.order[index])

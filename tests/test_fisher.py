@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import mq_ao
-from mq_ao import MqAoError
+from mq_ao import MqAoError, passes
 from mq_ao.api import capture
 from mq_ao.evaluate import compare
 from mq_ao.graph import Role, edit, match, walk
@@ -197,15 +197,20 @@ def test_statistics_are_asked_for() -> None:
         MambaQuantizer().set_role("conv1d", RoleSpec(rounding=Rounding.FISHER))
 
 
-def test_where_there_is_no_gradient_gptq_rounds_and_the_report_says_so() -> None:
+def test_where_there_is_no_gradient_gptq_rounds_and_the_report_says_so(tiny: MambaLM) -> None:
+    report = str(mq_ao.quantize(tiny, [tokens(2, 32)], Recipe("four", ALL_FOUR, ("expose_state",))).report())
+    assert "rounded by gptq, since scan_states_default has no gradient" in report
+    graph = passes.apply(capture(tiny, ()), ["expose_state"]).module
+    (head,) = match(graph).heads
+    with pytest.raises(MqAoError, match="has no gradient: ask for statistics of values alone"):
+        collect(graph, [Request(gradient_names(head)[0])], [(tokens(2, 8), *tiny.initial_states(2))])
+
+
+def test_mamba2_is_rounded_for_the_loss_too() -> None:
     torch.manual_seed(0)
     model = Mamba2LM(Mamba2Config(vocab_size=256, d_model=32, n_layer=1, headdim=16, d_state=16)).eval()
     report = str(mq_ao.quantize(model, [tokens(2, 32)], Recipe("four", ALL_FOUR)).report())
-    assert "rounded by gptq, since ssd_scan has no gradient" in report
-    graph = capture(model, ())
-    (head,) = match(graph).heads
-    with pytest.raises(MqAoError, match="has no gradient: ask for statistics of values alone"):
-        collect(graph, [Request(gradient_names(head)[0])], [(tokens(2, 8), *model.initial_states(2))])
+    assert "fisher" in report and "rounded by gptq" not in report
 
 
 def test_heads_of_large_vocabularies_are_rounded_by_gptq(tiny: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:

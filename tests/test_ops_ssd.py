@@ -237,12 +237,55 @@ def test_other_dtypes_run_the_reference() -> None:
     assert_near(y_half, y, 1e-2)  # operands in float16, of 11 bits
 
 
-def test_there_is_no_gradient() -> None:
-    arguments = replace(WHOLE, length=5).arguments()
-    arguments["x"].requires_grad_()
-    y, _ = scan(**arguments)
-    with pytest.raises(MqAoError, match="no gradient"):
-        y.sum().backward()
+def gradients(
+    function: Callable[..., tuple[Tensor, Tensor]], arguments: dict[str, Any], seed: int
+) -> dict[str, Tensor]:
+    """Gradients of a random combination of the results, by argument."""
+    tensors = {name: x.detach() for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    for x in tensors.values():
+        x.requires_grad_()
+    results = function(**arguments | tensors)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
+    found = torch.autograd.grad(results, list(tensors.values()), weights, allow_unused=True)
+    return {
+        name: torch.zeros_like(x) if grad is None else grad
+        for (name, x), grad in zip(tensors.items(), found, strict=True)
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases)
+def test_gradients_match_autograd_through_the_reference(case: Case) -> None:
+    arguments = double(case.arguments())
+    exact = gradients(reference, arguments, case.seed + 1)
+    for name, grad in gradients(scan, arguments, case.seed + 1).items():
+        # In float64 the chunks add up the same numbers in another order; entries are sums of up to millions of them.
+        assert_near(grad, exact[name], 1e-10)
+
+
+def test_gradients_in_float32_are_near_those_in_float64() -> None:
+    arguments = Case(2, 300, 2, 3, 32, 24, 1, (True, True, False, True, False), "dense", 3).arguments()
+    exact = gradients(scan, double(arguments), 0)
+    for name, grad in gradients(scan, arguments, 0).items():
+        assert grad.dtype == torch.float32
+        assert_near(grad, exact[name], FLOAT32)
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_gradient_is_the_derivative(sequences: bool) -> None:
+    case = Case(2, 7, 2, 2, 3, 2, 2, (True, True, False, True, sequences), "dense", 3)
+    arguments = double(case.arguments())
+    tensors = {
+        name: x.requires_grad_()
+        for name, x in arguments.items()
+        if x is not None and x is not True and name != "seq_idx"
+    }
+
+    def function(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return scan(**arguments | dict(zip(tensors, given, strict=True)))
+
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()))
 
 
 def test_out_is_resized_and_written() -> None:

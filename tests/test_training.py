@@ -119,10 +119,20 @@ def test_gradient_of_the_rotation(n: int) -> None:
     torch.testing.assert_close(hadamard(x, scale), (x * scale) @ hadamard_matrix.matrix(n))
 
 
-def test_what_has_no_gradient_is_refused(calibration: list[Tensor]) -> None:
+def test_what_has_no_gradient_is_refused(tiny: MambaLM, calibration: list[Tensor]) -> None:
+    with pytest.raises(MqAoError, match="mq_ao.scan_states.default has no gradient: train without expose_state"):
+        mq_ao.prepare_qat(tiny, calibration, "mambaquant-paper-w8a8")
+
+
+def test_mamba2_is_trained(calibration: list[Tensor]) -> None:
+    torch.manual_seed(0)
     shape = Mamba2Config(vocab_size=VOCAB, d_model=32, n_layer=1, headdim=16, d_state=16)
-    with pytest.raises(MqAoError, match="mq_ao.ssd_scan.default has no gradient here yet"):
-        mq_ao.prepare_qat(language_model(shape).eval(), calibration)
+    model = language_model(shape).eval()
+    trainable = mq_ao.prepare_qat(model, calibration, "rtn-w8a8")
+    ids = tokens(2, 24, seed=7)
+    trainable(ids)[0].square().mean().backward()
+    # Through the scan: what comes before it learns.
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in trainable.weights)
 
 
 def test_a_weight_that_diverged_is_named(tiny: MambaLM, calibration: list[Tensor]) -> None:

@@ -3,19 +3,17 @@
 With step = clamp(softplus(dt + dt_bias), dt_min, dt_max) (or without the softplus), for every head
 
     h[t] = exp(step[t] A) h[t-1] + step[t] x[t] B[t]^T,    y[t] = h[t] C[t] + D x[t].
-
-For inference: there is no gradient, and asking for one is an error.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mq_ao.errors import MqAoError
 from mq_ao.ops.library import require, schemas
 from mq_ao.ops.operator import Operands, like, operator
 
@@ -163,12 +161,160 @@ def ssd_scan(
     return y.to(x.dtype).contiguous(), h.clone(memory_format=torch.contiguous_format)
 
 
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _gradients(a: Operands) -> _Gradients:
+    _results(a)
+    D, dt_bias, start = (like(a.x, (0,)) if v is None else like(v) for v in (a.D, a.dt_bias, a.initial_state))
+    return like(a.x), like(a.dt), like(a.A), like(a.B), like(a.C), D, dt_bias, start
+
+
+CHUNK = 64
+"""Steps that the gradient takes at once."""
+
+
+@operator(results=_gradients)
+def ssd_scan_backward(
+    dy: Tensor,
+    dlast_state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_min: float = 0.0,
+    dt_max: float | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> _Gradients:
+    """Gradient of `ssd_scan`, in chunks of matrix products from the last to the first.
+
+    Within a chunk, with X[r] = step[r] x[r], c the running sum of step A, h the state before it and g the gradient of
+    the state after it,
+
+        y[t] = sum_{r <= t} exp(c[t] - c[r]) (C[t] B[r]) X[r] + exp(c[t]) h C[t].
+
+    and the state after it is what the last step has of all. The gradient of step A at a step is the sum of all terms
+    that decay there.
+
+    Args:
+        dy: (batch, length, heads, headdim), gradient of y.
+        dlast_state: (batch, heads, headdim, d_state), gradient of the last state.
+        x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx: as in `ssd_scan`.
+
+    Returns:
+        Gradients of x, dt, A, B, C, D, dt_bias and initial_state, each of its operand's shape and dtype; an empty
+        tensor for an operand that is None.
+
+    Raises:
+        MqAoError: as `ssd_scan`.
+    """
+    dtype = _state_dtype(x)
+    groups, heads = B.shape[2], x.shape[2]
+    raw = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    free = softplus(raw) if dt_softplus else raw
+    step = free.clamp(dt_min, dt_max)
+    # From here on (batch, heads, length, ...).
+    values, dy_ = x.to(dtype).transpose(1, 2), dy.to(dtype).transpose(1, 2)
+    steps, weighted = step.transpose(1, 2), (step[..., None] * x.to(dtype)).transpose(1, 2)
+    b, c = (m.to(dtype).repeat_interleave(heads // groups, dim=2).transpose(1, 2) for m in (B, C))
+    states = [dy_.new_zeros(dlast_state.shape) if initial_state is None else initial_state.to(dtype)]
+    parts = [slice(start, min(start + CHUNK, x.shape[1])) for start in range(0, x.shape[1], CHUNK)]
+    decays = [_chunk_decays(steps[:, :, part] * A.to(dtype)[:, None], seq_idx, part) for part in parts]
+    for part, (between, into) in zip(parts, decays, strict=True):
+        last = between[:, :, -1, :, None] * weighted[:, :, part]
+        states.append(into[:, :, -1, None, None] * states[-1] + last.mT @ b[:, :, part])
+
+    g = dlast_state.to(dtype)
+    dX, db, dc, da = [], [], [], []
+    for index in reversed(range(len(parts))):
+        part, (between, into), state = parts[index], decays[index], states[index]
+        X_, b_, c_, d_ = weighted[:, :, part], b[:, :, part], c[:, :, part], dy_[:, :, part]
+        into, out = into[..., None], between[:, :, -1, :, None]
+        scores, products = (c_ @ b_.mT) * between, d_ @ X_.mT
+        dscores = products * between
+        through_state, through_g = into * (c_ @ state.mT), out * (b_ @ g.mT)
+        dX.append(scores.mT @ d_ + through_g)
+        dc.append(dscores @ b_ + into * (d_ @ state))
+        db.append(dscores.mT @ c_ + out * (X_ @ g))
+        # All that passes over a step: from steps before it, or the state, to it and steps after it, or the next state.
+        over_steps = _from_there_on(products * scores, -2).tril(-1).sum(-1)
+        from_state = _from_there_on((d_ * through_state).sum(-1), -1)
+        to_next = (X_ * through_g).sum(-1)
+        through = (into[:, :, -1, :, None] * g * state).sum((-2, -1))
+        da.append(over_steps + from_state + (to_next.cumsum(-1) - to_next) + through[..., None])
+        g = into[:, :, -1, :, None] * g + (into * d_).mT @ c_
+
+    dX_, db_, dc_, da_ = (torch.cat(found[::-1], dim=2).transpose(1, 2) for found in (dX, db, dc, da))
+    dx = step[..., None] * dX_
+    if D is not None:
+        dx = dx + dy.to(dtype) * (D[:, None] if D.dim() == 1 else D).to(dtype)
+    dstep = (values.transpose(1, 2) * dX_).sum(-1) + da_ * A.to(dtype)
+    ddt = dstep * ((free >= dt_min) & (free <= (math.inf if dt_max is None else dt_max)))
+    if dt_softplus:
+        ddt = ddt * torch.sigmoid(raw)
+    dD = x.new_empty(0)
+    if D is not None:
+        dD = (dy.to(dtype) * x.to(dtype)).sum((0, 1) if D.dim() == 2 else (0, 1, 3)).to(D.dtype)
+    return (
+        dx.to(x.dtype).contiguous(),
+        ddt.to(dt.dtype),
+        (da_ * step).sum((0, 1)).to(A.dtype),
+        db_.unflatten(2, (groups, -1)).sum(3).to(B.dtype),
+        dc_.unflatten(2, (groups, -1)).sum(3).to(C.dtype),
+        dD,
+        x.new_empty(0) if dt_bias is None else ddt.sum((0, 1)).to(dt_bias.dtype),
+        x.new_empty(0) if initial_state is None else g.to(initial_state.dtype).contiguous(),
+    )
+
+
+def _from_there_on(x: Tensor, axis: int) -> Tensor:
+    """Sums of x over each place of an axis and all behind it."""
+    return x.flip(axis).cumsum(axis).flip(axis)
+
+
+def _chunk_decays(log_decay: Tensor, seq_idx: Tensor | None, part: slice) -> tuple[Tensor, Tensor]:
+    """What is left of each step (column) at each step (row) of a chunk, and at each step of the state before it.
+
+    Args:
+        log_decay: (batch, heads, chunk), step A.
+        seq_idx: see `ssd_scan`.
+        part: which steps of the sequence these are.
+
+    Returns:
+        (batch, heads, chunk, chunk), zero above the diagonal and between sequences; (batch, heads, chunk).
+    """
+    size = log_decay.shape[-1]
+    seen = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
+    into = log_decay.cumsum(-1).exp()
+    if seq_idx is not None:
+        # How often the sequence has changed since the step before the chunk.
+        before = seq_idx[:, max(part.start - 1, 0) : part.stop]
+        changes = (before[:, 1:] != before[:, :-1]).cumsum(-1)
+        changes = changes if part.start else torch.nn.functional.pad(changes, (1, 0))
+        seen = seen & (changes[:, None, :, None] == changes[:, None, None, :])
+        into = into * (changes == 0)[:, None]
+    # Sums from each step on: differences of sums from the first would round at the size of the whole.
+    sums = log_decay[..., None].expand(*log_decay.shape, size).tril(-1).cumsum(-2)
+    return sums.masked_fill(~seen, -math.inf).exp(), into
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Nothing is kept: there is no gradient."""
+    *tensors, dt_softplus, dt_min, dt_max, initial_state, seq_idx = inputs
+    ctx.save_for_backward(*tensors, initial_state, seq_idx)
+    ctx.options = dt_softplus, dt_min, dt_max
 
 
-def _no_gradient(ctx: Any, dy: Tensor, dlast_state: Tensor) -> NoReturn:
-    raise MqAoError("ssd_scan has no gradient, it is for inference; train with mamba_ssm and load the weights here.")
+def _autograd(ctx: Any, dy: Tensor, dlast_state: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, initial_state, seq_idx = ctx.saved_tensors
+    inputs = (*tensors, *ctx.options, initial_state, seq_idx)
+    *grads, dinit = ssd_scan_backward(dy, dlast_state, *inputs)
+    given = [None if value is None else grad for value, grad in zip(tensors, grads, strict=True)]
+    return *given, None, None, None, None if initial_state is None else dinit, None
 
 
-torch.library.register_autograd("mq_ao::ssd_scan", _no_gradient, setup_context=_setup_context, lib=schemas)
+torch.library.register_autograd("mq_ao::ssd_scan", _autograd, setup_context=_setup_context, lib=schemas)

@@ -125,4 +125,4 @@ def _with_parameters(graph: GraphModule) -> GraphModule:
 
 def _check_gradients(graph: GraphModule) -> None:
     for node in walk.calls(graph, walk.WITHOUT_GRADIENT):
-        raise MqAoError(f"{node.target} has no gradient here yet: train with Mamba-1 and without a state role.")
+        raise MqAoError(f"{node.target} has no gradient: train without expose_state.")
