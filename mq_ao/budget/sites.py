@@ -56,6 +56,11 @@ class Site:
         """The module, with the role where its name does not end in it."""
         return self.module if self.module.endswith(str(self.role)) else f"{self.module} ({self.role})"
 
+    @property
+    def inputs(self) -> int:
+        """Of each of its linears."""
+        return self.shapes[0][1]
+
     def size(self, choice: Choice) -> int:
         """Bytes of its weights in a native program: integers, their scales and sums; or float32."""
         return sum(_bytes(*shape, choice) for shape in self.shapes)
@@ -105,13 +110,10 @@ def uniform(sites: Sequence[Site], bits: int, group: int | None = None) -> dict[
     """
     found: dict[Site, Choice] = {}
     for site in sites:
-        fitting = [spec for spec in site.widths if spec.bits == bits and _group(spec) >= (group or math.inf)]
-        found[site] = min(fitting, key=_group)
+        groups = {spec: _grouped(spec, site.inputs) or math.inf for spec in site.widths if spec.bits == bits}
+        fitting = {spec: size for spec, size in groups.items() if size >= (group or math.inf)}
+        found[site] = min(fitting, key=lambda spec: fitting[spec])
     return found
-
-
-def _group(spec: RoleSpec) -> float:
-    return spec.group_size or math.inf
 
 
 def _widths(base: RoleSpec, inputs: int, rounding: Rounding) -> tuple[RoleSpec, ...]:
@@ -134,8 +136,9 @@ def _shape(graph: GraphModule, node: Node) -> tuple[int, int]:
 
 
 def _grouped(spec: RoleSpec, inputs: int) -> int:
-    """Inputs of a group as operators take it: 0 is one scale a row, also where groups do not fit."""
-    return spec.group_size if spec.group_size and inputs % spec.group_size == 0 else 0
+    """Inputs of a group; 0 is one scale a row, which it also is where groups do not fit or one is all of a row."""
+    size = spec.group_size
+    return size if size and size < inputs and inputs % size == 0 else 0
 
 
 def _bytes(outputs: int, inputs: int, choice: Choice) -> int:
