@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.testing import CliRunner, Result
 import mq_ao
 from mq_ao import MqAoError, api
 from mq_ao.budget import Budget, Found, Quantity, parse_budget, search_budget
+from mq_ao.budget.bisection import first_passing
 from mq_ao.budget.knapsack import Item, pareto_front
 from mq_ao.budget.scoring import joined, score
 from mq_ao.budget.sensitivity import float_logits
@@ -112,6 +114,22 @@ def test_a_large_front_stays_feasible_and_near_the_best(monkeypatch: pytest.Monk
 def test_a_site_without_items_is_refused() -> None:
     with pytest.raises(MqAoError, match="nothing to choose from"):
         pareto_front([[Item(1, 1)], []])
+
+
+@given(st.data())
+def test_the_first_that_passes_is_found_in_few_tries(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 3000))
+    first, guess = data.draw(st.integers(0, count - 1)), data.draw(st.integers(-5, count + 5))
+    asked = []
+
+    def passes(index: int) -> bool:
+        assert 0 <= index < count - 1
+        asked.append(index)
+        return index >= first
+
+    assert first_passing(passes, count, guess) == first
+    # Doubling steps from 8 on reach any distance in its logarithm, and halves take as many again.
+    assert len(asked) <= 5 + 2 * max(4, math.log2(abs(first - guess) + 1))
 
 
 def site(module: str, role: Role = Role.IN_PROJ) -> Site:
@@ -264,7 +282,7 @@ def test_budgets_that_cannot_be_kept_say_what_can(tiny: MambaLM, calibration: li
     with pytest.raises(MqAoError, match=r"the smallest program that this search knows has 0\.\d+ of the bytes"):
         search_budget(tiny, calibration, validation(), "size<=0.05", "rtn-w4a8")
     # The convolution and the embedding stay quantized.
-    with pytest.raises(MqAoError, match="cannot be kept: with every linear at its best it is"):
+    with pytest.raises(MqAoError, match="cannot be kept even with every linear at its best"):
         search_budget(tiny, calibration, validation(), Budget(Quantity.LOSS, 1e-9), "rtn-w4a8")
 
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from mq_ao import api
 from mq_ao.backends import NATIVE
+from mq_ao.budget.bisection import first_passing
 from mq_ao.budget.knapsack import Item, pareto_front
 from mq_ao.budget.parsing import Budget, Quantity, parse_budget
 from mq_ao.budget.scoring import joined, score
@@ -197,7 +198,9 @@ class _Search:
         }
         candidates = [self._candidate(found, choices) for choices in named.values()]
         measured = self._measured(candidates, "measuring uniform precisions")
-        within = self._within_loss(front, budget.limit) if budget.quantity is Quantity.LOSS else front
+        within = front
+        if budget.quantity is Quantity.LOSS:
+            within = self._within_loss(front, budget.limit, measured[0])
         chosen, recipe, quantized, program = self._quantized(within, budget)
         return Found(
             *(budget, recipe, quantized, chosen, tuple(front)),
@@ -233,24 +236,30 @@ class _Search:
         found = map(joined, zip(*parts, strict=True))
         return [replace(candidate, measured=one) for candidate, one in zip(candidates, found, strict=True)]
 
-    def _within_loss(self, front: Sequence[Candidate], limit: float) -> Sequence[Candidate]:
-        """The front from the largest candidate down to the smallest one that keeps a limit of the loss, by bisection.
+    def _within_loss(self, front: Sequence[Candidate], limit: float, like: Candidate) -> Sequence[Candidate]:
+        """The front from the smallest candidate on that keeps a limit of the loss when measured.
+
+        Args:
+            front: by increasing size.
+            limit: of the loss.
+            like: a measured candidate, whose loss is to its divergence as that of others is, more or less.
 
         Raises:
             MqAoError: not even the largest one keeps it.
         """
-        best = self._measured(front[-1:])[0]
-        if _change(best) > limit:
+
+        def keeps(index: int) -> bool:
+            return _change(self._measured(front[index : index + 1], "measuring whether the loss is kept")[0]) <= limit
+
+        last = len(front) - 1
+        if not keeps(last):
             raise MqAoError(
-                f"a loss of {limit:.3%} cannot be kept: with every linear at its best it is {_change(best):.3%}, from "
-                f"what {self.recipe.name} quantizes beside them. Allow more, or start from another recipe."
+                f"a loss of {limit:.3%} cannot be kept even with every linear at its best, for what {self.recipe.name} "
+                "quantizes beside them: allow more, or start from another recipe."
             )
-        low, high = -1, len(front) - 1  # the first is too small, the last is not
-        while high - low > 1:
-            middle = (low + high) // 2
-            (found,) = self._measured(front[middle : middle + 1], "measuring whether the loss is kept")
-            low, high = (low, middle) if _change(found) <= limit else (middle, high)
-        return front[high:]
+        ratio = _change(like) / like.predicted
+        guess = next((index for index, one in enumerate(front) if one.predicted * ratio <= limit), last)
+        return front[first_passing(keeps, len(front), guess) :]
 
     def _quantized(
         self, front: Sequence[Candidate], budget: Budget
