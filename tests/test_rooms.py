@@ -50,8 +50,8 @@ MAY_IMPORT = {
     "ablation": f"{GRAPHS} recipes measuring",
     "bench": "ops models lowering loading recipes api text",
     "gpu_check": "ops models lowering recipes api text classify evaluate roofline bench",
-    "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline measuring budget ablation bench "
-    "gpu_check loading opening writing integrations serving",
+    "cli": f"{GRAPHS} models lowering recipe_files recipes quantized api text classify evaluate roofline "
+    "measuring budget ablation bench gpu_check loading opening writing integrations serving",
     "__main__": "cli",
 }
 """What else every other room, a folder or a file of `mq_ao`, may import; "mq_ao" is the package's own `__init__`."""

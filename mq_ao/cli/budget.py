@@ -114,9 +114,8 @@ def _table(found: Found) -> Table:
     table.add_section()
     end = max(one.size for one in (*found.uniform.values(), found.chosen))
     front = [one for one in found.front if one.size <= end]
-    shown = [front[index * (len(front) - 1) // (_SHOWN - 1)] for index in range(_SHOWN)]
-    rows = [("best for its size", one) for one in dict.fromkeys(shown, None)] if len(front) >= _SHOWN else []
-    rows = rows or [("best for its size", one) for one in front]
+    shown = {round(index * (len(front) - 1) / (_SHOWN - 1)) for index in range(_SHOWN)}
+    rows = [("best for its size", front[index]) for index in sorted(shown)]
     rows.append((f"chosen for {found.budget}", found.chosen))
     for name, one in sorted(rows, key=lambda item: item[1].size):
         table.add_row(*_row(name, one), style="bold" if one is found.chosen else None)
