@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -179,22 +180,39 @@ def test_modules_of_a_recipe_have_their_say(tiny: MambaLM, calibration: list[Ten
         api.quantize(tiny, calibration, Recipe("other", SCHEME, (), {"layers.9": {Role.IN_PROJ: None}}))
 
 
-def validation() -> list[Tensor]:
-    return [tokens(4, 24, seed=7), tokens(4, 24, seed=8)]
+@pytest.fixture(scope="module")
+def model(tiny: MambaLM) -> MambaLM:
+    """The tiny model with opinions on what comes next, so that errors cost something."""
+    model = copy.deepcopy(tiny)
+    with torch.no_grad():
+        model.backbone.embedding.weight.mul_(12)
+    return model
 
 
 @pytest.fixture(scope="module")
-def found(tiny: MambaLM, calibration: list[Tensor]) -> Found:
+def validation(model: MambaLM) -> list[Tensor]:
+    """Text that is drawn from the model, which no other one predicts better."""
+    generator = torch.Generator().manual_seed(0)
+    ids = tokens(32, 1, seed=7)
+    with torch.no_grad():
+        for _ in range(23):
+            logits, *_ = model(ids, *model.initial_states(len(ids)))
+            ids = torch.cat((ids, torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator)), 1)
+    return list(ids.split(16))
+
+
+@pytest.fixture(scope="module")
+def found(model: MambaLM, calibration: list[Tensor], validation: list[Tensor]) -> Found:
     """A search from a recipe with rotations and roundings for the loss."""
-    return search_budget(tiny, calibration, validation(), "size<=0.24", "mambaquant-w4a8")
+    return search_budget(model, calibration, validation, "size<=0.31", "mambaquant-w4a8")
 
 
-def test_a_budget_of_size_is_kept_by_the_program(found: Found, tiny: MambaLM) -> None:
-    float_bytes = sum(parameter.nbytes for parameter in tiny.parameters())
+def test_a_budget_of_size_is_kept_by_the_program(found: Found, model: MambaLM) -> None:
+    float_bytes = sum(parameter.nbytes for parameter in model.parameters())
     program = found.quantized.lower()
-    assert found.chosen.size == program.weight_bytes / float_bytes <= 0.24
+    assert found.chosen.size == program.weight_bytes / float_bytes <= 0.31
     # The prediction was exact, and the next larger candidate would not have fitted.
-    fitting = [one for one in found.front if one.size <= 0.24]
+    fitting = [one for one in found.front if one.size <= 0.31]
     assert found.chosen.choices == fitting[-1].choices and found.chosen.size == fitting[-1].size
     assert found.chosen.size > 0.2, "little of what was allowed is used"
     sizes, losses = [one.size for one in found.front], [one.predicted for one in found.front]
@@ -202,7 +220,7 @@ def test_a_budget_of_size_is_kept_by_the_program(found: Found, tiny: MambaLM) ->
 
 
 def test_a_choice_loses_less_than_random_ones_of_its_size(
-    found: Found, tiny: MambaLM, calibration: list[Tensor]
+    found: Found, model: MambaLM, calibration: list[Tensor], validation: list[Tensor]
 ) -> None:
     generator = random.Random(0)
     base = get_recipe("mambaquant-w4a8")
@@ -215,22 +233,22 @@ def test_a_choice_loses_less_than_random_ones_of_its_size(
             randoms.append(drawn)
     assert found.chosen.measured is not None
     for drawn in randoms:
-        quantized = api.quantize(tiny, calibration, chosen_recipe(base, "random", drawn))
-        inputs = [(ids, *tiny.initial_states(len(ids))) for ids in validation()]
+        quantized = api.quantize(model, calibration, chosen_recipe(base, "random", drawn))
+        inputs = [(ids, *model.initial_states(len(ids))) for ids in validation]
         measured = joined(
-            score(float_logits(tiny, one), float_logits(quantized.converted, one), one[0])
+            score(float_logits(model, one), float_logits(quantized.converted, one), one[0])
             for one in inputs  # type: ignore[arg-type]
         )
         assert found.chosen.measured.mean_divergence <= measured.mean_divergence
 
 
 def test_the_recipe_file_gives_the_same_program(
-    found: Found, tiny: MambaLM, calibration: list[Tensor], tmp_path: Path
+    found: Found, model: MambaLM, calibration: list[Tensor], tmp_path: Path
 ) -> None:
     path = tmp_path / "mixed.yaml"
     path.write_text(to_yaml(found.recipe))
     assert get_recipe(path) == found.recipe
-    quantized = mq_ao.quantize(tiny, calibration, path)
+    quantized = mq_ao.quantize(model, calibration, path)
     program = quantized.lower()
     assert program.weight_bytes == found.program.weight_bytes
     ids = tokens(2, 9, seed=3)
@@ -238,11 +256,13 @@ def test_the_recipe_file_gives_the_same_program(
         assert torch.equal(ours, theirs)
 
 
-def test_what_is_simulated_is_what_is_converted(tiny: MambaLM, calibration: list[Tensor]) -> None:
+def test_what_is_simulated_is_what_is_converted(
+    model: MambaLM, calibration: list[Tensor], validation: list[Tensor]
+) -> None:
     from mq_ao.budget.search import _Search
 
     recipe = get_recipe("mambaquant-w4a8")
-    search = _Search.begin(api.rewrite(tiny, calibration, recipe), recipe, validation(), progress=False)
+    search = _Search.begin(api.rewrite(model, calibration, recipe), recipe, validation, progress=False)
     generator = random.Random(1)
     choices: dict[Site, Choice] = {one: generator.choice([*one.widths, *one.others, None]) for one in search.sites}
     assert len({choice and choice.activation for choice in choices.values()}) == 3
@@ -261,9 +281,11 @@ def test_what_is_simulated_is_what_is_converted(tiny: MambaLM, calibration: list
         assert torch.equal(logits, search.simulated.logits(search.batches[0], {**choices, one: choice}))
 
 
-def test_a_budget_of_loss_is_kept_when_measured(tiny: MambaLM, calibration: list[Tensor], tmp_path: Path) -> None:
+def test_a_budget_of_loss_is_kept_when_measured(
+    model: MambaLM, calibration: list[Tensor], validation: list[Tensor], tmp_path: Path
+) -> None:
     kept = tmp_path / "kept"
-    arguments = (tiny, calibration, validation())
+    arguments = (model, calibration, validation)
     loose = search_budget(*arguments, "loss<=5%", "rtn-w4a8", resume=kept)
     assert loose.loss <= 0.05
     files = {path.name: path.read_bytes() for path in kept.iterdir()}
@@ -278,15 +300,18 @@ def test_a_budget_of_loss_is_kept_when_measured(tiny: MambaLM, calibration: list
         search_budget(*arguments, "loss<=5%", "rtn-w4a8", resume=kept)
 
 
-def test_budgets_that_cannot_be_kept_say_what_can(tiny: MambaLM, calibration: list[Tensor]) -> None:
+def test_budgets_that_cannot_be_kept_say_what_can(
+    model: MambaLM, calibration: list[Tensor], validation: list[Tensor]
+) -> None:
     with pytest.raises(MqAoError, match=r"the smallest program that this search knows has 0\.\d+ of the bytes"):
-        search_budget(tiny, calibration, validation(), "size<=0.05", "rtn-w4a8")
+        search_budget(model, calibration, validation, "size<=0.05", "rtn-w4a8")
     # The convolution and the embedding stay quantized.
     with pytest.raises(MqAoError, match="cannot be kept even with every linear at its best"):
-        search_budget(tiny, calibration, validation(), Budget(Quantity.LOSS, 1e-9), "rtn-w4a8")
+        search_budget(model, calibration, validation, Budget(Quantity.LOSS, 1e-9), "rtn-w4a8")
 
 
-def test_bad_validation_is_refused(tiny: MambaLM, calibration: list[Tensor]) -> None:
+def test_bad_validation_is_refused(tiny: MambaLM, calibration: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "rewrite", lambda *_, **__: pytest.fail("a model was captured"))
     for bad, message in (
         ([tokens(4, 1)], r"validation is \(4, 1\) torch.int64"),
         ([torch.zeros(4, 9)], r"validation is \(4, 9\) torch.float32"),
@@ -329,15 +354,15 @@ def run(folder: Path, *options: str | Path) -> Result:
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("mixed.ptn", "mixed.yaml", "mixed.svg", "again.ptn")}
-    options = ("--budget", "size<=0.35", "--recipe", "rtn-w4a8", "--save-recipe", files["mixed.yaml"])
+    options = ("--budget", "size<=0.42", "--recipe", "rtn-w4a8", "--save-recipe", files["mixed.yaml"])
     result = run(
         folder, *options, "--plot", files["mixed.svg"], "--resume", tmp_path / "kept", "-o", files["mixed.ptn"]
     )
     assert result.exit_code == 0, result.output
     shown = " ".join(result.stdout.split())
-    for wanted in ("rtn-w4a8", "8 bits", "best for its size", "chosen for size<=0.35", "KL predicted", "of float32"):
+    for wanted in ("rtn-w4a8", "8 bits", "best for its size", "chosen for size<=0.42", "KL predicted", "of float32"):
         assert wanted in shown
-    assert float(shown.rpartition("resident weights")[2].split()[2]) <= 0.35
+    assert float(shown.rpartition("resident weights")[2].split()[2]) <= 0.42
     assert "chosen: in_proj 1 x" in result.stderr
     assert files["mixed.svg"].read_text().count("<svg") == 1 and list((tmp_path / "kept").iterdir())
     again = run(folder, "--recipe", files["mixed.yaml"], "-o", files["again.ptn"])

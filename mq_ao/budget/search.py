@@ -133,11 +133,14 @@ def search_budget(
     """
     limit = parse_budget(budget) if isinstance(budget, str) else budget
     chosen = get_recipe(recipe)
+    _check(validation)
     with plain():
         rewritten = api.rewrite(model, calibration, chosen, progress=progress)
         search = _Search.begin(rewritten, chosen, validation, progress)
-        fixed = (digests.of_model(rewritten.source.graph), digests.of_batches(calibration), digests.of_recipe(chosen))
-        kept = kept_in(resume, *fixed) if resume is not None else nothing_kept
+        kept: Keeping = nothing_kept
+        if resume is not None:
+            model_digest, recipe_digest = digests.of_model(rewritten.source.graph), digests.of_recipe(chosen)
+            kept = kept_in(resume, model_digest, digests.of_batches(calibration), recipe_digest)
         return search.run(limit, kept)
 
 
@@ -298,18 +301,21 @@ def _inputs(graph: GraphModule, validation: Sequence[Tensor]) -> list[Inputs]:
     """Token ids as inputs of a language model's graph, with states where it takes them.
 
     Raises:
-        MqAoError: it is no language model, or these are no tokens to predict.
+        MqAoError: it is no language model.
     """
     states = find_states(graph)
     given = len(graph.graph.find_nodes(op="placeholder"))
     if not match(graph).heads or (states is None and given != 1):
         raise MqAoError("a budget search needs a language model, which takes token ids and predicts the next ones.")
+    return [(ids, *(states.examples(len(ids), 0) if states is not None else ())) for ids in validation]
+
+
+def _check(validation: Sequence[Tensor]) -> None:
     for ids in validation:
         if ids.dim() != 2 or ids.shape[1] < 2 or ids.dtype != torch.int64:
             raise MqAoError(f"validation is {tuple(ids.shape)} {ids.dtype}: give int64 ids (batch, 2 or more).")
     if sum(len(ids) for ids in validation) < 2:
         raise MqAoError("validation has fewer than two sequences: give more, for losses to have an interval.")
-    return [(ids, *(states.examples(len(ids), 0) if states is not None else ())) for ids in validation]
 
 
 def _first(batches: Sequence[Inputs], tokens: int) -> list[Inputs]:
