@@ -17,7 +17,7 @@ from mq_ao.budget.simulation import SimulatedGraph
 from mq_ao.budget.sites import Choice, Site
 from mq_ao.errors import MqAoError
 from mq_ao.files import write_atomically
-from mq_ao.measuring import Measured, digests
+from mq_ao.measuring import Measured, difference, digests
 from mq_ao.progress import with_bar
 
 Inputs = tuple[Tensor, ...]
@@ -50,8 +50,14 @@ class Sensitivities:
         return self.added(site, replace(choice, activation=site.base.activation)) + other
 
     def best(self, site: Site) -> list[Choice]:
-        """All weights, each with the activation that adds less, and float."""
-        found = min((site.widths[0], *site.others), key=lambda spec: self.added(site, spec))
+        """All weights, and float; with the other activation where its interval says that it is better."""
+        eight = site.widths[0]
+        better = (
+            spec
+            for spec in site.others
+            if difference([self.alone[site, spec]], [self.alone[site, eight]]).divergence.high < 0
+        )
+        found = next(better, eight)
         return [*(replace(spec, activation=found.activation) for spec in site.widths), None]
 
 
