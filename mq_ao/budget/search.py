@@ -178,7 +178,7 @@ class _Search:
         quantizer = recipe.quantizer(NATIVE.name)
         sites = find_sites(graph, quantizer, recipe)
         if not sites:
-            raise MqAoError(f"{recipe.name} quantizes no linear with a module of its own: there is nothing to choose.")
+            raise MqAoError(f"{recipe.name} quantizes no linear whose weight is its own: there is nothing to choose.")
         statistics = _statistics(rewritten, quantizer.requests(graph), sites, progress)
         plainly = switchable(recipe, sites)
         prepared = rewritten.copied().prepared(plainly, plainly.quantizer(NATIVE.name), statistics, progress)
@@ -193,7 +193,7 @@ class _Search:
         graph, few = self.rewritten.source.graph, _first(self.batches, SENSITIVITY_TOKENS)
         found = measure_sensitivities(graph, self.simulated, self.sites, few, kept=kept, progress=self.progress)
         front = self._front(found)
-        named = {
+        named: dict[str, Mapping[Site, Choice]] = {
             self.recipe.name: {site: site.base for site in self.sites},
             "8 bits": uniform(self.sites, 8),
             "4 bits, groups of 64": uniform(self.sites, 4, 64),
@@ -201,7 +201,7 @@ class _Search:
         }
         candidates = [self._candidate(found, choices) for choices in named.values()]
         measured = self._measured(candidates, "measuring uniform precisions")
-        within = front
+        within: Sequence[Candidate] = front
         if budget.quantity is Quantity.LOSS:
             within = self._within_loss(front, budget.limit, measured[0])
         chosen, recipe, quantized, program = self._quantized(within, budget)

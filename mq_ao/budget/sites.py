@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mq_ao.graph import Role, edit, match, walk
@@ -67,7 +68,10 @@ class Site:
 
 
 def find_sites(graph: GraphModule, quantizer: MambaQuantizer, recipe: Recipe) -> list[Site]:
-    """The linears of a rewritten float graph that the recipe quantizes, but for those without a module of their own.
+    """The linears of a rewritten float graph that the recipe quantizes.
+
+    Left out are those that no module was traced for, and those whose weight something else reads too, as a head that is
+    the embedding's: both have one weight.
 
     Args:
         graph: rewritten float graph.
@@ -79,14 +83,18 @@ def find_sites(graph: GraphModule, quantizer: MambaQuantizer, recipe: Recipe) ->
         Rounding.FISHER,
     )
     found: dict[tuple[str, Role], list[Node]] = {}
+    readers: dict[int, set[tuple[str, Role]]] = {}
     for role, node in match(graph).by_role():
+        key = module_path(node), role
+        readers.setdefault(_weight(graph, node).data_ptr(), set()).add(key)
         if role in LINEAR_ROLES and node.target in walk.LINEAR and module_path(node):
-            found.setdefault((module_path(node), role), []).append(node)
+            found.setdefault(key, []).append(node)
     sites = []
     for (module, role), nodes in found.items():
         base = quantizer.spec(role, nodes[0])
-        if base is not None:
-            shapes = tuple(_shape(graph, node) for node in nodes)
+        alone = all(len(readers[_weight(graph, node).data_ptr()]) == 1 for node in nodes)
+        if base is not None and alone:
+            shapes = tuple((len(weight), weight.shape[1]) for weight in (_weight(graph, node) for node in nodes))
             widths = _widths(base, shapes[0][1], rounding)
             others = tuple(replace(widths[0], activation=kind) for kind in _OTHER[base.activation])
             sites.append(Site(module, role, tuple(node.name for node in nodes), shapes, base, widths, others))
@@ -130,9 +138,8 @@ def _inside(module: str, other: str) -> bool:
     return module.startswith(f"{other}.")
 
 
-def _shape(graph: GraphModule, node: Node) -> tuple[int, int]:
-    outputs, inputs = edit.constant(graph, Layer.of(node).weight).shape
-    return outputs, inputs
+def _weight(graph: GraphModule, node: Node) -> Tensor:
+    return edit.constant(graph, Layer.of(node).weight)
 
 
 def _grouped(spec: RoleSpec, inputs: int) -> int:

@@ -83,8 +83,8 @@ def search(
     from mq_ao.text import calibration_batches
 
     windows = torch.cat(calibration_batches(text, 2 * tokens))
-    halves = [list(windows[first::2].split(4)) for first in (0, 1)]
-    found = search_budget(model, *halves, budget, recipe, resume=resume, progress=True)
+    calibration, validation = (list(windows[first::2].split(4)) for first in (0, 1))
+    found = search_budget(model, calibration, validation, budget, recipe, resume=resume, progress=True)
     if plot is not None:
         from mq_ao.budget.plot import save_plot
 
@@ -94,7 +94,7 @@ def search(
     console.print(
         "size: bytes of the native program's weights, scales included, as a share of the float32 model's. KL: mean "
         "over tokens of KL(float || quantized), nats; predicted: the sum of what each linear causes by itself. cost: "
-        f"against float32. Measured on {sum(map(len, halves[1]))} windows of the calibration text that were not "
+        f"against float32. Measured on {sum(map(len, validation))} windows of the calibration text that were not "
         "calibrated on; the choice was made by them.",
         markup=False,
     )
