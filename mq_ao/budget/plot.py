@@ -54,10 +54,10 @@ def save_plot(found: Found, path: Path) -> None:
         drawstyle="steps-post",
         label="best for every size, predicted",
     )
-    for name, one in found.uniform.items():
+    for index, (name, one) in enumerate(sorted(found.uniform.items(), key=lambda item: item[1].size)):
         at = one.size, _measured(one)
         axes.scatter(*at, color=_UNIFORM, marker="s", edgecolor="0.3", linewidth=0.6, zorder=3)
-        axes.annotate(name, at, xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(name, at, xytext=(6, -10 if index % 2 == 0 else 4), textcoords="offset points", fontsize=8)
     at = found.chosen.size, _measured(found.chosen)
     axes.scatter(*at, color=_CHOSEN, marker="*", s=160, zorder=4, label=f"chosen for {found.budget}, measured")
     axes.scatter([], [], color=_UNIFORM, marker="s", edgecolor="0.3", linewidth=0.6, label="uniform, measured")
