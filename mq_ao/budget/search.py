@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ from mq_ao.turns import in_turn
 BASE = "mambaquant-w4a8"
 """The recipe that a search starts from."""
 SENSITIVITY_TOKENS = 4096
-"""Tokens that every alternative runs on: differences are taken token by token, and are much the same on more."""
+"""Tokens that every choice for a linear runs on, which is most of what a search computes."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,6 @@ class Found:
         chosen: its precisions, with what was measured of the quantized model.
         front: candidates of which no other one is predicted to be as small and lose less, by increasing size.
         uniform: candidates with one width for all sites, and the base recipe's, by name; measured.
-        tokens: that every measurement predicted.
         program: the native program of `quantized`, whose weights were counted.
     """
 
@@ -268,10 +268,11 @@ class _Search:
         self, front: Sequence[Candidate], budget: Budget
     ) -> tuple[Candidate, Recipe, QuantizedModel, LanguageProgram]:
         """The candidate that keeps the budget once it is quantized and lowered, by its recipe alone."""
-        left = list(front)
-        if budget.quantity is Quantity.SIZE:
-            left = [candidate for candidate in front if candidate.size <= budget.limit][::-1]
-        for candidate in left:
+        by_size = budget.quantity is Quantity.SIZE
+        allowed = budget.limit if by_size else math.inf
+        for candidate in reversed(front) if by_size else front:
+            if candidate.size > allowed:
+                continue
             recipe = chosen_recipe(self.recipe, f"{self.recipe.name}, {budget}", candidate.choices)
             prepared = self.rewritten.copied().prepared(
                 recipe, recipe.quantizer(NATIVE.name), self.statistics, self.progress
@@ -281,11 +282,14 @@ class _Search:
             found = replace(
                 candidate, size=program.weight_bytes / self.float_bytes, measured=self._of(quantized.converted)
             )
-            if (found.size if budget.quantity is Quantity.SIZE else _change(found)) <= budget.limit:
+            if (found.size if by_size else _change(found)) <= budget.limit:
                 return found, recipe, quantized, program
+            # Kernels pad odd shapes, and pieces of a linear are padded by themselves.
+            allowed = min(allowed, budget.limit - (found.size - candidate.size)) if by_size else allowed
+        smallest = front[0].size + max(0.0, budget.limit - allowed)
         raise MqAoError(
-            f"the smallest program that this search knows has {front[0].size:.4f} of the bytes of the float32 model: "
-            f"allow that, not {budget.limit:g}."
+            f"{budget} cannot be kept: the smallest program that this search knows has {smallest:.4f} of the float32 "
+            "model's bytes."
         )
 
     def _of(self, converted: GraphModule) -> Measured:

@@ -114,8 +114,10 @@ def quantize(
     mq-ao quantize ./my-bamba --calibration wiki.txt --format compressed-tensors -o my-bamba-w8a8
     """
     if format is Format.COMPRESSED:
-        if budget is not None:
-            raise MqAoError("--budget makes native programs: leave --format out.")
+        if any(given is not None for given in (budget, save_recipe, plot, resume)):
+            raise MqAoError(
+                "this format has recipes of its own: leave --budget, --save-recipe, --plot and --resume out."
+            )
         _compressed(model, output, calibration, recipe or "mambaquant-w8a8", tokens, tokenizer)
         return
     runs = backend_for(output, backend)
