@@ -115,9 +115,7 @@ def quantize(
     """
     if format is Format.COMPRESSED:
         if any(given is not None for given in (budget, save_recipe, plot, resume)):
-            raise MqAoError(
-                "this format has recipes of its own: leave --budget, --save-recipe, --plot and --resume out."
-            )
+            raise MqAoError("this format has recipes of its own: leave out --budget and what goes with it.")
         _compressed(model, output, calibration, recipe or "mambaquant-w8a8", tokens, tokenizer)
         return
     runs = backend_for(output, backend)
