@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from mq_ao import models, passes
 from mq_ao import tokenizer as tokenizers
 from mq_ao.backends import DEFAULT, INDUCTOR, get_backend
-from mq_ao.calibration import Calibration, calibrate
+from mq_ao.calibration import Calibration
 from mq_ao.calibration.calls import Call
 from mq_ao.calibration.graph_inputs import tokens
 from mq_ao.capture import export
@@ -42,10 +41,11 @@ from mq_ao.models.program_interface import LanguageProgram
 from mq_ao.modes import plain
 from mq_ao.prepared import Prepared
 from mq_ao.quantized import QuantizedModel
-from mq_ao.quantizer import MambaQuantizer
+from mq_ao.quantizer import MambaQuantizer, QuantizationReport
 from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.report import build
 from mq_ao.report.summary import Report
+from mq_ao.rewritten import Rewritten
 from mq_ao.training import TrainableModel
 from mq_ao.turns import in_turn
 
@@ -151,39 +151,77 @@ def _prepared(
 ) -> Prepared:
     chosen = get_recipe(recipe)
     # Before anything takes long: it says what the backend has no kernel for.
-    quantizer = MambaQuantizer(backend).set_global(chosen.scheme)
+    quantizer = chosen.quantizer(backend)
+    with _calibrating(model, data) as (opened, calibration):
+        graph = _rewritten(opened, calibration, chosen, quantizer, progress, keep=chosen.needs_statistics)
+        return graph.prepared(chosen, quantizer, graph.statistics(quantizer, progress), progress)
+
+
+@in_turn
+def rewrite(
+    model: nn.Module | ExportedProgram | str | Path,
+    calibration: Iterable[Any],
+    recipe: str | Path | Recipe,
+    *,
+    backend: str = DEFAULT.name,
+    progress: bool = False,
+) -> Rewritten:
+    """The first half of `quantize`, to quantize one rewritten graph in several ways.
+
+    Args:
+        model: see `quantize`.
+        calibration: see `quantize`; all of it is kept.
+        recipe: see `quantize`: its passes are applied.
+        backend: see `quantize`.
+        progress: see `quantize`.
+
+    Raises:
+        MqAoError: see `quantize`.
+    """
+    chosen = get_recipe(recipe)
+    quantizer = chosen.quantizer(backend)
+    with plain(), _calibrating(model, calibration) as (opened, data):
+        return _rewritten(opened, data, chosen, quantizer, progress, keep=True)
+
+
+@contextmanager
+def _calibrating(
+    model: nn.Module | ExportedProgram | str | Path, data: Iterable[Any]
+) -> Iterator[tuple[nn.Module, Calibration]]:
+    """The opened model, and its calibration data."""
     opened = _opened(model)
     check_weights(opened)
     stateful = isinstance(opened, MambaLM) or carries_states(_inner(opened))
     calibration = Calibration(opened, data, _vocab_size(opened), takes_mask=not stateful)
     with closing(calibration), plain():  # again, after code of the user's
-        return _calibrated(opened, calibration, chosen, quantizer, progress)
+        yield opened, calibration
 
 
-def _calibrated(
-    model: nn.Module, calibration: Calibration, recipe: Recipe, quantizer: MambaQuantizer, progress: bool
-) -> Prepared:
+def _rewritten(
+    model: nn.Module,
+    calibration: Calibration,
+    recipe: Recipe,
+    quantizer: MambaQuantizer,
+    progress: bool,
+    *,
+    keep: bool,
+) -> Rewritten:
     """The walk; what takes long comes after everything that can be refused."""
     dtype = float_dtype(model)
     graph = _captured(model, calibration.first)
     info = _info(model, graph)
     quantizer.check(graph)
     captured = build.Captured.of(type(model).__name__, graph)
-    example, batches = _batches(calibration.inputs(graph, find_states(graph)), keep=recipe.needs_statistics)
+    example, batches = _batches(calibration.inputs(graph, find_states(graph)), keep=keep)
     rewrite = passes.apply(graph, recipe.passes, batches, progress=progress)
-    source, description = captured.rewritten(rewrite, example), match(graph).describe()
-    rewrite.statistics = {}  # of no more use, and large
-    release()
-    if requests := quantizer.requests(graph):
-        quantizer.set_statistics(passes.collect(graph, requests, batches, progress=progress))
-    prepared = prepare_pt2e(graph, quantizer)
-    release()
-    count = calibrate(prepared, batches, progress=progress)
+    source = captured.rewritten(rewrite, example)
     report = Report(
-        *(recipe, quantizer.kernels.backend, description, tuple(rewrite.transforms), quantizer.report),
-        *(count, calibration.tokens, str(dtype).removeprefix("torch.")),
+        *(recipe, quantizer.kernels.backend, match(graph).describe(), tuple(rewrite.transforms)),
+        *(QuantizationReport(()), 0, 0, str(dtype).removeprefix("torch.")),
     )
-    return Prepared(prepared, report, info, source)
+    del rewrite  # its statistics are of no more use, and large
+    release()
+    return Rewritten(graph, batches, calibration, report, info, source)
 
 
 def _captured(model: nn.Module, first: Call) -> GraphModule:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from mq_ao.errors import MqAoError
+from mq_ao.graph import Role
 from mq_ao.passes import Pass, check_order, parse_pass
 from mq_ao.passes.registry import write_pass
-from mq_ao.quantizer import QuantizationConfig, w8a8
+from mq_ao.quantizer import MambaQuantizer, QuantizationConfig, RoleSpec, w8a8
+from mq_ao.quantizer.specs import in_words
+
+Roles = Mapping[Role, RoleSpec | None]
+"""Specs by role; None leaves a role in float."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,8 @@ class Recipe:
         name: what reports and saved programs call it, one line of text.
         scheme: spec of every role that is quantized.
         passes: exact float rewrites, or their names, in the order in which they are applied.
+        modules: specs by role for what lies inside of a module, by its qualified name, instead of those of the scheme;
+            None leaves a role in float there. Of modules inside of each other the innermost has its say.
 
     Raises:
         MqAoError: an attribute is not as above, the scheme quantizes nothing, or the passes do not go together in this
@@ -28,6 +36,7 @@ class Recipe:
     name: str
     scheme: QuantizationConfig = field(default_factory=w8a8)
     passes: tuple[Pass, ...] = ()
+    modules: Mapping[str, Roles] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip() or not self.name.isprintable():
@@ -40,18 +49,59 @@ class Recipe:
         check_order([item.name for item in self.passes])
         if not self.scheme.roles:
             raise MqAoError("the scheme is empty: say how at least one role is quantized.")
+        object.__setattr__(self, "modules", _checked(self.modules))
 
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration data is run through the float graph before it is prepared."""
-        return bool(self.passes) or self.scheme.needs_statistics
+        return bool(self.passes) or any(scheme.needs_statistics for scheme in self.schemes)
+
+    @property
+    def schemes(self) -> Iterator[QuantizationConfig]:
+        """The scheme, and what it comes to inside of each module."""
+        yield self.scheme
+        yield from map(self._inside, self.modules)
+
+    def quantizer(self, backend: str) -> MambaQuantizer:
+        """What annotates a rewritten graph for a backend, see `mq_ao.backends.BACKENDS`.
+
+        Raises:
+            MqAoError: unknown backend, or a spec that it has no kernel for.
+        """
+        quantizer = MambaQuantizer(backend).set_global(self.scheme)
+        for name in self.modules:
+            quantizer.set_module_name(name, self._inside(name))
+        return quantizer
+
+    def _inside(self, name: str) -> QuantizationConfig:
+        return self.scheme.replaced(**{str(role): spec for role, spec in self.modules[name].items()})
 
     def __str__(self) -> str:
-        """A table: the passes with their options, then the scheme by role."""
+        """A table: the passes with their options, then the scheme by role, then modules that differ from it."""
         lines = [f"recipe {self.name}"]
         for index, item in enumerate(self.passes):
             lines.append(f"{'passes' if index == 0 else '':<10} {_in_words(item)}")
-        return "\n".join([*lines, str(self.scheme)])
+        lines.append(str(self.scheme))
+        for name, roles in self.modules.items():
+            lines += [
+                f"{role:<10} {in_words(role, spec) if spec else 'float'}, in {name}" for role, spec in roles.items()
+            ]
+        return "\n".join(lines)
+
+
+def _checked(modules: object) -> Mapping[str, Roles]:
+    if not isinstance(modules, Mapping):
+        raise MqAoError(f"the modules are {modules!r}: give a mapping from their names to specs by role.")
+    found: dict[str, Roles] = {}
+    for name, roles in modules.items():
+        if not isinstance(name, str) or not name:
+            raise MqAoError(f"a module is named {name!r}: give its qualified name, such as backbone.layers.0.")
+        if not isinstance(roles, Mapping) or not roles:
+            raise MqAoError(f"module {name} has {roles!r}: give a mapping from roles to specs.")
+        parsed = {Role.parse(role): spec for role, spec in roles.items()}
+        QuantizationConfig(parsed)  # which checks the specs
+        found[name] = MappingProxyType(parsed)
+    return MappingProxyType(found)
 
 
 def _in_words(item: Pass) -> str:

@@ -54,9 +54,10 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def from_dict(content: Any, name: str = "recipe") -> Recipe:
-    """A recipe from plain data: `{"name", "passes": [...], "scheme": {role: {option: value}}}`.
+    """A recipe from plain data: `{"name", "passes": [...], "scheme": {role: {option: value}}, "modules": {name: ...}}`.
 
-    Roles that are not in the scheme, or are None, stay in float; `{}` is the default of every option.
+    Roles that are not in the scheme, or are None, stay in float; `{}` is the default of every option. Under `modules`,
+    which may be left out, roles of a module that differ from the scheme have their options, or None for float.
 
     Args:
         content: what `to_dict` gives.
@@ -65,7 +66,7 @@ def from_dict(content: Any, name: str = "recipe") -> Recipe:
     Raises:
         MqAoError: a key, a pass, a role or a value is unknown, or they make no recipe (see `Recipe`).
     """
-    _check_keys(content, {"name", "passes", "scheme"}, "a recipe")
+    _check_keys(content, {"name", "passes", "scheme", "modules"}, "a recipe")
     if "scheme" not in content:
         raise MqAoError("a recipe needs a scheme: say under `scheme` how each role is quantized.")
     scheme = content["scheme"]
@@ -74,24 +75,43 @@ def from_dict(content: Any, name: str = "recipe") -> Recipe:
     passes = content.get("passes")
     if passes is not None and not isinstance(passes, list | tuple):
         raise MqAoError(f"the passes are {passes!r}: give a list.")
-    roles = {Role.parse(role): _spec(role, options) for role, options in scheme.items()}
-    return Recipe(content.get("name", name), QuantizationConfig().replaced(**roles), tuple(passes or ()))
+    modules = content.get("modules")
+    if modules is not None and not (
+        isinstance(modules, Mapping) and all(isinstance(x, Mapping) for x in modules.values())
+    ):
+        raise MqAoError(f"the modules are {modules!r}: give a mapping from names to mappings from roles to options.")
+    inside = {module: _specs(roles) for module, roles in (modules or {}).items()}
+    config = QuantizationConfig().replaced(**_specs(scheme))
+    return Recipe(content.get("name", name), config, tuple(passes or ()), inside)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain data that `from_dict` reads; options that have their default are left out."""
-    scheme = {
-        role.value: {
-            key: getattr(value, "value", value) for key, value in vars(spec).items() if value != getattr(_DEFAULT, key)
-        }
-        for role, spec in recipe.scheme.roles.items()
+    written = {
+        "name": recipe.name,
+        "passes": [write_pass(item) for item in recipe.passes],
+        "scheme": {role.value: _options(spec) for role, spec in recipe.scheme.roles.items()},
     }
-    return {"name": recipe.name, "passes": [write_pass(item) for item in recipe.passes], "scheme": scheme}
+    if recipe.modules:
+        written["modules"] = {
+            name: {role.value: _options(spec) if spec else None for role, spec in roles.items()}
+            for name, roles in recipe.modules.items()
+        }
+    return written
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as a YAML document."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def _options(spec: RoleSpec) -> dict[str, Any]:
+    """What differs from the defaults."""
+    return {key: getattr(value, "value", value) for key, value in vars(spec).items() if value != getattr(_DEFAULT, key)}
+
+
+def _specs(roles: Mapping[Any, Any]) -> dict[Role, RoleSpec | None]:
+    return {Role.parse(role): _spec(role, options) for role, options in roles.items()}
 
 
 def _spec(role: Any, options: Any) -> RoleSpec | None:

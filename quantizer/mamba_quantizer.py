@@ -108,7 +108,7 @@ class MambaQuantizer(Quantizer):
             if isinstance(state, CarriedState)
         ]
         weights = [
-            request for role, node in found.by_role() for request in weight_requests(node, self._spec(role, node))
+            request for role, node in found.by_role() for request in weight_requests(node, self.spec(role, node))
         ]
         return [*weights, *states]
 
@@ -125,7 +125,7 @@ class MambaQuantizer(Quantizer):
             if isinstance(state, CarriedState) and scan not in self._scales:
                 self._scales[scan] = plan_state(scan, self._statistics)
         for role, node in found.by_role():
-            spec = self._spec(role, node)
+            spec = self.spec(role, node)
             if spec is not None and node not in self._planned and not is_annotated(node):
                 _check_dtype(node)
                 planned = plan_weight(model, node, spec, self._statistics)
@@ -156,7 +156,7 @@ class MambaQuantizer(Quantizer):
         decisions += [Decision(item.node, "", None, False, item.reason) for item in self._match.rejected]
         if self.kernels.integer_outputs:
             for role, node in pairs:
-                spec = self._spec(role, node)
+                spec = self.spec(role, node)
                 if role in LINEAR_ROLES and spec is not None and spec.activation is Activation.STATIC:
                     annotator.outputs(node, spec)
         self._report = QuantizationReport(tuple(decisions))
@@ -178,7 +178,7 @@ class MambaQuantizer(Quantizer):
                 )
                 raise MqAoError(f"set_role({role.value!r}) was called, but no node has that role ({reasons}).")
         for role, node in pairs:
-            spec = self._spec(role, node)
+            spec = self.spec(role, node)
             if spec is not None and not carries(node, spec):
                 raise MqAoError(f"{node.name} ({role}) was to be quantized ({spec}), but its annotation was lost.")
 
@@ -191,7 +191,8 @@ class MambaQuantizer(Quantizer):
                     f"{', '.join(sorted(path for path in paths if path))}."
                 )
 
-    def _spec(self, role: Role, node: Node) -> RoleSpec | None:
+    def spec(self, role: Role, node: Node) -> RoleSpec | None:
+        """How a node with a role is quantized; None where it stays in float."""
         asked = self._asked(role, node)
         return None if self._lack(node, asked) else asked
 
@@ -214,7 +215,7 @@ class MambaQuantizer(Quantizer):
     def _decide(
         self, annotator: Annotator, role: Role, node: Node, operands: Mapping[str, Node] | None = None
     ) -> Decision:
-        path, spec = module_path(node), self._spec(role, node)
+        path, spec = module_path(node), self.spec(role, node)
         if spec is None:
             return Decision(node.name, path, role, False, self._lack(node, self._asked(role, node)) or _OFF)
         if is_annotated(node):
@@ -228,7 +229,7 @@ class MambaQuantizer(Quantizer):
     def _carried_states(self, found: Match) -> dict[Node, CarriedState | Rejection]:
         """The carried states that are to be quantized, by scan."""
         scans = (direction.scan for direction in found.directions)
-        return carried_states(scan for scan in scans if self._spec(Role.CARRIED_STATE, scan) is not None)
+        return carried_states(scan for scan in scans if self.spec(Role.CARRIED_STATE, scan) is not None)
 
     def _decide_state(self, annotator: Annotator, scan: Node, state: CarriedState | Rejection) -> Decision:
         role, path = Role.CARRIED_STATE, module_path(scan)
@@ -242,7 +243,7 @@ class MambaQuantizer(Quantizer):
     def _decide_cache(
         self, annotator: Annotator, node: Node, rows: tuple[Node, Node] | Rejection
     ) -> Iterator[Decision]:
-        role, path, spec = Role.KV_CACHE, module_path(node), self._spec(Role.KV_CACHE, node)
+        role, path, spec = Role.KV_CACHE, module_path(node), self.spec(Role.KV_CACHE, node)
         if spec is None:
             return
         if isinstance(rows, Rejection):

@@ -57,7 +57,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
     names = [*first, *(name for name in PASSES if name in chosen)]
     passes = tuple(PASSES[name](**draw(st.fixed_dictionaries(OPTIONS.get(name, {})))) for name in names)
     name = draw(st.text(min_size=1).filter(lambda text: text.strip() != "" and text.isprintable()))
-    return Recipe(name, QuantizationConfig(draw(st.dictionaries(st.sampled_from(Role), SPECS, min_size=1))), passes)
+    roles = st.sampled_from(Role)
+    modules = draw(st.dictionaries(st.text(min_size=1), st.dictionaries(roles, st.none() | SPECS, min_size=1)))
+    return Recipe(name, QuantizationConfig(draw(st.dictionaries(roles, SPECS, min_size=1))), passes, modules)
 
 
 def test_the_drawn_options_are_all_there_are() -> None:
@@ -92,9 +94,9 @@ def test_files_say_what_the_recipe_says(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1], "a recipe is .1.: give a mapping with name, passes, scheme"),
+        ([1], "a recipe is .1.: give a mapping with modules, name, passes, scheme"),
         ({"passes": []}, "a recipe needs a scheme"),
-        ({"scheme": {}, "steps": []}, "a recipe has no key steps: it has name, passes, scheme"),
+        ({"scheme": {}, "steps": []}, "a recipe has no key steps: it has modules, name, passes, scheme"),
         ({"scheme": {"in_proj": {"bit": 4}}}, "role in_proj has no key bit: it has activation, bits"),
         ({"scheme": {"attention": {}}}, "unknown role 'attention': the roles are in_proj"),
         ({"scheme": {"attention": None}}, "unknown role 'attention': the roles are in_proj"),
@@ -116,6 +118,13 @@ def test_files_say_what_the_recipe_says(name: str, tmp_path: Path) -> None:
         ({"scheme": {}}, "the scheme is empty: say how at least one role is quantized"),
         ({"scheme": {"conv1d": None}}, "the scheme is empty"),
         ({"scheme": None}, "the scheme is None: give a mapping from roles to their options"),
+        ({"scheme": {"head": {}}, "modules": ["a"]}, "the modules are .'a'.: give a mapping from names to mappings"),
+        ({"scheme": {"head": {}}, "modules": {"a": "float"}}, "the modules are .*: give a mapping from names to mapp"),
+        ({"scheme": {"head": {}}, "modules": {"a": {}}}, "module a has .*: give a mapping from roles to specs"),
+        ({"scheme": {"head": {}}, "modules": {"": {"head": None}}}, "a module is named '': give its qualified name"),
+        ({"scheme": {"head": {}}, "modules": {3: {"head": None}}}, "a module is named 3: give its qualified name"),
+        ({"scheme": {"head": {}}, "modules": {"a": {"heads": None}}}, "unknown role 'heads': the roles are in_proj"),
+        ({"scheme": {"head": {}}, "modules": {"a": {"head": {"bits": 3}}}}, "weights have 8 or 4 bits, not 3"),
         ({"scheme": {}, "passes": ["r1"]}, "unknown pass 'r1': the passes are fold_norm"),
         ({"scheme": {}, "passes": [{"smooth_gate": {"beta": 1}}]}, "pass smooth_gate has no option beta"),
         ({"scheme": {}, "passes": [{"smooth_gate": {1: 1}}]}, "pass smooth_gate has no option 1: it has alpha"),

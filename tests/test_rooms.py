@@ -39,17 +39,19 @@ MAY_IMPORT = {
     "evaluate loading opening scoring text writing",
     "quantized": "models lowering report",
     "prepared": "report quantized",
+    "rewritten": "graph statistics quantizer calibration recipe report prepared",
     "training": "ops graph quantizer lowering prepared quantized",
-    "api": f"{GRAPHS} models capture calibration lowering recipes report quantized prepared training",
+    "api": f"{GRAPHS} models capture calibration lowering recipes report quantized prepared rewritten training",
     "loading": "models lowering",
     "mq_ao": "api capture checkout loading",
     "roofline": f"{GRAPHS} models calibration lowering recipes api",
-    "measuring": f"{GRAPHS} models recipes quantized api evaluate text",
+    "measuring": f"{GRAPHS} models recipe recipes quantized api evaluate text",
+    "budget": f"{GRAPHS} models lowering recipe recipes quantized rewritten training api measuring",
     "ablation": f"{GRAPHS} recipes measuring",
     "bench": "ops models lowering loading recipes api text",
     "gpu_check": "ops models lowering recipes api text classify evaluate roofline bench",
-    "cli": f"{GRAPHS} models lowering recipes api text classify evaluate roofline measuring ablation bench gpu_check "
-    "loading opening writing integrations serving",
+    "cli": f"{GRAPHS} models lowering recipe_files recipes quantized api text classify evaluate roofline "
+    "measuring budget ablation bench gpu_check loading opening writing integrations serving",
     "__main__": "cli",
 }
 """What else every other room, a folder or a file of `mq_ao`, may import; "mq_ao" is the package's own `__init__`."""

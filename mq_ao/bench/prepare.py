@@ -179,4 +179,4 @@ def prepare(
 
 def _has_four_bits(recipe: Recipe) -> bool:
     """Whether some of the weights have 4 bits."""
-    return any(spec.bits == 4 for spec in recipe.scheme.roles.values())
+    return any(spec.bits == 4 for scheme in recipe.schemes for spec in scheme.roles.values())

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mq_ao.backends import CUDA, EXECUTORCH, Backend, backend_for
+from mq_ao.backends import CUDA, EXECUTORCH, NATIVE, Backend, backend_for
+from mq_ao.cli import budget as searching
 from mq_ao.cli.console import err, kernel_counts, megabytes, out, step
 from mq_ao.cli.opened import MODEL_HELP, TOKENIZER_HELP, CalibrationFile, Opened, open_model
 from mq_ao.errors import MqAoError
-from mq_ao.files import check_output
+from mq_ao.files import check_output, write_atomically
 
 
 class Format(StrEnum):
@@ -40,7 +41,29 @@ def quantize(
         ),
     ],
     calibration: CalibrationFile = None,
-    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a recipe file (.yaml, .json).")] = "mambaquant-w8a8",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a recipe, or a recipe file (.yaml, .json). Default: mambaquant-w8a8; with --budget "
+            "mambaquant-w4a8."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIMIT",
+            help="Choose the precision of every linear for a limit: 'size<=0.20' (share of the float32 weights) or "
+            "'loss<=0.5%' (of bits per byte, on calibration text).",
+        ),
+    ] = None,
+    save_recipe: Annotated[Path | None, typer.Option(help="Recipe file to write with what was done (.yaml).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="--budget: plot of size and divergence to write (.png, .svg).")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="--budget: keeps what is measured; a run that was cut off goes on."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens, spread evenly over the file.")] = 16384,
     backend: Annotated[
         str | None,
@@ -78,6 +101,8 @@ def quantize(
 
     mq-ao quantize ./my-mamba --calibration ids.npy --recipe mine.yaml -o mine.ptn
 
+    mq-ao quantize demo --budget 'size<=0.19' --save-recipe mixed.yaml --plot mixed.svg -o mixed.ptn
+
     mq-ao quantize demo -o compiled.pt2
 
     mq-ao quantize demo -o demo.pte
@@ -89,33 +114,42 @@ def quantize(
     mq-ao quantize ./my-bamba --calibration wiki.txt --format compressed-tensors -o my-bamba-w8a8
     """
     if format is Format.COMPRESSED:
-        _compressed(model, output, calibration, recipe, tokens, tokenizer)
+        if any(given is not None for given in (budget, save_recipe, plot, resume)):
+            raise MqAoError("this format has recipes of its own: leave out --budget and what goes with it.")
+        _compressed(model, output, calibration, recipe or "mambaquant-w8a8", tokens, tokenizer)
         return
     runs = backend_for(output, backend)
     check_output(output, runs.suffix)
+    if save_recipe is not None:
+        check_output(save_recipe, ".yaml")
     if report is not None:
         check_output(report, ".html")
     with step("starting"):
         from mq_ao import api
         from mq_ao.models import demo
+        from mq_ao.recipe_files import to_yaml
         from mq_ao.recipes import get_recipe
         from mq_ao.text import TOKEN_FILES, calibration_batches, read_tokens
         from mq_ao.tokenizer import is_beside
 
         if report is not None:
             import_module("mq_ao.report.page")  # before anything takes long: it says what it lacks
-    chosen = get_recipe(recipe)
+    searching.check_options(budget, runs is NATIVE, plot, resume)
+    chosen = get_recipe(recipe or ("mambaquant-w8a8" if budget is None else "mambaquant-w4a8"))
     options = _options(runs, max_length, max_context, scan, runner)
-    if calibration is None:
-        if model != "demo":
-            raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
-        calibration = demo.CALIBRATION
+    data = _calibration(calibration, demo.CALIBRATION if model == "demo" else None)
     loaded = open_model(model)
     opened = Opened(model, loaded, loaded.config.vocab_size, tokenizer)
-    codec = None if calibration.suffix in TOKEN_FILES else opened.codec
-    batches = calibration_batches(read_tokens(calibration, opened.vocab_size, codec), tokens)
+    codec = None if data.suffix in TOKEN_FILES else opened.codec
+    text = read_tokens(data, opened.vocab_size, codec)
     named = tokenizer or (model if is_beside(model) else None)
-    quantized = api.quantize(loaded, batches, chosen, backend=runs.name, tokenizer=named, progress=True)
+    if budget is None:
+        batches = calibration_batches(text, tokens)
+        quantized = api.quantize(loaded, batches, chosen, backend=runs.name, tokenizer=named, progress=True)
+    else:
+        quantized = searching.search(loaded, text, tokens, budget, chosen, named, plot=plot, resume=resume)
+    if save_recipe is not None:
+        write_atomically(save_recipe, to_yaml(quantized.report().recipe).encode())
     err().print(str(quantized.report()), markup=False, highlight=False, soft_wrap=True)
     if report is not None:
         with step("writing the report"):
@@ -124,32 +158,29 @@ def quantize(
         program = quantized.lower(options=options)
     program.save(output)
     counts = kernel_counts(program.integer_kernels)
-    console = out()
-    console.print(
+    out().print(
         f"{output}: {megabytes(output.stat().st_size)}, integer kernels: {counts}",
         markup=False,
         soft_wrap=True,
     )
     if runs is CUDA:
-        console.print(
+        out().print(
             "lowered on the CPU, and not run on a GPU: the machine that loads it compiles it. Here it runs by the "
             "operators' references, for checking."
         )
     share = program.weight_bytes / opened.weight_bytes
-    console.print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")
+    out().print(f"resident weights {megabytes(program.weight_bytes)}, {share:.3f} of float32")
 
 
 def _compressed(
     model: str, folder: Path, calibration: Path | None, recipe: str, tokens: int, tokenizer: str | None
 ) -> None:
     """Writes a folder of the compressed-tensors format."""
-    if calibration is None:
-        raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
+    calibration = _calibration(calibration)
     if folder.is_dir() and any(folder.iterdir()):
         raise MqAoError(f"{folder} is a folder that is not empty: name a new one.")
     with step("starting"):
         from mq_ao import tokenizer as tokenizers
-        from mq_ao.files import write_atomically
         from mq_ao.integrations import compressed_tensors
         from mq_ao.models.loading import find
         from mq_ao.models.transformers_loading import load_folder
@@ -170,6 +201,13 @@ def _compressed(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _calibration(given: Path | None, default: Path | None = None) -> Path:
+    found = given or default
+    if found is None:
+        raise MqAoError("quantizing needs calibration data: give text or token ids with --calibration FILE.")
+    return found
 
 
 def _options(runs: Backend, max_length: int, max_context: int, scan: str, runner: bool) -> Options | None:

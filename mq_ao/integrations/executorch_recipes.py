@@ -39,7 +39,6 @@ from mq_ao.backends import EXECUTORCH
 from mq_ao.capture import export
 from mq_ao.lowering import executorch
 from mq_ao.lowering.executorch.partitioner import StagedPartitioner
-from mq_ao.quantizer import MambaQuantizer
 from mq_ao.recipes import RECIPES, get_recipe
 
 BACKEND = "mq-ao"
@@ -55,7 +54,7 @@ class _Names(RecipeType):
 def _fits(name: str) -> bool:
     """Whether ExecuTorch has kernels for a recipe."""
     try:
-        MambaQuantizer(EXECUTORCH.name).set_global(get_recipe(name).scheme)
+        get_recipe(name).quantizer(EXECUTORCH.name)
     except MqAoError:
         return False
     return True
@@ -100,7 +99,7 @@ class MambaRecipeProvider(BackendRecipeProvider):
         if not batches:
             raise MqAoError(f"{recipe_type.value} needs data: get_recipe(..., calibration=[(input_ids,), ...]).")
         recipe = get_recipe(recipe_type.value)
-        quantizer = MambaQuantizer(EXECUTORCH.name).set_global(recipe.scheme)
+        quantizer = recipe.quantizer(EXECUTORCH.name)
 
         def rewritten(graph: GraphModule) -> GraphModule:
             passes.apply(graph, recipe.passes, batches)

@@ -11,7 +11,7 @@ import torchao
 from torch import Tensor, nn
 
 from mq_ao import __version__
-from mq_ao.recipes import Recipe
+from mq_ao.recipe import Recipe, Roles
 
 Batch = Tensor | tuple[Any, ...]
 """Inputs of a model, positional where there are several."""
@@ -48,5 +48,10 @@ def of_batches(batches: Sequence[Batch]) -> str:
 
 def of_recipe(recipe: Recipe) -> str:
     """Of everything about a recipe but its name, defaults of its passes included."""
-    roles = sorted((str(role), repr(spec)) for role, spec in recipe.scheme.roles.items())
-    return digest([repr(recipe.passes), repr(roles)])
+    modules = sorted((name, _sorted(roles)) for name, roles in recipe.modules.items())
+    # Without modules as ever, so that what is kept of such recipes stays good.
+    return digest([repr(recipe.passes), repr(_sorted(recipe.scheme.roles)), *([repr(modules)] if modules else [])])
+
+
+def _sorted(roles: Roles) -> list[tuple[str, str]]:
+    return sorted((str(role), repr(spec)) for role, spec in roles.items())

@@ -12,6 +12,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from mq_ao import passes
 from mq_ao.api import capture
 from mq_ao.calibration import calibrate
+from mq_ao.errors import MqAoError
 from mq_ao.graph import match, walk
 from mq_ao.lowering import cuda
 from mq_ao.lowering.integer_graph import fold_constants
@@ -56,7 +57,13 @@ _AT_RUN_TIME: Mapping[type[Pass], Pass] = {
 
 
 def at_run_time(recipe: Recipe) -> Recipe:
-    """What of a recipe is seen in the lowered graph: how ranges and weights were chosen is not."""
+    """What of a recipe is seen in the lowered graph: how ranges and weights were chosen is not.
+
+    Raises:
+        MqAoError: the recipe names modules, which graphs of other shapes do not have.
+    """
+    if recipe.modules:
+        raise MqAoError(f"{recipe.name} names modules of one model: give a recipe that says all by role.")
     roles = {
         role: replace(spec, range=Range.MIN_MAX, rounding=Rounding.NEAREST)
         for role, spec in recipe.scheme.roles.items()

@@ -31,7 +31,7 @@ def fake_quantizer(observer: nn.Module) -> nn.Module:
     if isinstance(observer, PlannedState):
         return RoundedState(observer.scale)
     if getattr(observer, "is_dynamic", False):
-        return RoundedTokens(observer)
+        return RoundedTokens(observer.mapping_type is MappingType.SYMMETRIC)
     if hasattr(observer, "calculate_qparams"):
         return RoundedValues(observer)
     raise MqAoError(f"{type(observer).__name__} is no observer of mq_ao, and cannot be trained with.")
@@ -95,11 +95,11 @@ class RoundedValues(nn.Module):
 
 
 class RoundedTokens(nn.Module):
-    """An activation with a range for each token, the last axis."""
+    """An activation with a range for each token, the last axis, around 0 or not."""
 
-    def __init__(self, observer: Any) -> None:
+    def __init__(self, symmetric: bool) -> None:
         super().__init__()
-        self._symmetric = observer.mapping_type is MappingType.SYMMETRIC
+        self._symmetric = symmetric
 
     def forward(self, value: Tensor) -> Tensor:
         """(..., channels)."""
