@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mq_ao import MqAoError
@@ -75,6 +75,7 @@ def test_drawn_recipes_come_back_from_what_is_written(recipe: Recipe) -> None:
 
 
 @given(recipe=recipes())
+@settings(deadline=None)  # writes files
 def test_drawn_recipes_come_back_from_files(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("drawn") / "mine.yaml"
     path.write_text(to_yaml(recipe), encoding="utf-8")

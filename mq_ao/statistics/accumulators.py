@@ -34,7 +34,8 @@ class Accumulator:
     """Statistics of one value, along its last axis, over any number of batches.
 
     Sums, and products unless `precision` says otherwise, are formed in float64 from blocks of rows: the square of a
-    float32 is exact in float64, and no float64 copy of a whole activation exists. Tensors stay on the device of the value.
+    float32 is exact in float64, and no float64 copy of a whole activation exists. Tensors stay on the device of the
+    value.
 
     Args:
         covariance: accumulate X^T X.

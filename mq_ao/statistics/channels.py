@@ -47,8 +47,9 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class ChannelStatistics:
-    """Statistics of the rows (tokens) of one value, X (count, channels). All tensors are float64 on the CPU, but for moments
-    that were asked for in float32.
+    """Statistics of the rows (tokens) of one value, X (count, channels).
+
+    All tensors are float64 on the CPU, but for moments that were asked for in float32.
 
     Attributes:
         count: number of rows.

@@ -172,9 +172,9 @@ class GradientRun(Interpreter):
             noise = torch.randn(output.shape, generator=self._generator, dtype=output.dtype)
             return noise.to(output.device)
         p = output.flatten(0, -2).log_softmax(-1).exp_()
-        drawn = torch.multinomial(p.cpu(), 1, generator=self._generator).to(p.device)
-        one = torch.ones_like(drawn, dtype=p.dtype)
-        return p.neg_().scatter_add_(1, drawn, one).view(output.shape)
+        drawn = torch.multinomial(p.cpu(), 1, generator=self._generator)
+        one = torch.ones_like(drawn, dtype=p.dtype, device=p.device)
+        return p.neg_().scatter_add_(1, drawn.to(p.device), one).view(output.shape)
 
     def _add(self, node: Node, x: Tensor, gradient: Tensor) -> None:
         weighted = weighted_input_name(node)
