@@ -18,12 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from torch import Tensor
 
 import mq_ao as package
 from mq_ao import text
-from mq_ao.cli.app import app
 from mq_ao.models import MambaLM, demo
 from mq_ao.recipe_files import read_recipe
 from tests.conftest import CommandLine, tokens
@@ -75,21 +73,6 @@ def blocks(page: str) -> list[Block]:
     return [
         Block(content.count("\n", 0, match.start(3)), match[2], match[3], match[1]) for match in BLOCK.finditer(content)
     ]
-
-
-def unknown(words: list[str]) -> list[str]:
-    """Commands and options of a call of `mq-ao` that there are not."""
-    command: Any = typer.main.get_command(app)
-    missing = []
-    for index, word in enumerate(words[1:]):
-        if word in getattr(command, "commands", {}):
-            command = command.commands[word]
-        elif index == 0:
-            return [word]
-        elif word.startswith("--") or re.fullmatch(r"-[a-z]", word):
-            known = {name for item in command.params for name in item.opts} | {"--help"}
-            missing += [word] * (word not in known)
-    return missing
 
 
 def letters() -> Any:
@@ -208,27 +191,12 @@ def test_blocks_have_a_kind_and_reasons_name_tests_that_exist() -> None:
                 assert set(re.findall(r"tests/\w+\.py", block.reason)) <= known, f"{page}:{block.line}"
 
 
-def test_blocks_that_are_not_run_are_code_all_the_same() -> None:
+def test_python_that_is_not_run_is_python() -> None:
+    # Commands and their options, of blocks that are not run too, are checked in tests/test_cli.py.
     for page in PAGES:
         for block in blocks(page):
             if block.kind == "python":
                 compile(block.code, f"{page}:{block.line}", "exec", dont_inherit=True)
-            elif block.kind == "sh":
-                for words in block.commands:
-                    assert words[0] != "mq-ao" or not unknown(words), f"{page}:{block.line}: {words}"
-
-
-@pytest.mark.parametrize(
-    ("words", "missing"),
-    [
-        ("mq-ao bench profile demo.ptn --tokens 512", []),
-        ("mq-ao bench --model demo --no-such 1", ["--no-such"]),
-        ("mq-ao generate demo.ptn -p x -q 1", ["-q"]),
-        ("mq-ao nothing demo", ["nothing"]),
-    ],
-)
-def test_unknown_commands_and_options_are_found(words: str, missing: list[str]) -> None:
-    assert unknown(words.split()) == missing
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.reason is None for block in blocks(page))])
