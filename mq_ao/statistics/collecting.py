@@ -34,8 +34,8 @@ def collect(
     """Runs the float graph once over the batches, up to the last node that is asked for.
 
     Everything is summed in float64 unless a request says otherwise; memory does not grow with the number of batches.
-    Under torch.distributed (gloo or nccl) every rank gives its own batches (see `shard`) and the same requests, and gets
-    the statistics of all; a rank may have none.
+    Under torch.distributed (gloo or nccl) every rank gives its own batches (see `shard`) and the same requests, and
+    gets the statistics of all; a rank may have none.
 
     Args:
         module: captured float graph.
