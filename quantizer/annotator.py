@@ -16,6 +16,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from mq_ao.graph import edit
 from mq_ao.graph.rows import pieces
 from mq_ao.graph.views import Layer
 from mq_ao.quantizer.carried_states import CarriedState
@@ -91,7 +92,7 @@ class Annotator:
 
     def _input(self, value: Node, user: Node, spec: RoleSpec) -> QuantizationSpecBase | None:
         if spec.activation is not Activation.STATIC:
-            return activation_spec(spec, self._kernels)
+            return activation_spec(spec, self._kernels, edit.channels(value))
         first = self._edges.setdefault((value, spec.range), (value, user))
         return activation_spec(spec, self._kernels) if first == (value, user) else SharedQuantizationSpec(first)
 

@@ -100,13 +100,15 @@ class RoundedTokens(nn.Module):
     def __init__(self, observer: Any) -> None:
         super().__init__()
         self._symmetric = observer.mapping_type is MappingType.SYMMETRIC
+        self._options = (observer.bits, observer.group_size)
 
     def forward(self, value: Tensor) -> Tensor:
         """(..., channels)."""
         detached = value.detach()
         if self._symmetric:
-            integers, scale = int8_per_token(detached)
-            return straight_through(value, integers * scale)
+            integers, scale = int8_per_token(detached, *self._options)
+            wide = scale.repeat_interleave(value.shape[-1] // scale.shape[-1], dim=-1)
+            return straight_through(value, integers * wide)
         low, high = detached.amin(-1, keepdim=True).clamp(max=0), detached.amax(-1, keepdim=True).clamp(min=0)
         scale = ((high - low) / 255).clamp(min=PER_TOKEN_EPS)
         zero = -128 - torch.round(low / scale)
