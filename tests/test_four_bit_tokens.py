@@ -115,6 +115,20 @@ def test_gates_and_norms_round_their_rows_to_four_bits(size: int) -> None:
         assert got[1].shape == (50, 96 // size if size else 1)
 
 
+def test_the_reach_is_that_of_least_error_in_groups() -> None:
+    """Of values as a rotation leaves them, in groups as the recipes have them (docs/low_bits.md)."""
+    x = rows((4000, 64), 0)
+
+    def error(reach: float) -> float:
+        scale = x.abs().amax(-1, keepdim=True) / reach
+        return float(((x / scale).round().clamp(*TOKEN_LIMITS[4]) * scale - x).square().mean())
+
+    q, scale = int8_per_token(x, 4)
+    assert float((q * scale - x).square().mean()) == pytest.approx(error(TOKEN_REACH[4]), rel=1e-5)
+    # 7 cuts nothing.
+    assert all(error(TOKEN_REACH[4]) < error(other) for other in (7, 7.5, 8.5, 9, 10))
+
+
 def test_infinities_and_zeros_in_four_bits() -> None:
     x = torch.ones(4, 20)
     x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), 0.0
@@ -154,7 +168,7 @@ def test_groups_that_do_not_divide_a_row_are_refused(call: Callable[[Tensor], An
 @pytest.mark.parametrize("backend", ["native", "inductor"])
 def test_programs_hold_tokens_of_four_bits(backend: str, tiny: MambaLM, calibration: list[Tensor]) -> None:
     quantized = mq_ao.quantize(tiny, calibration, "mambaquant-w4a4", backend=backend)
-    assert "int4 per token and group input" in str(quantized.report())
+    assert "int4 per token and group input; inputs are held in 8 bits" in str(quantized.report())
     program = quantized.lower(backend)
     ids = tokens(2, 19)
     with torch.no_grad():

@@ -31,9 +31,9 @@ struct Activations {
   int64_t stride;                // from one row of bytes to the next
   const float* scale = nullptr;  // of the highest plane: scale[row * scale_step + group * group_step]
   int64_t scale_step = 0;        // 0: one scale for all rows; else from one row's to the next
-  int64_t group_step = 0;        // 0: one scale for a row; 1: one for each group of the weights
   int32_t zero_point = 0;        // of the highest plane; the others have 0
   int64_t planes = 1;
+  int64_t group_step = 0;        // 0: one scale for a row; 1: one for each group of the weights
 };
 
 struct Linear {
