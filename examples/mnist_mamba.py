@@ -9,6 +9,8 @@ Examples:
     python examples/mnist_mamba.py ../shared/golden/mnist-mamba
 
     python examples/mnist_mamba.py ../shared/golden/mnist-mamba --bits 8 --limit 1000 --json mnist.json
+
+    python examples/mnist_mamba.py ../shared/golden/mnist-mamba --recipe rtn-w4a4 --recipe mambaquant-w4a4
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Annotated
 import numpy
 import torch
 import typer
-from recipe_table import measure, report
+from recipe_table import measure, named, report
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -117,15 +119,18 @@ def static_recipes(bits: int) -> list[Recipe]:
 def recipes(bits: int) -> list[Recipe]:
     """What is compared, the production recipe last."""
 
-    def named(family: str) -> Recipe:
+    def of(family: str) -> Recipe:
         return get_recipe(f"{family}-w{bits}a8")
 
-    return [*map(named, (*BASELINES, "mambaquant-paper")), *static_recipes(bits), named(PRODUCTION)]
+    return [*map(of, (*BASELINES, "mambaquant-paper")), *static_recipes(bits), of(PRODUCTION)]
 
 
 def main(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Holds model.safetensors and a .npz.")],
     bits: Annotated[str, typer.Option(help="Widths of the weights.")] = "8,4",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Name or file of a recipe; given once or more, only these are measured.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Images to evaluate on; all by default.")] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
@@ -133,7 +138,8 @@ def main(
 ) -> None:
     """Accuracy, agreement with float32 and mean KL to it, of every recipe."""
     check_json(json)
-    chosen = [(width, recipe) for width in parse_bits(bits) for recipe in recipes(width)]
+    table = [(width, item) for width in parse_bits(bits) for item in recipes(width)]
+    chosen = named(recipe) if recipe else table
     model = load_model(folder)
     images, labels = load_data(folder)
     calibration = calibration_batches(images)

@@ -12,7 +12,7 @@ import mq_ao
 from mq_ao.classify import Comparison, compare, log_probabilities
 from mq_ao.cli.console import bar, out, write_json
 from mq_ao.quantized import QuantizedModel
-from mq_ao.recipes import Recipe
+from mq_ao.recipes import Recipe, get_recipe
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class Results:
 
     right: int
     recipes: tuple[Result, ...]
+
+
+def named(recipes: Sequence[str]) -> list[tuple[int, Recipe]]:
+    """Recipes by name or file, with the fewest bits that their weights have."""
+    found = [get_recipe(recipe) for recipe in recipes]
+    return [(min(spec.bits for spec in recipe.scheme.roles.values()), recipe) for recipe in found]
 
 
 def measure(

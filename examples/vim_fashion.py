@@ -12,6 +12,8 @@ Examples:
     python examples/vim_fashion.py --bits 8 --limit 1000 --json vim.json
 
     python examples/vim_fashion.py --model runs/vim/vision_demo
+
+    python examples/vim_fashion.py --recipe rtn-w4a4 --recipe mambaquant-w4a4
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Annotated
 
 import typer
 from fashion_data import FOLDER, read
-from recipe_table import measure, report
+from recipe_table import measure, named, report
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -54,6 +56,9 @@ def main(
     model: Annotated[str, typer.Option(help='Folder of a trained Vim, or "demo", the bundled one.')] = "demo",
     data: Annotated[Path, typer.Option(help="Folder with Fashion-MNIST's four .gz files.")] = FOLDER,
     bits: Annotated[str, typer.Option(help="Widths of the weights.")] = "8,4",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Name or file of a recipe; given once or more, only these are measured.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Images to evaluate on; all by default.")] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
@@ -62,7 +67,8 @@ def main(
     """Accuracy, agreement with float32 and mean KL to it, of every recipe, in integers."""
     check_json(json)
     families = (*BASELINES, "mambaquant-static", PRODUCTION)
-    chosen = [(width, get_recipe(f"{family}-w{width}a8")) for width in parse_bits(bits) for family in families]
+    table = [(width, get_recipe(f"{family}-w{width}a8")) for width in parse_bits(bits) for family in families]
+    chosen = named(recipe) if recipe else table
     test = read(data, "t10k")
     test = test.part(0, limit or len(test))
     vim = Vim.from_pretrained(model)

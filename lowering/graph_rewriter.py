@@ -21,12 +21,12 @@ from mq_ao.lowering.patterns import (
     Q_STATIC,
     Operand,
     Quantized,
+    Tokens,
     Weight,
     carried,
     grid_of,
     is_dequantized,
     merge_dequantize,
-    per_token_source,
     requantize,
 )
 from mq_ao.quantizer.kernels import UINT8, Kernels
@@ -66,8 +66,9 @@ class GraphRewriter(ABC):
         self.module = module
         self.graph = module.graph
         self.limits = kernels.static.limits
+        self._token_bits = kernels.per_token.keys()
         self._names: Counter[str] = Counter()
-        self._tokens: dict[Node, tuple[Node, Node]] = {}
+        self._tokens: dict[Tokens, tuple[Node, Node]] = {}
 
     @property
     @abstractmethod
@@ -90,6 +91,12 @@ class GraphRewriter(ABC):
         """What a kernel of the backend reads at `node`."""
         return Operand.of(node, self.limits)
 
+    def tokens(self, node: Any, group_size: int) -> Tokens | None:
+        """What a kernel of the backend reads at `node` token by token, with weights of such groups, or None."""
+        found = Tokens.of(node)
+        fits = found is not None and found.bits in self._token_bits and found.group_size in (0, group_size)
+        return found if fits else None
+
     def following(self, value: Node | None) -> Node | None:
         """The one static quantize that is all that reads `value`, or None."""
         return None if value is None else requantize(value, self.limits)
@@ -111,7 +118,8 @@ class GraphRewriter(ABC):
     def gated_norm(self, operator: Any, quantize: Node) -> None:
         """Gate, RMSNorm, rotation if there is one, and the one quantize step that reads them as one `operator`.
 
-        It takes `(y, z, weight, eps, hadamard, out_scale, out_zero_point)` and gives integers and scales.
+        It takes `(y, z, weight, eps, hadamard, out_scale, out_zero_point, bits, group_size)`, and gives integers and
+        scales.
         """
         x = walk.argument(quantize, 0)
         rotated = x.target in walk.HADAMARD
@@ -130,7 +138,8 @@ class GraphRewriter(ABC):
     def norm(self, operator: Any, quantize: Node) -> None:
         """The sum before an RMSNorm, the norm, and the one quantize step that reads it as one `operator`.
 
-        It takes `(x, residual, weight, eps, out_scale, out_zero_point)` and gives integers, scales and the sum.
+        It takes `(x, residual, weight, eps, out_scale, out_zero_point, bits, group_size)`, and gives integers, scales
+        and the sum.
         """
         norm = walk.argument(quantize, 0)
         if norm.target != aten.rms_norm.default or walk.only_user(norm) is not quantize or not self.readable(quantize):
@@ -151,7 +160,8 @@ class GraphRewriter(ABC):
         """`operator`, which ends with the quantize step, in its place; it gives integers and scales."""
         with self.graph.inserting_before(quantize):
             if quantize.target != Q_STATIC:
-                new = self.graph.call_function(operator, args)
+                options = quantize.args[1:]
+                new = self.graph.call_function(operator, (*args, None, 0, *options) if options else args)
                 self.replace(quantize, new)
             else:
                 new = self.graph.call_function(operator, (*args, *grid_of(quantize)))
@@ -223,12 +233,12 @@ class GraphRewriter(ABC):
             scales = self.graph.call_function(aten.embedding.default, (scale, given.x))
             self.replace(node, self.graph.call_function(aten.mul.Tensor, (rows, scales)))
 
-    def per_token(self, source: Node, before: Node, quantize: Callable[..., Any]) -> tuple[Node, Node]:
+    def per_token(self, tokens: Tokens, before: Node, quantize: Callable[..., Any]) -> tuple[Node, Node]:
         """(integers, scales) of a value that is quantized token by token, once for all who read it."""
-        if source not in self._tokens:
+        if tokens not in self._tokens:
             with self.graph.inserting_before(before):
-                self._tokens[source] = self.outputs(self.graph.call_function(quantize, (source,)))
-        return self._tokens[source]
+                self._tokens[tokens] = self.outputs(self.graph.call_function(quantize, tokens.arguments))
+        return self._tokens[tokens]
 
     def replace(self, old: Node, new: Node) -> None:
         """Puts `new` in the place of `old`."""
@@ -279,8 +289,10 @@ class LinearRewriter(GraphRewriter):
         """A linear with an integer weight; where only pieces of it are read, these pieces."""
         linear = Linear.of(node)
         x, weight, bias = linear.x, Weight.of(self.module, linear.weight), linear.bias
-        known = not is_dequantized(x) or self.operand(x).static or per_token_source(x) is not None
-        if weight is None or not known:
+        if weight is None:
+            return
+        known = not is_dequantized(x) or self.operand(x).static or self.tokens(x, weight.group_size) is not None
+        if not known:
             return
         bounds = pieces(node)
         if bounds is None or not self.in_pieces(x, weight, bias, bounds):

@@ -12,7 +12,9 @@ from torch.fx import GraphModule, Node
 
 from mq_ao.graph import edit, walk
 from mq_ao.graph.views import Argument, View
+from mq_ao.ops.linear_packed import TOKEN_LIMITS, TOKEN_REACH
 from mq_ao.quantizer.kernels import UINT8
+from mq_ao.quantizer.observers import CHOOSE
 from mq_ao.quantizer.weights import QuantizedWeight
 
 qd = torch.ops.quantized_decomposed
@@ -21,12 +23,13 @@ DQ_CHANNEL = qd.dequantize_per_channel.default
 DQ_STATIC = qd.dequantize_per_tensor.default
 Q_STATIC = qd.quantize_per_tensor.default
 DQ_AFFINE = torch.ops.torchao.dequantize_affine
-CHOOSE = torch.ops.torchao.choose_qparams_affine
 DQ_STATE = torch.ops.mq_ao.dequantize_state.default
 DEQUANTIZE = frozenset({DQ_CHANNEL, DQ_STATIC, DQ_AFFINE, DQ_STATE})
 Limits = tuple[int, int, torch.dtype]
 """Smallest and largest integer and dtype of static activations."""
-_LIMITS = {(-127, 127): 8, (-8, 7): 4}
+# 3-bit weights are held in 4 bits.
+_LIMITS = {(-127, 127): 8, (-8, 7): 4, (-4, 3): 4}
+_TOKEN_BITS = {limits: bits for bits, limits in TOKEN_LIMITS.items()}
 
 
 class Quantized(View):
@@ -132,16 +135,43 @@ def is_dequantized(node: object) -> bool:
     return isinstance(node, Node) and node.target in DEQUANTIZE
 
 
-def per_token_source(node: object) -> Node | None:
-    """The float value that `node` dequantizes, if it was quantized as `mq_ao::quantize_per_token` does it."""
-    if not isinstance(node, Node) or node.target != DQ_AFFINE:
-        return None
-    given = Quantized.of(node)
-    choose = walk.argument(given.scale, 0) if walk.is_result(given.scale, 0) else given.scale
-    symmetric = choose.target == CHOOSE and walk.arguments(choose)["mapping_type"] == "SYMMETRIC"
-    if not symmetric or not set(given.block_size[:-1]) <= {1} or given.limits != (-127, 127, torch.int8):
-        return None
-    return walk.argument(given.x, 0)
+@dataclass(frozen=True)
+class Tokens:
+    """A float value that is quantized token by token, as `mq_ao::quantize_per_token` does it.
+
+    Attributes:
+        source: the float value.
+        bits: of the integers, 8 or 4.
+        group_size: channels that share a scale; 0: all of a token.
+    """
+
+    source: Node
+    bits: int = 8
+    group_size: int = 0
+
+    @classmethod
+    def of(cls, node: object) -> Tokens | None:
+        """What `node` dequantizes, or None if that is something else."""
+        if not isinstance(node, Node) or node.target != DQ_AFFINE:
+            return None
+        given = Quantized.of(node)
+        choose = walk.argument(given.scale, 0) if walk.is_result(given.scale, 0) else given.scale
+        bits = _TOKEN_BITS.get((given.low, given.high))
+        if choose.target != CHOOSE or bits is None or given.dtype != torch.int8:
+            return None
+        chosen, reach = walk.arguments(choose), TOKEN_REACH[bits]
+        symmetric = chosen["mapping_type"] == "SYMMETRIC"
+        reaches = (chosen["quant_min"], chosen["quant_max"]) == (-reach, reach)
+        if not symmetric or not reaches or not set(given.block_size[:-1]) <= {1}:
+            return None
+        source, size = walk.argument(given.x, 0), int(given.block_size[-1])
+        return cls(source, bits, 0 if size == edit.channels(source) else size)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As operators that quantize tokens take it."""
+        options = (self.bits, self.group_size)
+        return (self.source,) if options == (8, 0) else (self.source, *options)
 
 
 def carried(node: object) -> tuple[Any, Any]:

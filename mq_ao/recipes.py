@@ -75,14 +75,23 @@ MAMBAQUANT_4 = tuple(
 spreads is the power of a channel."""
 
 
-def _int4(scheme: QuantizationConfig, rounding: Rounding) -> QuantizationConfig:
-    roles = {role: replace(scheme.roles[role], bits=4, group_size=64, rounding=rounding) for role in _FOUR_BITS}
+def _grouped(scheme: QuantizationConfig, rounding: Rounding, bits: int = 4) -> QuantizationConfig:
+    roles = {role: replace(scheme.roles[role], bits=bits, group_size=64, rounding=rounding) for role in _FOUR_BITS}
     return scheme.replaced(**{str(role): spec for role, spec in roles.items()})
+
+
+def _four_bit_tokens(scheme: QuantizationConfig) -> QuantizationConfig:
+    """The scheme with int4 inputs, a scale a token and group, where rotations make them flat."""
+    roles = {
+        str(role): replace(scheme.roles[role], activation=Activation.PER_GROUP, activation_bits=4)
+        for role in (Role.IN_PROJ, Role.OUT_PROJ)
+    }
+    return scheme.replaced(**roles)
 
 
 def _weight_only(rounding: Rounding, bits: int) -> QuantizationConfig:
     scheme = w8a8(Activation.NONE).replaced(conv1d=None)
-    return scheme if bits == 8 else _int4(scheme, rounding)
+    return scheme if bits == 8 else _grouped(scheme, rounding, bits)
 
 
 _STATIC = w8a8(Activation.STATIC)
@@ -108,26 +117,39 @@ _W8A8 = (
     Recipe("mambaquant-w8a8", _PRODUCTION, MAMBAQUANT),
 )
 _W4A8 = (
-    Recipe("rtn-w4a8", _int4(_STATIC, Rounding.NEAREST)),
-    Recipe("smoothquant-w4a8", _int4(_STATIC, Rounding.NEAREST), SMOOTHQUANT),
-    Recipe("quarot-w4a8", _int4(_STATIC, Rounding.GPTQ), QUAROT),
-    Recipe("mambaquant-paper-w4a8", _int4(_PAPER, Rounding.GPTQ), MAMBAQUANT_PAPER),
-    Recipe("mambaquant-static-w4a8", _int4(_SCAN, Rounding.FISHER), MAMBAQUANT_4),
-    Recipe("mambaquant-w4a8", _int4(_PRODUCTION, Rounding.FISHER), MAMBAQUANT_4),
+    Recipe("rtn-w4a8", _grouped(_STATIC, Rounding.NEAREST)),
+    Recipe("smoothquant-w4a8", _grouped(_STATIC, Rounding.NEAREST), SMOOTHQUANT),
+    Recipe("quarot-w4a8", _grouped(_STATIC, Rounding.GPTQ), QUAROT),
+    Recipe("mambaquant-paper-w4a8", _grouped(_PAPER, Rounding.GPTQ), MAMBAQUANT_PAPER),
+    Recipe("mambaquant-static-w4a8", _grouped(_SCAN, Rounding.FISHER), MAMBAQUANT_4),
+    Recipe("mambaquant-w4a8", _grouped(_PRODUCTION, Rounding.FISHER), MAMBAQUANT_4),
+)
+# The schemes of w4a8, and tokens of 4 bits in the same places for all.
+_W4A4 = (
+    Recipe("rtn-w4a4", _four_bit_tokens(_grouped(_STATIC, Rounding.NEAREST))),
+    Recipe("quarot-w4a4", _four_bit_tokens(_grouped(_STATIC, Rounding.GPTQ)), QUAROT),
+    Recipe("mambaquant-w4a4", _four_bit_tokens(_grouped(_PRODUCTION, Rounding.FISHER)), MAMBAQUANT_4),
 )
 # Weights alone: only rotations that cost nothing at run time.
 _WEIGHT_ONLY = (
     Recipe("rtn-w8a16", _weight_only(Rounding.NEAREST, 8)),
     Recipe("rtn-w4a16", _weight_only(Rounding.NEAREST, 4)),
+    Recipe("rtn-w3a16", _weight_only(Rounding.NEAREST, 3)),
     Recipe("mambaquant-w8a16", _weight_only(Rounding.NEAREST, 8), (FoldNorm(), RotateResidual(), RotateDt())),
     Recipe("mambaquant-w4a16", _weight_only(Rounding.FISHER, 4), (FoldNorm(), RotateResidual(), RotateDt())),
+    Recipe("mambaquant-w3a16", _weight_only(Rounding.FISHER, 3), (FoldNorm(), RotateResidual(), RotateDt())),
 )
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (*_W8A8, *_W4A8, *_WEIGHT_ONLY)})
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {recipe.name: recipe for recipe in (*_W8A8, *_W4A8, *_W4A4, *_WEIGHT_ONLY)}
+)
 """The named recipes.
 
 rtn rounds to nearest without rewrites. w8a8: 8-bit weights and activations; w4a8: in_proj, out_proj, head and linears
-outside the blocks with 4-bit weights in groups of 64, the rest with 8; w8a16, w4a16: weights alone, float activations.
+outside the blocks with 4-bit weights in groups of 64, the rest with 8; w4a4: besides, the inputs of in_proj and
+out_proj in 4 bits, with a scale for every 64 channels of a token, all others in 8; w8a16, w4a16, w3a16: weights alone,
+float activations. CPUs hold 4-bit activations in 8 bits, and 3-bit weights in 4: these recipes show what fewer bits
+cost, and gain neither time nor memory over w4a8 and w4a16.
 `mambaquant` takes one scale a token for in_proj, out_proj, head and linears outside the blocks; `mambaquant-static` is
 static throughout. Both have the scan's operands in int8. The gate's stay in float: smoothing out_proj's input through
 the gate unbalances z.

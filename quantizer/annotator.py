@@ -16,6 +16,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from mq_ao.graph import edit
 from mq_ao.graph.rows import pieces
 from mq_ao.graph.views import Layer
 from mq_ao.quantizer.carried_states import CarriedState
@@ -80,18 +81,22 @@ class Annotator:
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(output_qspec=qspec, _annotated=True)
 
     def describe(self, node: Node, spec: RoleSpec) -> str:
-        """The spec in words, with what was planned otherwise."""
+        """The spec in words, with what was planned otherwise, and what is held in more bits than it has."""
         planned, words = self._planned[node], str(spec)
         if spec.group_size is not None and planned.group_size is None:
             inputs = planned.values.shape[1]
             words += f"; per channel, since {inputs} inputs are no multiple of {spec.group_size}"
         if spec.rounding is Rounding.FISHER and (reason := without_gradients(node)):
             words += f"; rounded by gptq, since {reason}"
+        if spec.bits == 3:
+            words += "; weights are held in 4 bits"
+        if spec.activation_bits == 4:
+            words += "; inputs are held in 8 bits"
         return words
 
     def _input(self, value: Node, user: Node, spec: RoleSpec) -> QuantizationSpecBase | None:
         if spec.activation is not Activation.STATIC:
-            return activation_spec(spec, self._kernels)
+            return activation_spec(spec, self._kernels, edit.channels(value))
         first = self._edges.setdefault((value, spec.range), (value, user))
         return activation_spec(spec, self._kernels) if first == (value, user) else SharedQuantizationSpec(first)
 

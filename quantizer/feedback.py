@@ -49,7 +49,7 @@ def round_inputs(weight: Tensor, scale: Tensor, inputs: Tensor, bits: int) -> Te
         weight: (out, in) float64.
         scale: (out, in), of every weight.
         inputs: (in, in), `compensation` of the inputs' second moment.
-        bits: 4 or 8.
+        bits: 8, 4 or 3.
 
     Returns:
         The integers, (out, in) float64.
@@ -82,7 +82,7 @@ def round_both(weight: Tensor, scale: Tensor, inputs: Tensor, outputs: Tensor, b
         scale: (out, in), of every weight.
         inputs: (in, in), `compensation` of the inputs' second moment.
         outputs: (out, out), likewise of the outputs'.
-        bits: 4 or 8.
+        bits: 8, 4 or 3.
 
     Returns:
         The integers, (out, in) float64.

@@ -39,7 +39,7 @@ def fisher(
         weight: (out, in) of any floating-point dtype.
         inputs: (in, in), second moment of the layer's input, every token weighted by its gradient's square.
         outputs: (out, out), second moment of the gradient of log p by the layer's output.
-        bits: 4 or 8.
+        bits: 8, 4 or 3.
         group_size: consecutive inputs that share a scale; None: one scale a row.
         tokens: of which the moments are means. The fewer, the more is added to the diagonals: twice the mean diagonal
             where there is one token an input, four times that of `outputs` where there is one an output, and less by

@@ -33,7 +33,7 @@ def gptq(
     Args:
         weight: (out, in) of any floating-point dtype.
         second_moment: (in, in), E[x x^T] of the layer's input, up to a factor.
-        bits: 4 or 8.
+        bits: 8, 4 or 3.
         group_size: consecutive inputs that share a scale; None: one scale a row.
         damping: share of the mean diagonal that is added to the diagonal; makes up for too few tokens.
         act_order: take the inputs of largest second moment first, instead of in order.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torchao.quantization.pt2e.observer import MappingType
 
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
+from mq_ao.ops.linear_packed import TOKEN_LIMITS
 from mq_ao.quantizer.specs import LEARNED_ROUNDINGS, LINEAR_ROLES, Activation, RoleSpec
 
 
@@ -37,7 +38,8 @@ class Integers:
 
 UINT8 = Integers(torch.uint8, 0, 255, MappingType.ASYMMETRIC)
 INT8 = Integers(torch.int8, -128, 127, MappingType.ASYMMETRIC)
-SYMMETRIC_INT8 = Integers(torch.int8, -127, 127, MappingType.SYMMETRIC)
+SYMMETRIC_INT8 = Integers(torch.int8, *TOKEN_LIMITS[8], MappingType.SYMMETRIC)
+SYMMETRIC_INT4 = Integers(torch.int8, *TOKEN_LIMITS[4], MappingType.SYMMETRIC)
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Kernels:
         backend: name of the backend.
         roles: activations that it has an integer kernel for, by role.
         static: integers of a static activation.
-        per_token: integers of a per-token activation.
+        per_token: integers of a per-token activation, by bits.
         integer_outputs: whether linears with static inputs can only write static integers, so that their outputs
             are quantized even where nothing that reads them asks for it.
+        weight_bits: widths of weights that it takes.
         group_multiple: what the size of a group of weights must be a multiple of.
         groups: the sizes of groups that it takes; None: all.
         group_scale: dtype in which it keeps the scales of groups.
@@ -61,8 +64,9 @@ class Kernels:
     backend: str
     roles: Mapping[Role, frozenset[Activation]]
     static: Integers = UINT8
-    per_token: Integers = SYMMETRIC_INT8
+    per_token: Mapping[int, Integers] = field(default_factory=lambda: {8: SYMMETRIC_INT8})
     integer_outputs: bool = False
+    weight_bits: frozenset[int] = frozenset({8, 4, 3})
     group_multiple: int = 4
     groups: frozenset[int] | None = None
     group_scale: torch.dtype = torch.float32
@@ -81,6 +85,18 @@ def check_executable(kernels: Kernels, role: Role, spec: RoleSpec) -> None:
         raise MqAoError(
             f"backend {kernels.backend!r} has no integer kernel for {role} with activation {spec.activation}: "
             f"choose {known}, or leave the role out."
+        )
+    if spec.activation_bits not in kernels.per_token:
+        raise MqAoError(
+            f"backend {kernels.backend!r} has no kernel for {role} with {spec.input}: it takes tokens of 8 bits. "
+            "Backends native and inductor run those of 4 bits, which shows what they cost in accuracy."
+        )
+    if role is Role.KV_CACHE and spec.activation_bits != 8:
+        raise MqAoError("keys and values are held in 8 bits: leave activation_bits out.")
+    if spec.bits not in kernels.weight_bits:
+        known = " or ".join(map(str, sorted(kernels.weight_bits, reverse=True)))
+        raise MqAoError(
+            f"backend {kernels.backend!r} has no kernel for {role} with {spec.weight}: it takes {known} bits."
         )
     if role not in LINEAR_ROLES and (spec.bits != 8 or spec.group_size is not None):
         raise MqAoError(

@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torchao.quantization import PerAxis, PerToken
+from torchao.quantization import PerAxis, PerGroup, PerToken
 from torchao.quantization.pt2e import MinMaxObserver, MovingAverageMinMaxObserver
 from torchao.quantization.pt2e.observer import AffineQuantizedObserverBase, MappingType
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.utils import get_new_attr_name_with_prefix
 
 from mq_ao.compat.observers import AffineQuantizedPlaceholderObserver, HistogramObserver
+from mq_ao.ops.linear_packed import TOKEN_REACH
 from mq_ao.quantizer.kernels import Kernels
 from mq_ao.quantizer.specs import Activation, Range, RoleSpec
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight
 
 mq = torch.ops.mq_ao
+
+CHOOSE = torch.ops.torchao.choose_qparams_affine
 
 _RANGES = {
     Range.HISTOGRAM: HistogramObserver,
@@ -32,16 +35,23 @@ PER_TOKEN_EPS = torch.finfo(torch.float32).tiny
 """Smallest scale of a token: a token of zeros is quantized to zeros. As in `mq_ao::quantize_per_token`."""
 
 
-def activation_spec(spec: RoleSpec, kernels: Kernels) -> QuantizationSpec | None:
-    """torchao spec of the role's input in the backend's integers, or None where it stays in float."""
+def activation_spec(spec: RoleSpec, kernels: Kernels, channels: int = 0) -> QuantizationSpec | None:
+    """torchao spec of the role's input in the backend's integers, or None where it stays in float.
+
+    Args:
+        spec: of the role.
+        kernels: of the backend.
+        channels: of the input; as with weights, groups that do not divide them are left out.
+    """
     if spec.activation is Activation.NONE:
         return None
-    if spec.activation is Activation.PER_TOKEN:
-        integers = kernels.per_token
-        observer = AffineQuantizedPlaceholderObserver.with_args(
+    if spec.activation is not Activation.STATIC:
+        size = spec.group_size if spec.activation is Activation.PER_GROUP else None
+        integers = kernels.per_token[spec.activation_bits]
+        observer = TokenObserver.with_args(
             target_dtype=integers.dtype,
             mapping_type=integers.mapping,
-            granularity=PerToken(),
+            granularity=PerGroup(size) if size is not None and channels % size == 0 else PerToken(),
             eps=PER_TOKEN_EPS,
             is_dynamic=True,
         )
@@ -56,6 +66,34 @@ def activation_spec(spec: RoleSpec, kernels: Kernels) -> QuantizationSpec | None
         quant_max=integers.high,
         qscheme=torch.per_tensor_affine,
     )
+
+
+class TokenObserver(AffineQuantizedPlaceholderObserver):
+    """A value with a range for each token, which reaches as far as `mq_ao::quantize_per_token` has it."""
+
+    @property
+    def bits(self) -> int:
+        """Of the integers."""
+        return (self.quant_max - self.quant_min).bit_length()
+
+    @property
+    def group_size(self) -> int:
+        """Channels that share a scale; 0: all of a token."""
+        return self.granularity.group_size if isinstance(self.granularity, PerGroup) else 0
+
+    def convert(self, model: GraphModule, observer_node: Node) -> None:
+        """Writes choose, quantize and dequantize nodes."""
+        value = observer_node.args[0]
+        assert isinstance(value, Node)
+        others = set(value.users)
+        super().convert(model, observer_node)
+        if self.mapping_type is not MappingType.SYMMETRIC:
+            return
+        reach = TOKEN_REACH[self.bits]
+        for node in set(value.users) - others:
+            if node.target == CHOOSE:
+                node.update_arg(4, -reach)
+                node.update_arg(5, reach)
 
 
 def weight_spec(planned: QuantizedWeight) -> QuantizationSpec:

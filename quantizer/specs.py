@@ -11,6 +11,8 @@ from typing import Any
 from mq_ao import checks
 from mq_ao.errors import MqAoError
 from mq_ao.graph import Role
+from mq_ao.ops.linear_packed import TOKEN_LIMITS
+from mq_ao.quantizer.weights import LIMITS
 
 
 class Activation(StrEnum):
@@ -21,7 +23,9 @@ class Activation(StrEnum):
     STATIC = "static"
     """uint8, affine, one calibrated scale and zero point for the tensor."""
     PER_TOKEN = "per_token"
-    """int8, symmetric, one scale a token taken from the token itself at run time."""
+    """int8 or int4, symmetric, one scale a token taken from the token itself at run time."""
+    PER_GROUP = "per_group"
+    """The same, with a scale for every group of a token's channels: the groups that the weights have."""
 
 
 class Range(StrEnum):
@@ -57,10 +61,11 @@ class RoleSpec:
     Attributes:
         activation: how the role's inputs are quantized.
         range: observer of a static activation.
-        bits: of the weights, 8 or 4.
+        bits: of the weights, 8, 4 or 3.
         group_size: consecutive inputs that share a weight scale, or None for one scale an output channel. A layer whose
             inputs are no multiple of it has one scale a channel.
         rounding: how weights become integers.
+        activation_bits: of the role's inputs, 8, or 4 with scales a token.
 
     Raises:
         MqAoError: an attribute is not as above.
@@ -71,15 +76,25 @@ class RoleSpec:
     bits: int = 8
     group_size: int | None = None
     rounding: Rounding = Rounding.NEAREST
+    activation_bits: int = 8
 
     def __post_init__(self) -> None:
         for name, kind in (("activation", Activation), ("range", Range), ("rounding", Rounding)):
             object.__setattr__(self, name, checks.member(getattr(self, name), name, kind))
         # Of type int: True and 8.0 equal numbers that are right, and are no widths.
-        if type(self.bits) is not int or self.bits not in (4, 8):
-            raise MqAoError(f"weights have 8 or 4 bits, not {self.bits!r}.")
+        if type(self.bits) is not int or self.bits not in LIMITS:
+            raise MqAoError(f"weights have 8, 4 or 3 bits, not {self.bits!r}.")
+        if type(self.activation_bits) is not int or self.activation_bits not in TOKEN_LIMITS:
+            raise MqAoError(f"activations have 8 or 4 bits, not {self.activation_bits!r}.")
+        if self.activation_bits != 8 and self.activation not in (Activation.PER_TOKEN, Activation.PER_GROUP):
+            raise MqAoError(
+                f"activations of {self.activation_bits} bits need a scale a token: give activation "
+                f"{Activation.PER_TOKEN} or {Activation.PER_GROUP}, not {self.activation}."
+            )
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 4):
             raise MqAoError(f"a group of weights has at least 4 inputs, not {self.group_size!r}.")
+        if self.activation is Activation.PER_GROUP and self.group_size is None:
+            raise MqAoError(f"activation {Activation.PER_GROUP} takes the groups of the weights: give a group_size.")
         if self.group_size is not None and self.group_size % 4:
             raise MqAoError(f"a group of weights has a multiple of 4 inputs, not {self.group_size}.")
 
@@ -98,7 +113,10 @@ class RoleSpec:
         """The inputs in words."""
         if self.activation is Activation.NONE:
             return "float input"
-        return f"static 8-bit ({self.range}) input" if self.activation is Activation.STATIC else "int8 per token input"
+        if self.activation is Activation.STATIC:
+            return f"static 8-bit ({self.range}) input"
+        groups = " and group" if self.activation is Activation.PER_GROUP else ""
+        return f"int{self.activation_bits} per token{groups} input"
 
 
 LINEAR_ROLES = (Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ, Role.LINEAR, Role.HEAD)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from mq_ao.errors import MqAoError
 
-LIMITS = {4: (-8, 7), 8: (-127, 127)}
+LIMITS = {3: (-4, 3), 4: (-8, 7), 8: (-127, 127)}
 """Smallest and largest integer by bits."""
 # What the largest magnitude is divided by. In int4 that is 8 although 8 itself is cut to 7: on trained weights the
-# finer grid outweighs the one weight that may lose a step.
-_REACH = {4: 8.0, 8: 127.0}
+# finer grid outweighs the one weight that may lose a step. Likewise in int3.
+_REACH = {3: 4.0, 4: 8.0, 8: 127.0}
 # Candidates of the search, as shares of the scale without it: from what cuts nothing in int4 (8/7) to half.
 _SHARES = tuple(1.145 - 0.025 * step for step in range(26))
 # Rows that are quantized at once hold about this many weights, so that temporaries stay small next to the model.
@@ -25,10 +25,10 @@ class QuantizedWeight:
     """A weight matrix as integers times scales.
 
     Attributes:
-        values: (out, in) int8; int4 lies in -8..7, int8 in -127..127.
+        values: (out, in) int8, within `LIMITS`.
         scale: float32 above 0; (out,) per channel, or (out, groups) per group.
         group_size: consecutive inputs that share a scale (the last group may be shorter); None: all of a row.
-        bits: 4 or 8.
+        bits: 8, 4 or 3.
     """
 
     values: Tensor
@@ -71,7 +71,7 @@ def round_to_grid(
 
     Args:
         weight: (out, in) of any floating-point dtype.
-        bits: 4 or 8.
+        bits: 8, 4 or 3.
         group_size: consecutive inputs that share a scale; None: one scale a row.
         search: choose the scale of least squared error from a fixed set, instead of the one that the largest weight
             asks for.
@@ -112,7 +112,7 @@ def _best_share(units: Tensor, bits: int, cost: Tensor) -> Tensor:
 
     Args:
         units: (out, groups, group size), weights over their scale, so that no square overflows or vanishes.
-        bits: 4 or 8.
+        bits: 8, 4 or 3.
         cost: (1, groups, group size), what a squared error costs.
     """
     best = torch.ones_like(units[..., 0])
@@ -139,7 +139,7 @@ def _grouped(weight: Tensor, group_size: int | None) -> Tensor:
 
 def _check(weight: Tensor, bits: int, group_size: int | None, importance: Tensor | None) -> None:
     if bits not in LIMITS:
-        raise MqAoError(f"weights of {bits} bits are not supported: choose 4 or 8.")
+        raise MqAoError(f"weights of {bits} bits are not supported: choose 8, 4 or 3.")
     if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise MqAoError(
             f"a weight is {tuple(weight.shape)} {weight.dtype}: give a matrix (out, in) of floating-point numbers."

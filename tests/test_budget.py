@@ -324,6 +324,11 @@ def test_bad_validation_is_refused(tiny: MambaLM, calibration: list[Tensor], mon
             search_budget(tiny, calibration, bad, "size<=0.3", "rtn-w4a8")
 
 
+def test_recipes_of_narrow_activations_are_refused(tiny: MambaLM, calibration: list[Tensor]) -> None:
+    with pytest.raises(MqAoError, match="mambaquant-w4a4 has activations of 4 bits"):
+        search_budget(tiny, calibration, calibration, "size<=0.3", "mambaquant-w4a4")
+
+
 def test_sites_offer_what_the_recipe_allows(tiny: MambaLM, calibration: list[Tensor]) -> None:
     recipe = get_recipe("mambaquant-w4a16")
     rewritten = api.rewrite(tiny, calibration, recipe)

@@ -28,13 +28,20 @@ SHARES = sorted(
 CHOICES = (("rotate_residual", "basis"), ("rotate_dt", "basis"), ("smooth_state", "partner"), ("smooth_gate", "size"))
 KINDS = {"basis": Basis, "partner": Partner, "size": Size}
 
-SPECS = st.builds(
-    RoleSpec,
-    st.sampled_from(Activation),
-    st.sampled_from(Range),
-    st.sampled_from([8, 4]),
-    st.none() | st.integers(1, 512).map(lambda count: 4 * count),
-    st.sampled_from(Rounding),
+SIZES = st.integers(1, 512).map(lambda count: 4 * count)
+
+
+def specs(activations: list[Activation], sizes: st.SearchStrategy[int | None], widths: list[int]) -> Any:
+    """Specs of such activations, groups and widths of activations, and of any weights."""
+    bits, rounding = st.sampled_from([8, 4, 3]), st.sampled_from(Rounding)
+    ranges, chosen = st.sampled_from(Range), st.sampled_from(activations)
+    return st.builds(RoleSpec, chosen, ranges, bits, sizes, rounding, st.sampled_from(widths))
+
+
+SPECS = st.one_of(
+    specs([Activation.NONE, Activation.STATIC], st.none() | SIZES, [8]),
+    specs([Activation.PER_TOKEN], st.none() | SIZES, [8, 4]),
+    specs([Activation.PER_GROUP], SIZES, [8, 4]),
 )
 SHARE = st.floats(0, 1)
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -98,12 +105,24 @@ def test_files_say_what_the_recipe_says(name: str, tmp_path: Path) -> None:
         ([1], "a recipe is .1.: give a mapping with modules, name, passes, scheme"),
         ({"passes": []}, "a recipe needs a scheme"),
         ({"scheme": {}, "steps": []}, "a recipe has no key steps: it has modules, name, passes, scheme"),
-        ({"scheme": {"in_proj": {"bit": 4}}}, "role in_proj has no key bit: it has activation, bits"),
+        ({"scheme": {"in_proj": {"bit": 4}}}, "role in_proj has no key bit: it has activation, activation_bits, bits"),
         ({"scheme": {"attention": {}}}, "unknown role 'attention': the roles are in_proj"),
         ({"scheme": {"attention": None}}, "unknown role 'attention': the roles are in_proj"),
         ({"scheme": {3: {}}}, "unknown role '3': the roles are in_proj"),
-        ({"scheme": {"in_proj": {"bits": 3}}}, "weights have 8 or 4 bits, not 3"),
-        ({"scheme": {"in_proj": {"activation": "fp8"}}}, "activation is 'fp8': it is one of none, static, per_token"),
+        ({"scheme": {"in_proj": {"bits": 2}}}, "weights have 8, 4 or 3 bits, not 2"),
+        ({"scheme": {"in_proj": {"activation_bits": 3}}}, "activations have 8 or 4 bits, not 3"),
+        (
+            {"scheme": {"in_proj": {"activation_bits": 4}}},
+            "activations of 4 bits need a scale a token: give activation per_token or per_group, not static",
+        ),
+        (
+            {"scheme": {"in_proj": {"activation": "per_group"}}},
+            "activation per_group takes the groups of the weights: give a group_size",
+        ),
+        (
+            {"scheme": {"in_proj": {"activation": "fp8"}}},
+            "activation is 'fp8': it is one of none, static, per_token, per_group",
+        ),
         ({"scheme": {"in_proj": {"activation": None}}}, "activation is None: it is one of none, static, per_token"),
         (
             {"scheme": {"in_proj": {"range": ["min_max"]}}},
@@ -111,11 +130,14 @@ def test_files_say_what_the_recipe_says(name: str, tmp_path: Path) -> None:
         ),
         ({"scheme": {"in_proj": {"rounding": True}}}, "rounding is True: it is one of nearest, search, gptq"),
         ({"scheme": {"in_proj": {"group_size": 6}}}, "a group of weights has a multiple of 4 inputs, not 6"),
-        ({"scheme": {"conv1d": False}}, "role conv1d is False: give a mapping with activation, bits"),
-        ({"scheme": {"conv1d": []}}, r"role conv1d is \[\]: give a mapping with activation, bits"),
-        ({"scheme": {"conv1d": 0}}, "role conv1d is 0: give a mapping with activation, bits"),
-        ({"scheme": {"conv1d": ""}}, "role conv1d is '': give a mapping with activation, bits"),
-        ({"scheme": {"conv1d": "static"}}, "role conv1d is 'static': give a mapping with activation, bits"),
+        ({"scheme": {"conv1d": False}}, "role conv1d is False: give a mapping with activation, activation_bits, bits"),
+        ({"scheme": {"conv1d": []}}, r"role conv1d is \[\]: give a mapping with activation, activation_bits, bits"),
+        ({"scheme": {"conv1d": 0}}, "role conv1d is 0: give a mapping with activation, activation_bits, bits"),
+        ({"scheme": {"conv1d": ""}}, "role conv1d is '': give a mapping with activation, activation_bits, bits"),
+        (
+            {"scheme": {"conv1d": "static"}},
+            "role conv1d is 'static': give a mapping with activation, activation_bits, bits",
+        ),
         ({"scheme": {}}, "the scheme is empty: say how at least one role is quantized"),
         ({"scheme": {"conv1d": None}}, "the scheme is empty"),
         ({"scheme": None}, "the scheme is None: give a mapping from roles to their options"),
@@ -237,9 +259,11 @@ def test_outliers_are_planted_within_reason(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("bits", [8.0, True, "8", None, math.nan, [8], 0, 16])
-def test_bits_are_8_or_4(bits: Any) -> None:
-    with pytest.raises(MqAoError, match="weights have 8 or 4 bits, not"):
+def test_bits_are_whole_numbers(bits: Any) -> None:
+    with pytest.raises(MqAoError, match="weights have 8, 4 or 3 bits, not"):
         RoleSpec(bits=bits)
+    with pytest.raises(MqAoError, match="activations have 8 or 4 bits, not"):
+        RoleSpec(Activation.PER_TOKEN, activation_bits=bits)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1, 1.5, 64.0, True, "64", math.inf, [64]])

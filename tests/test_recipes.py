@@ -45,7 +45,8 @@ def test_every_recipe_runs_in_integers_and_equals_its_simulation(name: str, tiny
         for got, expected in zip(integer.module(ids, *states), quantized.converted(ids, *states), strict=True):
             assert float((got - expected).norm() / expected.norm()) < FLIPPED_STEPS
         drift = quantized.converted(ids, *states)[0] - tiny(ids)[0]
-    assert float(drift.norm() / tiny(ids)[0].norm()) < 0.2
+    # On random weights. A step of 3 bits, and of 4-bit activations beside that of 4-bit weights, is twice as wide.
+    assert float(drift.norm() / tiny(ids)[0].norm()) < (0.4 if "w3" in name or "a4" in name else 0.2)
     left_out = [item for item in quantized.report().transforms if item.status is Status.LEFT_OUT]
     assert left_out == []
 
@@ -61,6 +62,25 @@ def test_four_bit_weights_are_four_bits(tiny: MambaLM, calibration: list[torch.T
 
     # in_proj, out_proj and head are halved; x_proj, dt_proj and the sums that zero points need are not.
     assert packed(four) < 0.75 * packed(eight)
+
+
+def test_three_bit_weights_are_held_in_four(tiny: MambaLM, calibration: list[torch.Tensor]) -> None:
+    four, three = (mq_ao.quantize(tiny, calibration, name) for name in ("rtn-w4a16", "rtn-w3a16"))
+    assert "int3 weight in groups of 64, float input; weights are held in 4 bits" in str(three.report())
+    modules = [inductor.rewrite(item.converted).module for item in (four, three)]
+    sizes = [{name: value.nbytes for name, value in module.named_buffers()} for module in modules]
+    assert sizes[0] == sizes[1]
+    limits = {
+        node.args[5:7] for node in three.converted.graph.nodes if node.target == torch.ops.torchao.dequantize_affine
+    }
+    assert limits == {(-4, 3)}
+
+
+def test_executorch_refuses_weights_of_three_bits() -> None:
+    from mq_ao.quantizer import MambaQuantizer
+
+    with pytest.raises(MqAoError, match="'executorch' has no kernel for head with int3 weight: it takes 8 or 4 bits"):
+        MambaQuantizer("executorch").set_role(Role.HEAD, RoleSpec(bits=3))
 
 
 def test_the_file_without_r2_is_the_production_recipe_but_for_it() -> None:

@@ -12,10 +12,10 @@ from mq_ao import MqAoError
 from mq_ao.quantizer.weights import QuantizedWeight, round_to_grid
 
 drawn = settings(max_examples=60, deadline=None)
-bit_widths = st.sampled_from([4, 8])
+bit_widths = st.sampled_from([3, 4, 8])
 group_sizes = st.sampled_from([None, 1, 3, 32, 64, 128])
 seeds = st.integers(0, 2**31)
-LIMITS = {4: (-8, 7), 8: (-127, 127)}
+LIMITS = {3: (-4, 3), 4: (-8, 7), 8: (-127, 127)}
 
 
 def matrix(rows: int, inputs: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -108,7 +108,7 @@ def test_search_heeds_importance() -> None:
     assert abs(gives_up[0, 1] - 0.1) < abs(keeps[0, 1] - 0.1)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-20, 1e20, 3e38])
 def test_any_magnitude_has_finite_scales(bits: int, search: bool, size: float) -> None:
@@ -117,9 +117,10 @@ def test_any_magnitude_has_finite_scales(bits: int, search: bool, size: float) -
     assert torch.equal(quantized.scale[0], torch.ones(2))
     assert not quantized.values[0].any()
     assert (quantized.scale > 0).all()
-    # A step of int4 is an eighth of the largest weight, and the smallest scale is float32's smallest normal number.
+    # A step of int4 is an eighth of the largest weight, one of int3 a quarter, and the smallest scale is float32's
+    # smallest normal number.
     off = (quantized.dequantized().double() - weight.double()).abs().max()
-    assert off <= max(size / 7, torch.finfo(torch.float32).tiny)
+    assert off <= max(size / (3 if bits == 3 else 7), torch.finfo(torch.float32).tiny)
 
 
 def test_many_rows_are_quantized_as_each_alone() -> None:
@@ -135,7 +136,7 @@ def test_many_rows_are_quantized_as_each_alone() -> None:
 @pytest.mark.parametrize(
     ("weight", "bits", "group_size", "importance", "message"),
     [
-        (torch.ones(2, 3), 3, None, None, "weights of 3 bits"),
+        (torch.ones(2, 3), 2, None, None, "weights of 2 bits"),
         (torch.ones(3), 4, None, None, r"a weight is \(3,\)"),
         (torch.ones(0, 3), 4, None, None, r"a weight is \(0, 3\)"),
         (torch.ones(2, 3, dtype=torch.int8), 4, None, None, "torch.int8"),

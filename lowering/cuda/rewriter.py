@@ -14,7 +14,7 @@ from mq_ao.errors import MqAoError
 from mq_ao.graph import walk
 from mq_ao.lowering.cuda.kernels import KERNELS
 from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, each
-from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, per_token_source
+from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of
 from mq_ao.ops import nibbles
 from mq_ao.ops.linear_packed import int8_per_token
 from mq_ao.ops.linear_rows import MOST_PIECES
@@ -102,11 +102,11 @@ class Rewriter(LinearRewriter):
 
     def _operands(self, at: Node, x: Node, weight: Weight) -> tuple[Any, ...] | None:
         """q, token_scale, weight, scale, correction and group_size of `linear_rows`; None if x stays in float."""
-        operand, source = self.operand(x), per_token_source(x)
-        if source is None and not operand.static:
+        operand, tokens = self.operand(x), self.tokens(x, 0)
+        if tokens is None and not operand.static:
             return None
         # Traced, the rounding of tokens is plain operators, which Inductor fuses with what is before them.
-        q, token_scale = (operand.node, None) if source is None else self.per_token(source, x, int8_per_token)
+        q, token_scale = (operand.node, None) if tokens is None else self.per_token(tokens, x, int8_per_token)
         values, scale, group_size = self._layout(at, weight)
         correction = None
         with self.graph.inserting_before(at):

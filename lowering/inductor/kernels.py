@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mq_ao.graph import Role
-from mq_ao.quantizer.kernels import Kernels
+from mq_ao.quantizer.kernels import SYMMETRIC_INT4, SYMMETRIC_INT8, Kernels
 from mq_ao.quantizer.specs import LINEAR_ROLES, Activation
 
 ROLES = {
@@ -19,5 +19,6 @@ ROLES = {
 KERNELS = Kernels(
     "inductor",
     {**ROLES, Role.KV_CACHE: frozenset({Activation.PER_TOKEN})},
+    per_token={8: SYMMETRIC_INT8, 4: SYMMETRIC_INT4},  # both in the kernels for 8 bits
     experts=frozenset({Activation.STATIC, Activation.PER_TOKEN}),
 )

@@ -10,17 +10,17 @@ from torch.fx import Node
 from torch.fx.graph import CodeGen
 
 from mq_ao.graph.views import Attention
-from mq_ao.lowering.patterns import per_token_source
+from mq_ao.lowering.patterns import Tokens
 
 aten = torch.ops.aten
-Quantize = Callable[[Node, Node], tuple[Node, Node]]
+Quantize = Callable[[Tokens, Node], tuple[Node, Node]]
 """Integers and scales of a value, computed before a node."""
 
 
 def hold_integers(node: Node, quantize: Quantize) -> None:
     """Edits the graph around attention whose new keys and values are quantized token by token; leaves others alone."""
     attention = Attention.of(node)
-    key, value = per_token_source(attention.key), per_token_source(attention.value)
+    key, value = Tokens.of(attention.key), Tokens.of(attention.value)
     past_key, past_value = attention.past_key, attention.past_value
     if key is None or value is None or past_key is None or past_value is None:
         return
@@ -34,10 +34,10 @@ def hold_integers(node: Node, quantize: Quantize) -> None:
 
 def _held(node: Node, rows: Node, past: Node, quantize: Quantize) -> tuple[Node, Node, Node]:
     """New rows as integers, their scales, and those of the rows before, as `node` reads them."""
-    graph, source = node.graph, per_token_source(rows)
-    assert source is not None
-    integers, scale = quantize(source, rows)
-    example = source.meta["val"]
+    graph, tokens = node.graph, Tokens.of(rows)
+    assert tokens is not None
+    integers, scale = quantize(tokens, rows)
+    example = tokens.source.meta["val"]
     integers.meta["val"], scale.meta["val"] = example.to(torch.uint8), example[..., :1]
     with graph.inserting_after(past):
         past_scale = graph.placeholder(f"{past.target}_scale")
@@ -46,7 +46,7 @@ def _held(node: Node, rows: Node, past: Node, quantize: Quantize) -> tuple[Node,
     (output,) = graph.find_nodes(op="output")
     results: list[Any] = []
     for result in output.args[0]:
-        results += [integers, scale] if per_token_source(result) is source else [result]
+        results += [integers, scale] if Tokens.of(result) == tokens else [result]
     output.args = (tuple(results),)
     with graph.inserting_before(node):
         flat, flat_past = (graph.call_function(aten.squeeze.dim, (item, -1)) for item in (scale, past_scale))

@@ -13,7 +13,7 @@ from mq_ao.graph.views import Experts
 from mq_ao.lowering.graph_rewriter import LinearRewriter, Step, each
 from mq_ao.lowering.inductor.kernels import KERNELS
 from mq_ao.lowering.inductor.kv_cache import hold_integers
-from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of, per_token_source
+from mq_ao.lowering.patterns import Q_STATIC, Weight, grid_of
 
 aten = torch.ops.aten
 mq = torch.ops.mq_ao
@@ -63,8 +63,8 @@ class Rewriter(LinearRewriter):
     def product(self, at: Node, x: Node, weight: Weight, bias: Any) -> Node:
         """Integer product before `at`; quantizes its own output where `at` only feeds one static quantize."""
         graph, operand = self.graph, self.operand(x)
-        source = per_token_source(x)
-        tokens = None if source is None else self.per_token(source, x, mq.quantize_per_token.default)
+        given = self.tokens(x, weight.group_size)
+        tokens = None if given is None else self.per_token(given, x, mq.quantize_per_token.default)
         with graph.inserting_before(at):
             packed = self.store("packed", mq.linear_prepack(weight.values, weight.bits, weight.group_size))
             scale = self._scale(weight)
@@ -88,16 +88,16 @@ class Rewriter(LinearRewriter):
             if quantize.target == Q_STATIC:
                 new = self.graph.call_function(mq.qgate.default, (*args, *grid_of(quantize)))
             else:
-                new = self.graph.call_function(mq.qgate_per_token.default, args)
+                new = self.graph.call_function(mq.qgate_per_token.default, (*args, *quantize.args[1:]))
         self.replace(quantize, new)
 
     def _experts(self, node: Node) -> None:
         """Integer products of the rows of each expert."""
         given = Experts.of(node)
-        weight, operand, source = Weight.of(self.module, given.weight), self.operand(given.x), per_token_source(given.x)
-        if weight is None or (source is None and not operand.static):
+        weight, operand, read = Weight.of(self.module, given.weight), self.operand(given.x), self.tokens(given.x, 0)
+        if weight is None or (read is None and not operand.static):
             return
-        tokens = None if source is None else self.per_token(source, given.x, mq.quantize_per_token.default)
+        tokens = None if read is None else self.per_token(read, given.x, mq.quantize_per_token.default)
         experts = given.ends.meta["val"].shape[0]
         values, scale = (part.unflatten(0, (experts, -1)) for part in (weight.values, weight.scale))
         layout = (weight.bits, weight.group_size)

@@ -178,5 +178,5 @@ def prepare(
 
 
 def _has_four_bits(recipe: Recipe) -> bool:
-    """Whether some of the weights have 4 bits."""
-    return any(spec.bits == 4 for scheme in recipe.schemes for spec in scheme.roles.values())
+    """Whether some of the weights have 4 bits, or are held in them."""
+    return any(spec.bits < 8 for scheme in recipe.schemes for spec in scheme.roles.values())

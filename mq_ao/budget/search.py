@@ -36,7 +36,9 @@ from mq_ao.models.program_interface import LanguageProgram
 from mq_ao.modes import plain
 from mq_ao.progress import with_bar
 from mq_ao.quantized import QuantizedModel
+from mq_ao.quantizer import Activation
 from mq_ao.quantizer.planning import weight_requests
+from mq_ao.quantizer.specs import LINEAR_ROLES
 from mq_ao.recipes import Recipe, get_recipe
 from mq_ao.rewritten import Rewritten
 from mq_ao.statistics import ChannelStatistics, Request, collect
@@ -133,6 +135,7 @@ def search_budget(
     """
     limit = parse_budget(budget) if isinstance(budget, str) else budget
     chosen = get_recipe(recipe)
+    _check_activations(chosen)
     _check(validation)
     with plain():
         rewritten = api.rewrite(model, calibration, chosen, progress=progress)
@@ -312,6 +315,16 @@ def _inputs(graph: GraphModule, validation: Sequence[Tensor]) -> list[Inputs]:
     if not match(graph).heads or (states is None and given != 1):
         raise MqAoError("a budget search needs a language model, which takes token ids and predicts the next ones.")
     return [(ids, *(states.examples(len(ids), 0) if states is not None else ())) for ids in validation]
+
+
+def _check_activations(recipe: Recipe) -> None:
+    """Raises MqAoError if linears have activations that a search does not choose from."""
+    linears = [spec for scheme in recipe.schemes for role, spec in scheme.roles.items() if role in LINEAR_ROLES]
+    if any(spec.activation_bits != 8 or spec.activation is Activation.PER_GROUP for spec in linears):
+        raise MqAoError(
+            f"{recipe.name} has activations of 4 bits or with a scale a group, which a budget search does not choose "
+            "from: start from a recipe whose activations have 8 bits."
+        )
 
 
 def _check(validation: Sequence[Tensor]) -> None:

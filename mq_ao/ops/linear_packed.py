@@ -5,10 +5,13 @@ All run from one packed copy of the 8-bit or 4-bit weights (see `packing`), for 
 whose order of operations the references below define, and which the native kernels follow bit for bit.
 
 `quantize_per_token` quantizes every token (row) by itself, symmetrically, by the rule of `int8_per_token`; what it
-gives can feed several `linear_packed_per_token`.
+gives can feed several `linear_packed_per_token`. Tokens of 4 bits are held in 8 and run in the same kernels: that
+shows what 4 bits cost in accuracy, and is no faster.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,28 +22,58 @@ from mq_ao.ops.operator import Operands, like, operator
 from mq_ao.ops.packing import check_linear, linear_unpack
 
 TOKEN_ZERO_POINT = 128
+TOKEN_LIMITS = {4: (-8, 7), 8: (-127, 127)}
+"""Smallest and largest integer of a token by bits."""
+TOKEN_REACH = {4: 8.0, 8: 127.0}
+"""What the largest magnitude of a token is divided by. In 4 bits 8 is cut to 7, as in 4-bit weights: the finer grid
+outweighs the one value that loses a step."""
 _TINIEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes each row of `x` to 8 bits, symmetrically.
+def int8_per_token(x: Tensor, bits: int = 8, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    """Quantizes each row of `x`, or each group of its values, to 8 bits or to 4 that are held in 8, symmetrically.
 
-    `scale = max|row| / 127`, at least the smallest normal float32; `q = round_half_even(x * (1 / scale))`,
-    all in float32. An all-zero row gives zeros; a row with a NaN or an infinity gives zeros and the scale NaN,
-    so that whatever is computed from it is NaN.
+    `scale = max|row| / TOKEN_REACH`, at least the smallest normal float32; `q = round_half_even(x * (1 / scale))`
+    within `TOKEN_LIMITS`, all in float32. An all-zero row gives zeros; a row with a NaN or an infinity gives zeros and
+    the scale NaN, so that whatever is computed from it is NaN.
 
     Args:
         x: (..., K), floating point.
+        bits: 8 or 4.
+        group_size: values next to each other that share a scale; it divides K. 0: all.
 
     Returns:
-        q, int8 (..., K), within -127..127, and scale, float32 (..., 1).
+        q, int8 (..., K), within -127..127 or -8..7, and scale, float32 (..., 1) or (..., K / group_size).
     """
+    if group_size:
+        q, scale = int8_per_token(x.unflatten(-1, (-1, group_size)), bits)
+        return q.flatten(-2), scale.squeeze(-1)
     values = x.to(torch.float32)
-    scale = (values.abs().amax(-1, keepdim=True) / 127.0).clamp(min=_TINIEST_SCALE)
+    scale = (values.abs().amax(-1, keepdim=True) / TOKEN_REACH[bits]).clamp(min=_TINIEST_SCALE)
     finite = scale.isfinite()
     scale = torch.where(finite, scale, torch.nan)
-    q = torch.round(values * (1.0 / scale)).clamp(-127, 127)
+    q = torch.round(values * (1.0 / scale)).clamp(*TOKEN_LIMITS[bits])
     return torch.where(finite, q, 0.0).to(torch.int8), scale
+
+
+def uint8_per_token(x: Tensor, bits: int = 8, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    """What `int8_per_token` gives, as uint8 with `TOKEN_ZERO_POINT`."""
+    q, scale = int8_per_token(x, bits, group_size)
+    return (q.to(torch.int16) + TOKEN_ZERO_POINT).to(torch.uint8), scale
+
+
+def token_scales(x: Tensor, bits: int, group_size: int) -> Tensor:
+    """The scales that `int8_per_token` gives, without values.
+
+    Raises:
+        MqAoError: it cannot have so many bits, or such groups.
+    """
+    require(bits in TOKEN_LIMITS, f"tokens are quantized to 8 or 4 bits, not to {bits}.")
+    n = x.shape[-1]
+    if not group_size:
+        return like(x, (*x.shape[:-1], 1), torch.float32)
+    require(group_size > 0 and n % group_size == 0, f"groups of {group_size} values do not divide rows of {n}.")
+    return like(x, (*x.shape[:-1], n // group_size), torch.float32)
 
 
 def _check_zero_point(zero_point: int) -> None:
@@ -66,10 +99,12 @@ def _scaled_sums(
     size = group_size or x.shape[-1]
     total = None
     columns = weight_scale.unbind(1) if group_size else (weight_scale,)
-    for part, part_weight, column in zip(x.split(size, -1), weight.split(size, 1), columns, strict=True):
+    grouped = isinstance(scale, Tensor) and scale.shape[-1] == len(columns)
+    scales = cast("Tensor", scale).split(1, -1) if grouped else [scale] * len(columns)
+    for part, part_weight, column, step in zip(x.split(size, -1), weight.split(size, 1), columns, scales, strict=True):
         # Whole numbers below 2^53: a float64 product is exact whatever its order.
         sums = part.to(torch.float64) @ part_weight.to(torch.float64).t()
-        y = sums.to(torch.float32) * (column * scale)
+        y = sums.to(torch.float32) * (column * step)
         total = y if total is None else total + y
     assert total is not None
     return total
@@ -142,34 +177,37 @@ def _tokens(a: Operands) -> tuple[Tensor, Tensor]:
         x.dim() >= 1 and x.shape[-1] >= 1,
         f"per-token quantization takes x of shape (..., inputs) with at least 1 input, not {tuple(x.shape)}.",
     )
-    return like(x, dtype=torch.uint8), like(x, (*x.shape[:-1], 1), torch.float32)
+    return like(x, dtype=torch.uint8), token_scales(x, a.bits, a.group_size)
 
 
 @operator(results=_tokens)
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, bits: int = 8, group_size: int = 0) -> tuple[Tensor, Tensor]:
     """Quantizes each row of `x` by `int8_per_token`, for `linear_packed_per_token`.
 
     Args:
         x: float32 or bfloat16 (..., K); rows may be strided.
+        bits: 8, or 4 that are held in 8.
+        group_size: see `int8_per_token`.
 
     Returns:
-        q + `TOKEN_ZERO_POINT`, uint8 (..., K), within 1..255, and scale, float32 (..., 1).
+        q + `TOKEN_ZERO_POINT`, uint8 (..., K), within 1..255 or 120..135, and scale, float32 (..., 1) or
+        (..., K / group_size).
 
     Raises:
-        MqAoError: x has another dtype, or no inputs.
+        MqAoError: x has another dtype, or no inputs, bits are neither 8 nor 4, or groups do not divide K.
     """
-    q, scale = int8_per_token(x)
-    return (q.to(torch.int16) + TOKEN_ZERO_POINT).to(torch.uint8), scale
+    return uint8_per_token(x, bits, group_size)
 
 
 def _per_token(a: Operands) -> Tensor:
     q, scale = a.q, a.scale
     require(q.dtype == torch.uint8, f"linear_packed_per_token takes uint8 activations, not {q.dtype}.")
     y = _linear(q, a)
+    counts = (1, a.weight_scale.shape[-1]) if a.group_size else (1,)
     require(
-        scale.dtype == torch.float32 and scale.shape == (*q.shape[:-1], 1),
-        f"scale must be float32 with one value for each token, {(*q.shape[:-1], 1)}, not {scale.dtype} "
-        f"{tuple(scale.shape)}: make it with quantize_per_token.",
+        scale.dtype == torch.float32 and any(scale.shape == (*q.shape[:-1], count) for count in counts),
+        f"scale must be float32 with one value for each token, {(*q.shape[:-1], 1)}, or for each group of its values, "
+        f"not {scale.dtype} {tuple(scale.shape)}: make it with quantize_per_token.",
     )
     _check_output(a)
     return y
@@ -191,7 +229,7 @@ def linear_packed_per_token(
 
     Args:
         q: uint8 (..., K); rows may be strided.
-        scale: float32 (..., 1).
+        scale: float32 (..., 1), or (..., groups) where the groups of the weights have scales of their own in each row.
         packed: as for `linear_packed`, and so are the others.
         weight_scale: float32 (N,) or (N, ceil(K / group_size)).
         bias: float32 (N,), or None.

@@ -14,7 +14,7 @@ Rows = tuple[Tensor, Tensor, Tensor]
 """Integers, scales, and the sum."""
 
 
-def results(name: str, dtype: torch.dtype, a: Operands) -> Rows:
+def results(name: str, dtype: torch.dtype, a: Operands, bits: int = 8, group_size: int = 0) -> Rows:
     """What operator `name` gives, without values.
 
     Raises:
@@ -36,7 +36,7 @@ def results(name: str, dtype: torch.dtype, a: Operands) -> Rows:
             require(size == wanted, message)
     check_weight(weight, n)
     check_rows(name, dtype, out)
-    return *empty_rows(x, dtype, out), like(x, (0,) if residual is None else x.shape)
+    return *empty_rows(x, dtype, out, bits, group_size), like(x, (0,) if residual is None else x.shape)
 
 
 def check_weight(weight: Tensor | None, n: int) -> None:
@@ -49,10 +49,17 @@ def check_weight(weight: Tensor | None, n: int) -> None:
 
 
 def normalize(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype, out: Grid
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    out: Grid,
+    bits: int = 8,
+    group_size: int = 0,
 ) -> Rows:
-    """Adds, normalizes by `torch.nn.functional.rms_norm` and quantizes to `dtype`."""
+    """Adds, normalizes by `torch.nn.functional.rms_norm` and quantizes to `dtype` (see `quantize_rows`)."""
     total = x if residual is None else (x + residual).contiguous()
     normalized = torch.nn.functional.rms_norm(total, (x.shape[-1],), weight, eps)
-    q, scale = quantize_rows(normalized, dtype, out)
+    q, scale = quantize_rows(normalized, dtype, out, bits, group_size)
     return q.contiguous(), scale, x.new_empty(0) if residual is None else total

@@ -13,7 +13,7 @@ from torch import Tensor
 from mq_ao.ops.gate import check_rows, gated
 from mq_ao.ops.grids import Grid, dequantize
 from mq_ao.ops.library import require
-from mq_ao.ops.linear_packed import TOKEN_ZERO_POINT, int8_per_token
+from mq_ao.ops.linear_packed import token_scales, uint8_per_token
 from mq_ao.ops.operator import Operands, like, operator
 
 
@@ -79,7 +79,7 @@ def qgate(
 
 def _per_token(a: Operands) -> tuple[Tensor, Tensor]:
     _check(a)
-    return like(a.y, dtype=torch.uint8), like(a.y, (*a.y.shape[:-1], 1), torch.float32)
+    return like(a.y, dtype=torch.uint8), token_scales(a.y, a.bits, a.group_size)
 
 
 @operator(results=_per_token)
@@ -92,18 +92,21 @@ def qgate_per_token(
     z_zero_point: int,
     s: Tensor | None,
     hadamard: bool,
+    bits: int = 8,
+    group_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Gates, rotates and quantizes every token by itself, by `mq_ao.ops.linear_packed.int8_per_token`.
 
     Args:
         y: as in `qgate`, like all others.
+        bits: 8, or 4 that are held in 8.
+        group_size: see `quantize_per_token`.
 
     Returns:
-        q, uint8 (..., n), contiguous, with zero point 128, and scale, float32 (..., 1).
+        q, uint8 (..., n), contiguous, with zero point 128, and scale, float32 (..., 1) or (..., n / group_size).
 
     Raises:
-        MqAoError: a dtype, a shape or a parameter is not as in `qgate`.
+        MqAoError: a dtype, a shape or a parameter is not as in `qgate`, or the rows cannot be rounded so.
     """
     x = gated(dequantize(y, Grid(y_scale, y_zero_point)), dequantize(z, Grid(z_scale, z_zero_point)), s, hadamard)
-    q, scale = int8_per_token(x)
-    return (q.to(torch.int16) + TOKEN_ZERO_POINT).to(torch.uint8), scale
+    return uint8_per_token(x, bits, group_size)

@@ -28,7 +28,7 @@ def _results(a: Operands) -> tuple[Tensor, Tensor]:
     if a.hadamard:
         check_order(y)
     check_rows("qgated_norm", torch.uint8, out)
-    return empty_rows(y, torch.uint8, out)
+    return empty_rows(y, torch.uint8, out, a.bits, a.group_size)
 
 
 @operator(results=_results)
@@ -40,6 +40,8 @@ def qgated_norm(
     hadamard: bool,
     out_scale: float | None = None,
     out_zero_point: int = 0,
+    bits: int = 8,
+    group_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Gates, normalizes by `torch.nn.functional.rms_norm`, rotates and quantizes.
 
@@ -55,14 +57,18 @@ def qgated_norm(
         out_scale: positive: all is rounded as by `quantized_decomposed.quantize_per_tensor`; None: every row is
             rounded by itself, as by `quantize_per_token`.
         out_zero_point: within 0..255; not looked at without `out_scale`.
+        bits: of rows rounded by themselves, 8 or 4.
+        group_size: of rows rounded by themselves, see `quantize_per_token`.
 
     Returns:
-        q, uint8 (..., n), contiguous; without `out_scale` the scales of the rows, float32 (..., 1), else an empty
+        q, uint8 (..., n), contiguous; without `out_scale` the scales of the rows, float32 (..., 1) or
+        (..., n / group_size), else an empty
         tensor (0,).
 
     Raises:
         MqAoError: a dtype, a shape or a parameter is not as above.
     """
     x = torch.nn.functional.rms_norm(gated(y, z, None, False), (y.shape[-1],), weight, eps)
-    q, scale = quantize_rows(rotate(x) if hadamard else x, torch.uint8, Grid(out_scale, out_zero_point))
+    out = Grid(out_scale, out_zero_point)
+    q, scale = quantize_rows(rotate(x) if hadamard else x, torch.uint8, out, bits, group_size)
     return q.contiguous(), scale

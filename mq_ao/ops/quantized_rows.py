@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mq_ao.ops.grids import Grid, check_grid, requantize
-from mq_ao.ops.linear_packed import TOKEN_ZERO_POINT, int8_per_token
+from mq_ao.ops.linear_packed import int8_per_token, token_scales, uint8_per_token
 from mq_ao.ops.operator import like
 
 
@@ -16,7 +16,9 @@ def check_rows(operator: str, dtype: torch.dtype, out: Grid) -> None:
         check_grid(f"{operator}: out", dtype, out)
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype, out: Grid) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, out: Grid, bits: int = 8, group_size: int = 0
+) -> tuple[Tensor, Tensor]:
     """Rounds float32 rows to 8 bits.
 
     Args:
@@ -25,17 +27,23 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, out: Grid) -> tuple[Tensor, Ten
         out: of all rows, which are rounded as by `quantized_decomposed.quantize_per_tensor`, its zero point one of
             `dtype`; without a scale every row is rounded by itself, by `linear_packed.int8_per_token`, as uint8 with
             zero point 128.
+        bits: of rows rounded by themselves, 8 or 4.
+        group_size: of rows rounded by themselves, see `linear_packed.int8_per_token`.
 
     Returns:
-        q, (..., n), and the scales of rows rounded by themselves, float32 (..., 1); else an empty tensor.
+        q, (..., n), and the scales of rows rounded by themselves, float32 (..., 1) or (..., n / group_size); else an
+        empty tensor.
     """
     if out.scale is not None:
         return requantize(x, dtype, out), x.new_empty(0)
-    q, scale = int8_per_token(x)
-    return (q if dtype == torch.int8 else (q.to(torch.int16) + TOKEN_ZERO_POINT).to(dtype)), scale
+    return (int8_per_token if dtype == torch.int8 else uint8_per_token)(x, bits, group_size)
 
 
-def empty_rows(x: Tensor, dtype: torch.dtype, out: Grid) -> tuple[Tensor, Tensor]:
-    """What `quantize_rows` gives for x, without values; contiguous."""
-    shape = (*x.shape[:-1], 1) if out.scale is None else (0,)
-    return like(x, dtype=dtype), like(x, shape, torch.float32)
+def empty_rows(x: Tensor, dtype: torch.dtype, out: Grid, bits: int = 8, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    """What `quantize_rows` gives for x, without values; contiguous.
+
+    Raises:
+        MqAoError: rows cannot be rounded by themselves so.
+    """
+    scales = token_scales(x, bits, group_size)
+    return like(x, dtype=dtype), scales if out.scale is None else like(x, (0,), torch.float32)

@@ -31,7 +31,7 @@ def fake_quantizer(observer: nn.Module) -> nn.Module:
     if isinstance(observer, PlannedState):
         return RoundedState(observer.scale)
     if getattr(observer, "is_dynamic", False):
-        return RoundedTokens(observer.mapping_type is MappingType.SYMMETRIC)
+        return RoundedTokens(observer.mapping_type is MappingType.SYMMETRIC, observer.bits, observer.group_size)
     if hasattr(observer, "calculate_qparams"):
         return RoundedValues(observer)
     raise MqAoError(f"{type(observer).__name__} is no observer of mq_ao, and cannot be trained with.")
@@ -97,16 +97,17 @@ class RoundedValues(nn.Module):
 class RoundedTokens(nn.Module):
     """An activation with a range for each token, the last axis, around 0 or not."""
 
-    def __init__(self, symmetric: bool) -> None:
+    def __init__(self, symmetric: bool, bits: int = 8, group_size: int = 0) -> None:
         super().__init__()
-        self._symmetric = symmetric
+        self._symmetric, self._options = symmetric, (bits, group_size)
 
     def forward(self, value: Tensor) -> Tensor:
         """(..., channels)."""
         detached = value.detach()
         if self._symmetric:
-            integers, scale = int8_per_token(detached)
-            return straight_through(value, integers * scale)
+            integers, scale = int8_per_token(detached, *self._options)
+            wide = scale.repeat_interleave(value.shape[-1] // scale.shape[-1], dim=-1)
+            return straight_through(value, integers * wide)
         low, high = detached.amin(-1, keepdim=True).clamp(max=0), detached.amax(-1, keepdim=True).clamp(min=0)
         scale = ((high - low) / 255).clamp(min=PER_TOKEN_EPS)
         zero = -128 - torch.round(low / scale)

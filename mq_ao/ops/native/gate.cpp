@@ -82,20 +82,21 @@ Tensor qgate(const Tensor& y, double y_scale, int64_t y_zero_point, const Tensor
 
 std::tuple<Tensor, Tensor> qgate_per_token(const Tensor& y, double y_scale, int64_t y_zero_point, const Tensor& z,
                                            double z_scale, int64_t z_zero_point, const OptionalTensor& s,
-                                           bool hadamard) {
-  if (!is_native(y, y_zero_point, z, z_zero_point, s, hadamard)) {
+                                           bool hadamard, int64_t bits, int64_t group_size) {
+  const qgemm::TokenGrid grid{bits, group_size};
+  if (!is_native(y, y_zero_point, z, z_zero_point, s, hadamard) || !grid.fits(y.size(-1))) {
     return call_reference<decltype(qgate_per_token)>("qgate_per_token", y, y_scale, y_zero_point, z, z_scale,
-                                                     z_zero_point, s, hadamard);
+                                                     z_zero_point, s, hadamard, bits, group_size);
   }
   const int64_t n = y.size(-1);
   at::DimVector sizes(y.sizes());
-  sizes.back() = 1;
+  const int64_t count = sizes.back() = grid.scales(n);
   Tensor q = at::empty(y.sizes(), y.options().dtype(at::kByte));
   Tensor scale = at::empty(sizes, y.options().dtype(at::kFloat));
   uint8_t* out = q.mutable_data_ptr<uint8_t>();
   float* scales = scale.mutable_data_ptr<float>();
   for_gated_rows(y, y_scale, y_zero_point, z, z_scale, z_zero_point, s, hadamard,
-                 [&](int64_t i, const float* row) { scales[i] = qgemm::quantize_token(row, n, out + i * n); });
+                 [&](int64_t i, const float* row) { grid.quantize(row, n, out + i * n, scales + i * count); });
   return {q, scale};
 }
 

@@ -18,20 +18,23 @@ bool is_weight(const OptionalTensor& weight, int64_t n) {
   return !weight || (weight->scalar_type() == at::kFloat && has_shape(weight, {n}));
 }
 
-// Rows of the shape of `like` in 8 bits: all by one scale, or each by its own.
+// Rows of the shape of `like` in 8 bits: all by one scale, or each by itself.
 struct QuantizedRows {
   const int64_t n;
+  const qgemm::TokenGrid grid;
   const bool one_scale;
   const Tensor q, scale;
   uint8_t* const bytes;
   float* const scales;
   const qgemm::Requantizer requantize;
 
-  QuantizedRows(const Tensor& like, const std::optional<double>& out_scale, int64_t zero_point)
+  QuantizedRows(const Tensor& like, const std::optional<double>& out_scale, int64_t zero_point,
+                const qgemm::TokenGrid& grid)
       : n(like.size(-1)),
+        grid(grid),
         one_scale(out_scale.has_value()),
         q(at::empty(like.sizes(), like.options().dtype(at::kByte))),
-        scale(at::empty(one_scale ? at::DimVector{0} : one_each(like), like.options())),
+        scale(at::empty(one_scale ? at::DimVector{0} : of_each(like, grid.scales(n)), like.options())),
         bytes(q.mutable_data_ptr<uint8_t>()),
         scales(scale.mutable_data_ptr<float>()),
         requantize({bytes, true, float(1.0 / out_scale.value_or(1.0)), int32_t(zero_point)}) {}
@@ -40,28 +43,30 @@ struct QuantizedRows {
     if (one_scale)
       gate::quantize_row(values, n, requantize, bytes + row * n);
     else
-      scales[row] = qgemm::quantize_token(values, n, bytes + row * n);
+      grid.quantize(values, n, bytes + row * n, scales + row * grid.scales(n));
   }
 
-  static at::DimVector one_each(const Tensor& like) {
+  static at::DimVector of_each(const Tensor& like, int64_t count) {
     at::DimVector sizes(like.sizes());
-    sizes.back() = 1;
+    sizes.back() = count;
     return sizes;
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> qrms_norm(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, double eps,
-    std::optional<double> out_scale, int64_t out_zero_point) {
+    std::optional<double> out_scale, int64_t out_zero_point, int64_t bits, int64_t group_size) {
+  const qgemm::TokenGrid grid{bits, group_size};
   const bool fits = x.dim() > 0 && x.size(-1) > 0 && x.scalar_type() == at::kFloat &&
       (!residual || (residual->scalar_type() == at::kFloat && residual->sizes() == x.sizes())) &&
-      is_weight(weight, x.size(-1)) && is_grid(out_scale, out_zero_point);
+      is_weight(weight, x.size(-1)) && is_grid(out_scale, out_zero_point) && grid.fits(x.size(-1));
   if (!fits)
-    return call_reference<decltype(qrms_norm)>("qrms_norm", x, residual, weight, eps, out_scale, out_zero_point);
+    return call_reference<decltype(qrms_norm)>("qrms_norm", x, residual, weight, eps, out_scale, out_zero_point, bits,
+                                               group_size);
   const int64_t n = x.size(-1);
   const Tensor rows = dense_rows(x.reshape({-1, n})), more = residual ? dense_rows(residual->reshape({-1, n})) : Tensor();
   const OptionalTensor weight_ = float_contiguous(weight);
-  const QuantizedRows out(x, out_scale, out_zero_point);
+  const QuantizedRows out(x, out_scale, out_zero_point, grid);
   const Tensor total = at::empty(residual ? x.sizes() : at::IntArrayRef({0}), x.options());
   const norm::Norm given{rows.const_data_ptr<float>(),
                          rows.stride(0),
@@ -82,19 +87,22 @@ std::tuple<Tensor, Tensor, Tensor> qrms_norm(
 }
 
 std::tuple<Tensor, Tensor> qgated_norm(const Tensor& y, const Tensor& z, const OptionalTensor& weight, double eps,
-                                       bool hadamard, std::optional<double> out_scale, int64_t out_zero_point) {
+                                       bool hadamard, std::optional<double> out_scale, int64_t out_zero_point,
+                                       int64_t bits, int64_t group_size) {
+  const qgemm::TokenGrid grid{bits, group_size};
   const bool fits = y.dim() > 0 && y.size(-1) > 0 && y.scalar_type() == at::kFloat && z.scalar_type() == at::kFloat &&
       y.sizes() == z.sizes() && is_weight(weight, y.size(-1)) && is_grid(out_scale, out_zero_point) &&
+      grid.fits(y.size(-1)) &&
       (!hadamard || hadamard::find_plan(y.size(-1)));
   if (!fits) {
     return call_reference<decltype(qgated_norm)>("qgated_norm", y, z, weight, eps, hadamard, out_scale,
-                                                 out_zero_point);
+                                                 out_zero_point, bits, group_size);
   }
   const int64_t n = y.size(-1);
   const Tensor y_rows = dense_rows(y.reshape({-1, n})), z_rows = dense_rows(z.reshape({-1, n}));
   const OptionalTensor weight_ = float_contiguous(weight);
   const hadamard::Plan* plan = hadamard ? hadamard::find_plan(n) : nullptr;
-  const QuantizedRows out(y, out_scale, out_zero_point);
+  const QuantizedRows out(y, out_scale, out_zero_point, grid);
   const gate::Gate<float, float> gated{{y_rows.const_data_ptr<float>(), y_rows.stride(0), 1.0f, 0.0f},
                                        {z_rows.const_data_ptr<float>(), z_rows.stride(0), 1.0f, 0.0f},
                                        nullptr, n, nullptr};

@@ -151,17 +151,20 @@ class Plan : public torch::CustomClassHolder {
     values_ = int64_t(weights_.size()) + inputs_;
   }
 
-  // Adds the call of an operator. `constants` is a tuple of all its arguments, lists as tuples; `places` says which of
+  // Adds the call of an operator. `constants` is a tuple of its arguments, lists as tuples; `places` says which of
   // them are values: it has the number of one, or those of a list's elements, -1 for constants; none for a constant.
+  // Last arguments may be missing: an operator has got more of them, with defaults, since the plan was saved.
   void call(const std::string& name, const std::string& overload, const IValue& constants,
             const c10::List<Places>& places, const std::vector<int64_t>& results) {
     Step step;
     step.op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
     const auto& schema = step.op->schema();
     const auto& given = constants.toTupleRef().elements();
-    TORCH_CHECK(given.size() == schema.arguments().size() && places.size() == given.size(), name, " takes ",
-                schema.arguments().size(), " arguments");
-    for (size_t i = 0; i < given.size(); ++i) {
+    const auto& known = schema.arguments();
+    const size_t count = given.size();
+    const bool complete = count == known.size() || (count < known.size() && known[count].default_value());
+    TORCH_CHECK(complete && places.size() == count, name, " takes ", known.size(), " arguments");
+    for (size_t i = 0; i < count; ++i) {
       const c10::TypePtr& type = schema.arguments()[i].type();
       const std::vector<int64_t> from = places.get(i).vec();
       if (from.empty())
@@ -171,6 +174,8 @@ class Plan : public torch::CustomClassHolder {
       else
         step.arguments.push_back(single(from, is_tensor(type)));
     }
+    for (size_t i = count; i < known.size(); ++i)
+      step.arguments.push_back({*known[i].default_value(), {}, nullptr});
     step.memory = name == "aten::empty_like";
     step.unpacked = schema.returns().size() == 1 && schema.returns()[0].type()->kind() == c10::TypeKind::ListType;
     TORCH_CHECK(step.unpacked || results.size() == schema.returns().size(), name, " gives ", schema.returns().size(),

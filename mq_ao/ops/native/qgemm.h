@@ -29,10 +29,11 @@ namespace mq_ao::qgemm {
 struct Activations {
   const uint8_t* data;           // every row of bytes readable up to padded_inputs(k), whatever lies there
   int64_t stride;                // from one row of bytes to the next
-  const float* scale = nullptr;  // of the highest plane: scale[row * scale_step]
-  int64_t scale_step = 0;        // 0: one scale for all rows; 1: one for each row
+  const float* scale = nullptr;  // of the highest plane: scale[row * scale_step + group * group_step]
+  int64_t scale_step = 0;        // 0: one scale for all rows; else from one row's to the next
   int32_t zero_point = 0;        // of the highest plane; the others have 0
   int64_t planes = 1;
+  int64_t group_step = 0;        // 0: one scale for a row; 1: one for each group of the weights
 };
 
 struct Linear {
@@ -136,7 +137,7 @@ inline void finish_tile(const int32_t* sums, const float* before, const Activati
   const bool whole = target.count == LANES * kLane;
   Value* out = target.data;
   for (int64_t m = 0; m < at.rows; ++m, out += target.stride) {
-    const float row_scale = x.scale[(at.row + m) * x.scale_step];
+    const float row_scale = x.scale[(at.row + m) * x.scale_step + group * x.group_step];
     Value* to = whole ? out : spare;
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {

@@ -1,4 +1,5 @@
-// Rows of floats as integers for qgemm.h: 8 bits with zero point 128, or 24 bits in three planes with zero point 2^23.
+// Rows of floats as integers for qgemm.h: 8 bits with zero point 128, which may hold 4 bits, or 24 bits in three planes
+// with zero point 2^23.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +16,9 @@ namespace mq_ao::qgemm {
 inline constexpr int32_t kTokenZeroPoint = 128;
 // The largest integers; with 24 bits some are left, since rounding the reciprocal of the scale may carry upwards.
 inline constexpr float kTokenMost = 127.0f, kPlaneMost = 8388600.0f;
+// The largest magnitude in 4 bits is this many steps, and cut to the integers that there are.
+inline constexpr float kFourBitReach = 8.0f;
+inline constexpr int32_t kFourBitLeast = -8, kFourBitMost = 7;
 
 // Calls step(first element, count) for all vectors of a row.
 template <typename Step>
@@ -47,22 +51,45 @@ inline void store_bytes(IntVec v, uint8_t* p, int count) {
 }
 
 // q = round half even(x * (1 / scale)) + 128, and zeros where the scale is NaN. Returns the scale.
-template <typename Value>
+template <int kBits, typename Value>
 inline float quantize_token(const Value* x, int64_t k, uint8_t* q) {
-  const float scale = row_scale(x, k, kTokenMost);
+  static_assert(kBits == 4 || kBits == 8);
+  const float scale = row_scale(x, k, kBits == 8 ? kTokenMost : kFourBitReach);
   if (scale != scale) {
     std::memset(q, kTokenZeroPoint, k);
     return scale;
   }
   const float inverse = 1.0f / pinned(scale);
-  // |x * inverse| is at most 127 and a few ulp, so that no clamp is needed.
+  // In 8 bits |x * inverse| is at most 127 and a few ulp, so that no clamp is needed.
   for_vectors(k, [&](int64_t i, int count) {
     const Vec rounded = round_small(pinned(load(x + i, count) * inverse));
-    const IntVec value = __builtin_convertvector(rounded, IntVec) + kTokenZeroPoint;
-    store_bytes(value, q + i, count);
+    IntVec value = __builtin_convertvector(rounded, IntVec);
+    if constexpr (kBits == 4) {
+      value = value > kFourBitMost ? IntVec{} + kFourBitMost : value;
+      value = value < kFourBitLeast ? IntVec{} + kFourBitLeast : value;
+    }
+    store_bytes(value + kTokenZeroPoint, q + i, count);
   });
   return scale;
 }
+
+// How rows are rounded by themselves: to 8 bits or 4, the row as a whole or in groups of `group_size` values.
+struct TokenGrid {
+  int64_t bits, group_size;  // 0: the whole row
+
+  bool fits(int64_t k) const {
+    return (bits == 4 || bits == 8) && (group_size == 0 || (group_size > 0 && k % group_size == 0));
+  }
+  int64_t scales(int64_t k) const { return group_size ? k / group_size : 1; }
+
+  // One row; its scales lie side by side.
+  template <typename Value>
+  void quantize(const Value* x, int64_t k, uint8_t* q, float* scale) const {
+    const int64_t size = group_size ? group_size : k;
+    for (int64_t i = 0; i < k; i += size)
+      *scale++ = bits == 4 ? quantize_token<4>(x + i, size, q + i) : quantize_token<8>(x + i, size, q + i);
+  }
+};
 
 // As `quantize_token`, in 24 bits: the lowest, middle and highest bytes are rows `stride` bytes apart. Returns the
 // scale of the highest.
