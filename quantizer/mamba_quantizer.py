@@ -17,7 +17,7 @@ from mq_ao.quantizer.annotator import Annotator, carries, is_annotated
 from mq_ao.quantizer.cached_rows import cached_rows
 from mq_ao.quantizer.carried_states import CarriedState, carried_states
 from mq_ao.quantizer.kernels import Kernels, check_executable
-from mq_ao.quantizer.planning import plan_state, plan_weight, weight_requests
+from mq_ao.quantizer.planning import plan_state, plan_weight, separate_weights, weight_requests
 from mq_ao.quantizer.report import Decision, QuantizationReport
 from mq_ao.quantizer.specs import CARRIED, LINEAR_ROLES, Activation, QuantizationConfig, RoleSpec, in_words
 from mq_ao.quantizer.weights import QuantizedWeight
@@ -124,9 +124,10 @@ class MambaQuantizer(Quantizer):
         for scan, state in self._carried_states(found).items():
             if isinstance(state, CarriedState) and scan not in self._scales:
                 self._scales[scan] = plan_state(scan, self._statistics)
-        for role, node in found.by_role():
-            spec = self.spec(role, node)
-            if spec is not None and node not in self._planned and not is_annotated(node):
+        layers = [(node, spec) for role, node in found.by_role() if (spec := self.spec(role, node)) is not None]
+        separate_weights(model, layers)
+        for node, spec in layers:
+            if node not in self._planned and not is_annotated(node):
                 _check_dtype(node)
                 planned = plan_weight(model, node, spec, self._statistics)
                 self._planned[node] = planned.with_group_scale(self.kernels.group_scale)

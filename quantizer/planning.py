@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,22 @@ from mq_ao.quantizer.weights import LIMITS, QuantizedWeight, round_to_grid
 from mq_ao.statistics import ChannelStatistics, Request
 from mq_ao.statistics.gradients import gradient_names, weighted_input_name
 from mq_ao.statistics.probe import flat_states_name
+
+
+def separate_weights(model: GraphModule, layers: Iterable[tuple[Node, RoleSpec]]) -> None:
+    """Lets layers that read one weight, but round it in different ways, read it by nodes of their own.
+
+    An embedding's weight of 8 bits may be the head's of 4: pt2e would quantize it once for both.
+    """
+    first: dict[Node, tuple[object, ...]] = {}
+    for node, spec in layers:
+        weight, kind = Layer.of(node).weight, (spec.bits, spec.group_size, spec.rounding)
+        if weight.op == "get_attr" and first.setdefault(weight, kind) != kind:
+            with model.graph.inserting_before(node):
+                own = model.graph.get_attr(str(weight.target))
+            own.meta = dict(weight.meta)
+            node.replace_input_with(weight, own)
+    model.recompile()
 
 
 def plan_weight(

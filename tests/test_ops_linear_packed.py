@@ -322,7 +322,7 @@ extern "C" void linear(const long* sizes, const float* x, const int8_t* packed, 
   const long m = sizes[0], threads = sizes[5];
   const Layout l{sizes[1], sizes[2], sizes[3], sizes[4]};
   const Linear w{l, packed, scale, bias};
-  for (long i = 0; i < m; ++i) row_scale[i] = quantize_token(x + i * l.k, l.k, q + i * l.depth());
+  for (long i = 0; i < m; ++i) row_scale[i] = quantize_token<8>(x + i * l.k, l.k, q + i * l.depth());
   const Activations bytes{q, l.depth(), row_scale, 1, kTokenZeroPoint};
   const Plan parts = plan(m, l, threads);
   for (long i = 0; i < parts.parts(); ++i) {

@@ -9,9 +9,10 @@ import torch
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+import mq_ao
 from mq_ao import MqAoError
 from mq_ao.api import capture
-from mq_ao.graph import Role
+from mq_ao.graph import Role, walk
 from mq_ao.models import MambaLM
 from mq_ao.quantizer import Activation, MambaQuantizer, QuantizationConfig, Range, RoleSpec, w8a8
 from tests.conftest import tokens
@@ -109,6 +110,14 @@ def test_roles_and_modules_can_be_left_out(tiny: MambaLM) -> None:
         Role.GATE,
     }
     assert all(decision.detail == "switched off by the configuration" for decision in quantizer.report.rejected)
+
+
+def test_a_tied_head_has_its_own_precision(tiny: MambaLM) -> None:
+    graph = mq_ao.quantize(tiny, [tokens(2, 16)], "rtn-w4a8").converted
+    head, embedding = (walk.calls(graph, kind)[-1].args for kind in (walk.LINEAR, walk.EMBEDDING))
+    assert head[1].target == torch.ops.torchao.dequantize_affine
+    assert list(head[1].args[1]) == [1, 64] and head[1].args[5:7] == (-8, 7)
+    assert embedding[0].target == qd.dequantize_per_channel.default and embedding[0].args[4:6] == (-127, 127)
 
 
 def test_the_longest_module_name_wins_over_role_and_global(tiny: MambaLM) -> None:

@@ -147,7 +147,7 @@ def test_files_say_what_the_recipe_says(name: str, tmp_path: Path) -> None:
         ({"scheme": {"head": {}}, "modules": {"": {"head": None}}}, "a module is named '': give its qualified name"),
         ({"scheme": {"head": {}}, "modules": {3: {"head": None}}}, "a module is named 3: give its qualified name"),
         ({"scheme": {"head": {}}, "modules": {"a": {"heads": None}}}, "unknown role 'heads': the roles are in_proj"),
-        ({"scheme": {"head": {}}, "modules": {"a": {"head": {"bits": 3}}}}, "weights have 8 or 4 bits, not 3"),
+        ({"scheme": {"head": {}}, "modules": {"a": {"head": {"bits": 2}}}}, "weights have 8, 4 or 3 bits, not 2"),
         ({"scheme": {}, "passes": ["r1"]}, "unknown pass 'r1': the passes are fold_norm"),
         ({"scheme": {}, "passes": [{"smooth_gate": {"beta": 1}}]}, "pass smooth_gate has no option beta"),
         ({"scheme": {}, "passes": [{"smooth_gate": {1: 1}}]}, "pass smooth_gate has no option 1: it has alpha"),

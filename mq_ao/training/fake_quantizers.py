@@ -10,7 +10,7 @@ from torchao.quantization.pt2e.observer import MappingType
 
 from mq_ao.errors import MqAoError
 from mq_ao.ops.linear_packed import int8_per_token
-from mq_ao.quantizer.observers import PER_TOKEN_EPS, PlannedState, PlannedWeight
+from mq_ao.quantizer.observers import PER_TOKEN_EPS, PlannedState, PlannedWeight, TokenObserver
 from mq_ao.quantizer.weights import LIMITS, QuantizedWeight, spread, to_grid
 
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -30,7 +30,7 @@ def fake_quantizer(observer: nn.Module) -> nn.Module:
         return TrainedWeight(observer.weight)
     if isinstance(observer, PlannedState):
         return RoundedState(observer.scale)
-    if getattr(observer, "is_dynamic", False):
+    if isinstance(observer, TokenObserver):
         return RoundedTokens(observer.mapping_type is MappingType.SYMMETRIC, observer.bits, observer.group_size)
     if hasattr(observer, "calculate_qparams"):
         return RoundedValues(observer)
