@@ -124,6 +124,7 @@ def with_positions(module: GraphModule) -> GraphModule:
     readers = _up_to(hidden, head)
     with graph.inserting_before(readers[0]):
         selected = graph.call_function(aten.index_select.default, (hidden, 1, positions))
+    selected.meta["val"] = walk.value(hidden)  # of another length
     for reader in readers:
         reader.replace_input_with(hidden, selected)
     module.recompile()

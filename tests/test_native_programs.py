@@ -254,7 +254,7 @@ def test_plans_that_do_not_fit_together_are_refused() -> None:
     for wrong in (
         broken(plan, 0, arguments=(Value(0), Value(7), 1)),
         broken(plan, 0, arguments=(Value(0), Value(2), 1)),
-        broken(plan, 0, arguments=(Value(0), Value(1))),
+        broken(plan, 0, arguments=(Value(0),)),
         broken(plan, 0, results=(5,)),
         broken(plan, 0, results=()),
         broken(plan, 0, target="aten::no_such_operator.default"),
