@@ -82,7 +82,7 @@ def _simulation(model: Any, scheme: Scheme) -> torch.fx.GraphModule:
     graph = package.quantize(model, BATCHES, RECIPES[scheme]).converted
     for node in graph.graph.nodes:
         if str(node.target).startswith("torchao."):
-            node.args = tuple(-128 if value == -127 and type(value) is int else value for value in node.args)
+            node.args = tuple(-128 if type(value) in (int, float) and value == -127 else value for value in node.args)
     graph.recompile()
     return graph
 
