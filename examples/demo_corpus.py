@@ -87,7 +87,7 @@ def collect(root: Path | None = None) -> Corpus:
         if any(fnmatch(name, pattern) for pattern in EXCLUDED_FILES):
             continue
         content = path.read_bytes()
-        if content and _is_text(content):
+        if content and is_text(content):
             train.append(content)
             if not any(fnmatch(name, pattern) for pattern in NO_MODULES):
                 modules.append(content)
@@ -99,7 +99,8 @@ def collect(root: Path | None = None) -> Corpus:
     )
 
 
-def _is_text(content: bytes) -> bool:
+def is_text(content: bytes) -> bool:
+    """Whether a file is UTF-8 without zero bytes."""
     if 0 in content:
         return False
     try:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from demo_corpus import is_text
 from training import console, say
 
 from mq_ao.files import write_atomically
@@ -154,13 +155,7 @@ def _pieces(content: bytes) -> list[bytes]:
 
 
 def _is_text(content: bytes) -> bool:
-    if not 200 <= len(content) <= LARGEST or 0 in content:
-        return False
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+    return 200 <= len(content) <= LARGEST and is_text(content)
 
 
 def root_and_version(source: Source, packages: Path) -> tuple[Path, str]:

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "recipes": f"{GRAPHS} recipe recipe_files",
     "report": f"{GRAPHS} lowering recipe",
     "text": "",
+    "plots": "",
     "classify": "",
     "evaluate": "models text",
     "checkout": "",
@@ -44,14 +45,14 @@ MAY_IMPORT = {
     "api": f"{GRAPHS} models capture calibration lowering recipes report quantized prepared rewritten training",
     "loading": "models lowering",
     "mq_ao": "api capture checkout loading",
-    "roofline": f"{GRAPHS} models calibration lowering recipes api",
+    "roofline": f"{GRAPHS} models calibration lowering recipes api plots",
     "measuring": f"{GRAPHS} models recipe recipes quantized api evaluate text",
-    "budget": f"{GRAPHS} models lowering recipe recipes quantized rewritten training api measuring",
-    "ablation": f"{GRAPHS} recipes measuring",
+    "budget": f"{GRAPHS} models lowering recipe recipes quantized rewritten training api measuring plots",
+    "ablation": f"{GRAPHS} recipes measuring plots",
     "bench": "ops models lowering loading recipes api text",
     "gpu_check": "ops models lowering recipes api text classify evaluate roofline bench",
     "cli": f"{GRAPHS} models lowering recipe_files recipes quantized api text classify evaluate roofline "
-    "measuring budget ablation bench gpu_check loading opening writing integrations serving",
+    "measuring budget ablation plots bench gpu_check loading opening writing integrations serving",
     "__main__": "cli",
 }
 """What else every other room, a folder or a file of `mq_ao`, may import; "mq_ao" is the package's own `__init__`."""

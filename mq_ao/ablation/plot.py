@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mq_ao.ablation.run import Row
 from mq_ao.ablation.steps import Group
-from mq_ao.errors import MqAoError
-from mq_ao.extras import needs
-from mq_ao.files import replacing
+from mq_ao.plots import check_plot, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SUFFIXES = (".png", ".svg")
 _COLOURS = {8: "#0072b2", 4: "#d55e00"}  # apart for every kind of colour vision
 _MARKERS = {8: "o", 4: "s"}
 _SMALLEST = 1e-9
 """Where a divergence of zero is drawn on the log axis."""
 _FAR = 0.1
 """Relative change of the cost above which a linear axis would hide the small ones."""
-
-
-def check_plot(path: Path) -> None:
-    """Checks before long work that a plot of that name can be drawn.
-
-    Raises:
-        MqAoError: no PNG or SVG, or matplotlib is not installed.
-    """
-    if path.suffix not in SUFFIXES:
-        raise MqAoError(f"{path} must end in {' or '.join(SUFFIXES)}.")
-    with needs("a plot", extra="report"):
-        import_module("matplotlib")
 
 
 def save_plot(rows: Sequence[Row], path: Path) -> None:
@@ -68,8 +52,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
     lower.set_yscale("log")
     lower.set_xticks(range(len(places)), [name for _, name in places], rotation=45, ha="right", rotation_mode="anchor")
     upper.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    write_figure(figure, path)
 
 
 def _draw(

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 from mq_ao.budget.parsing import Quantity
 from mq_ao.budget.search import Candidate, Found
-from mq_ao.errors import MqAoError
-from mq_ao.extras import needs
-from mq_ao.files import replacing
+from mq_ao.plots import check_plot, write_figure
 
-SUFFIXES = (".png", ".svg")
 _FRONT, _UNIFORM, _CHOSEN = "#0072b2", "#56b4e9", "#d55e00"  # apart for every kind of colour vision
 _ROOM = 1.3
 """How much further than the largest uniform precision the size axis reaches."""
-
-
-def check_plot(path: Path) -> None:
-    """Checks before long work that a plot of that name can be drawn.
-
-    Raises:
-        MqAoError: no PNG or SVG, or matplotlib is not installed.
-    """
-    if path.suffix not in SUFFIXES:
-        raise MqAoError(f"{path} must end in {' or '.join(SUFFIXES)}.")
-    with needs("a plot", extra="report"):
-        import_module("matplotlib")
 
 
 def save_plot(found: Found, path: Path) -> None:
@@ -66,8 +50,7 @@ def save_plot(found: Found, path: Path) -> None:
     axes.set(xlabel="size, share of the float32 weights", ylabel="mean KL to float, nats", yscale="log")
     axes.grid(visible=True, which="both", linewidth=0.3, alpha=0.5)
     axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    write_figure(figure, path)
 
 
 def _measured(candidate: Candidate) -> float:

@@ -52,9 +52,9 @@ def ablate(
     with step("starting"):
         from mq_ao.ablation import ablate as run
         from mq_ao.ablation import all_steps, save_plot
-        from mq_ao.ablation.plot import check_plot
         from mq_ao.ablation.steps import parse_bits
         from mq_ao.measuring.engine import check_folder
+        from mq_ao.plots import check_plot
     if plot is not None:
         check_plot(plot)
     if resume is not None:

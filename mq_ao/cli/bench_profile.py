@@ -52,7 +52,7 @@ def profile(
         other = f": mq-ao inspect {program} --profile" if backend is EXECUTORCH else ""
         raise MqAoError(f"bench profile takes a {NATIVE.suffix} program, and {program} is none{other}.")
     if plot is not None:
-        from mq_ao.ablation.plot import check_plot
+        from mq_ao.plots import check_plot
 
         check_plot(check_output(plot))
     with step("starting"):

@@ -44,7 +44,7 @@ def check_options(budget: str | None, native: bool, plot: Path | None, resume: P
             "FILE, and give that file as --recipe for another backend."
         )
     if plot is not None:
-        from mq_ao.budget.plot import check_plot
+        from mq_ao.plots import check_plot
 
         check_plot(check_output(plot))
     if resume is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mq_ao.files import replacing
+from mq_ao.plots import write_figure
 from mq_ao.roofline.machine import Peaks
 from mq_ao.roofline.measured import Line
 
@@ -50,8 +50,7 @@ def save_plot(phases: Mapping[str, Sequence[Line]], peaks: Peaks, path: Path) ->
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="giga-operations a second")
     axes.grid(visible=True, which="both", linewidth=0.3, alpha=0.5)
     axes.legend(loc="lower right", title="areas are shares of the time", markerscale=0.4)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=120)
+    write_figure(figure, path, dpi=120)
 
 
 def _roof(axes: Axes, intensities: Sequence[float], peaks: Peaks) -> None:
