@@ -22,6 +22,7 @@ class Result:
     length: int
     batch: int
     rate: float
+    bfloat16: bool
     stable_steps: int
     cooldown_steps: int
     text_tokens: int
@@ -60,7 +61,7 @@ def model_card(result: Result, corpus: Path) -> str:
             if result.cooldown_steps
             else "warmup, then constant: this model is an intermediate one, whose rate has not decayed"
         ),
-        "arithmetic": "float32",
+        "arithmetic": "bfloat16 by autocast, weights in float32" if result.bfloat16 else "float32",
         "seed": str(result.seed),
         "software": f"PyTorch {result.torch}, Python {result.python}, `examples/train_lm.py`",
     }
@@ -80,7 +81,8 @@ begins each of them. It writes text that looks like documentation; do not expect
 {table}
 
 ## Data
-Documentation packages of Debian's section main and Python packages, all free works (`examples/text_corpus.py`).
+Documentation packages of Debian's section main and Python packages, all under permissive licences
+(`examples/text_corpus.py`).
 `heldout.txt` and `calibration.txt` are whole documents that were not trained on, chosen by a hash of their names.
 
 | source | version | training documents | training bytes | held-out bytes | licence |
@@ -91,7 +93,7 @@ The texts are their authors' and under the licences above. The weights were trai
 distributed under this project's licence.
 
 ## Sample
-Temperature 0.7, top-p 0.95, after "The kernel".
+Temperature 0.7, top-p 0.95, after "The function".
 
 ```
 {result.sample}

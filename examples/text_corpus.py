@@ -76,20 +76,39 @@ def _python(name: str, licence: str, share: float = 1.0) -> Source:
     return Source(name, licence, ("*.py",), (*_NO_TESTS, *_EXCLUDED), share, python=True)
 
 
+_SPHINX = ("*/_sources/*.txt",)
+
+
+def _sphinx(package: str, licence: str, without: tuple[str, ...] = ()) -> Source:
+    return Source(package, licence, _SPHINX, without)
+
+
 SOURCES = (
-    Source("linux-doc-6.1", "GPL-2", ("*/_sources/*.txt",), ("*/translations/*",)),
-    Source("python3.11-doc", "PSF", ("*/_sources/*.txt",)),
-    Source("python-pandas-doc", "BSD-3-Clause", ("*/_sources/*.txt",), ("*/reference/api/*",)),
-    Source("python-sympy-doc", "BSD-3-Clause", ("*/_sources/*.txt",)),
-    Source("git-doc", "GPL-2", ("*.txt",), ("*/RelNotes/*",)),
-    Source("debian-policy", "GPL-2+", ("*.txt", "*.txt.gz")),
-    Source("developers-reference", "GPL-2+", ("*/_sources/*.txt",)),
-    Source("manpages", "free, a page each (GPL-2+, BSD, Linux-man-pages-copyleft)", ("*/man/man*/*.gz",)),
-    Source("manpages-dev", "free, a page each (GPL-2+, BSD, Linux-man-pages-copyleft)", ("*/man/man*/*.gz",)),
-    Source("dict-gcide", "GPL-3+", ("*.dict.dz",), share=0.4, cut=True),
-    Source("dict-foldoc", "GFDL-1.1+ without invariant sections", ("*.dict.dz",), cut=True),
+    _sphinx("python3.11-doc", "PSF"),
+    _sphinx("python-pandas-doc", "BSD-3-Clause", ("*/reference/api/*",)),
+    _sphinx("python-astropy-doc", "BSD-3-Clause", ("*/api/*",)),
+    _sphinx("python-statsmodels-doc", "BSD-3-Clause", ("*/generated/*",)),
+    _sphinx("python-sympy-doc", "BSD-3-Clause"),
+    _sphinx("python-xarray-doc", "Apache-2.0", ("*/generated/*",)),
+    _sphinx("python-ipython-doc", "BSD-3-Clause"),
+    _sphinx("python-celery-doc", "BSD-3-Clause"),
+    _sphinx("python-flask-doc", "BSD-3-Clause"),
+    _sphinx("python-werkzeug-doc", "BSD-3-Clause"),
+    _sphinx("python-pytest-doc", "MIT"),
+    _sphinx("python-setuptools-doc", "MIT"),
+    _sphinx("python-cryptography-doc", "Apache-2.0 or BSD-3-Clause"),
+    _sphinx("twisted-doc", "MIT", ("*/api/*",)),
+    _sphinx("sphinx-doc", "BSD-2-Clause"),
+    _sphinx("cython-doc", "Apache-2.0"),
+    _sphinx("cmake-doc", "BSD-3-Clause"),
+    _sphinx("llvm-14-doc", "Apache-2.0 with LLVM exceptions"),
+    _sphinx("clang-14-doc", "Apache-2.0 with LLVM exceptions"),
+    _sphinx("swift-doc", "Apache-2.0"),
+    _sphinx("nova-doc", "Apache-2.0"),
+    _sphinx("keystone-doc", "Apache-2.0"),
+    _sphinx("neutron-doc", "Apache-2.0"),
+    _sphinx("cinder-doc", "Apache-2.0"),
     Source("dict-jargon", "public domain", ("*.dict.dz",), cut=True),
-    Source("fortunes", "BSD, and public domain", ("usr/share/games/fortunes/*",), ("*.dat", "*.u8"), cut=True),
     _python("stdlib", "PSF"),
     _python("numpy", "BSD-3-Clause"),
     _python("scipy", "BSD-3-Clause"),

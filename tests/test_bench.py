@@ -280,7 +280,7 @@ def results() -> Results:
 
 
 def as_text(parts: Sequence[Table | str]) -> str:
-    console = Console(width=160, record=True, file=io.StringIO())
+    console = Console(width=120, record=True, file=io.StringIO())
     for part in parts:
         console.print(part)
     return console.export_text()
@@ -331,6 +331,17 @@ def test_several_recipes(results: Results) -> None:
         assert wanted in text, wanted
     ours[second].failure = "it crashed"
     assert results.own_failure == "it crashed"
+
+
+def test_names_are_shown_beside_many_figures() -> None:
+    """Where the output is no terminal a table has 120 columns."""
+    (name,) = int8_names([RECIPES["mambaquant-w8a8"]])
+    lengths = (128, 1024, 4096)
+    slow = {length: [33.4] for length in lengths}
+    rows = [Measured(row, slow, {64: [0.0542]}, Memory(516_500_000, 1, 2)) for row in (name, FP32, "transformers eager")]
+    table = as_text(render(Results("mamba-130m", lengths, (64,), 64, {row.name: row for row in rows})))
+    for row in rows:
+        assert f"│ {row.name} " in table
 
 
 def test_recipes_of_one_name_are_refused() -> None:

@@ -13,31 +13,45 @@ from mq_ao.bench.worker import Memory
 
 
 def render(results: Results) -> list[Table | str]:
-    """A table of medians, and notes below it."""
-    return [_times(results), *_notes(results)]
+    """A table of times, a table of memory, and notes below them."""
+    return [_times(results), _sizes(results), *_notes(results)]
+
+
+_NAME_WIDTH = 24
+"""Columns that a contender's name has at least; it is folded where it is longer and the table has no room."""
 
 
 def _times(results: Results) -> Table:
     base = results.contenders[results.quantized[0]]
     table = Table(title=f"{results.model}: medians (times that of {base.name})", title_justify="left")
-    table.add_column("", overflow="fold")  # long names of recipes give way to figures
+    table.add_column("", overflow="fold", min_width=_NAME_WIDTH)
     for tokens in results.lengths:
         table.add_column(f"{tokens} tokens\nms", justify="right", no_wrap=True)
     for context in results.contexts:
         after = "" if len(results.contexts) == 1 else f" after\n{context} tokens,"
         table.add_column(f"decode{after}\nms a token", justify="right", no_wrap=True)
-    for name in ("first token\nms", "start\nMB", "weights\nMB", "decoding, peak MB\n(libraries)", "logits\noff by"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("first token\nms", justify="right", no_wrap=True)
     for row in results.contenders.values():
         prefill = [_against(row.prefill_median(n), base.prefill_median(n)) for n in results.lengths]
-        weights = "-" if row.memory is None else f"{row.memory.weight_bytes / 1e6:.1f}"
-        memory = "-" if row.memory is None else _memory(row.memory)
-        error = "-" if row.logits_error is None else f"{row.logits_error:.1e}"
         decode = [_against(row.decode_median(n), base.decode_median(n)) for n in results.contexts]
         start, first = row.start_median(), base.start_median()
         seconds = "-" if start is None else _against(start.seconds, None if first is None else first.seconds)
+        table.add_row(row.name, *prefill, *decode, seconds)
+    return table
+
+
+def _sizes(results: Results) -> Table:
+    table = Table(title="memory in MB, and exactness", title_justify="left")
+    table.add_column("", overflow="fold", min_width=_NAME_WIDTH)
+    for name in ("weights", "start", "decoding, peak\n(libraries)", "logits\noff by"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in results.contenders.values():
+        weights = "-" if row.memory is None else f"{row.memory.weight_bytes / 1e6:.1f}"
+        memory = "-" if row.memory is None else _memory(row.memory)
+        error = "-" if row.logits_error is None else f"{row.logits_error:.1e}"
+        start = row.start_median()
         started = "-" if start is None else f"{start.peak / 1e6:.0f}"
-        table.add_row(row.name, *prefill, *decode, seconds, started, weights, memory, error)
+        table.add_row(row.name, weights, started, memory, error)
     return table
 
 

@@ -1,0 +1,198 @@
+"""How far a model drifts from itself when the states of its scans are rounded after every token, over long texts.
+
+Each rounding is a row of one batch, beside a row whose states stay in float32; all read the same text. Weights and
+activations stay in float32, so that what differs is due to the states alone. Ranges are the largest magnitudes that
+states reach on the calibration text.
+
+Examples:
+
+    python examples/state_drift.py demo --text mq_ao/models/demo/heldout.txt \\
+        --calibration mq_ao/models/demo/calibration.txt --tokens 100000 --json drift.json --plot drift.svg
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from mq_ao.cli.console import out, step
+from mq_ao.errors import MqAoError
+from mq_ao.files import write_atomically
+from mq_ao.models import MambaLM
+from mq_ao.opening import open_float
+from mq_ao.plots import check_plot, write_figure
+from mq_ao.progress import with_bar
+from mq_ao.text import codec_for, read_tokens
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One way to round states.
+
+    Attributes:
+        bits: of the integers, which are symmetric around 0.
+        shared: how many of the last axes of a state share a scale.
+        power_of_two: whether a scale is the next larger power of two.
+    """
+
+    bits: int
+    shared: int
+    power_of_two: bool = False
+
+    def scale(self, largest: Tensor) -> Tensor:
+        """Steps for states of these largest magnitudes, (layers, ...) -> the same axes, those that share one of size 1."""
+        axes = tuple(range(largest.dim() - self.shared, largest.dim()))
+        top = largest.amax(axes, keepdim=True) if axes else largest
+        scale = top.clamp(min=torch.finfo(torch.float32).tiny) / self.reach
+        return torch.exp2(torch.log2(scale).ceil()) if self.power_of_two else scale
+
+    @property
+    def reach(self) -> int:
+        """The largest integer."""
+        return 2 ** (self.bits - 1) - 1
+
+
+ROUNDINGS = {
+    "int8, a scale a layer": Rounding(8, 2),
+    "int8, a scale a channel": Rounding(8, 1),
+    "int8, a scale a channel and state": Rounding(8, 0),
+    "int8, a power of two a channel and state": Rounding(8, 0, power_of_two=True),
+    "int6, a scale a channel and state": Rounding(6, 0),
+}
+ROUNDINGS_MAMBA2 = {
+    "int8, a scale a layer": Rounding(8, 3),
+    "int8, a scale a head": Rounding(8, 2),
+    "int8, a scale a head and channel": Rounding(8, 1),
+    "int8, a scale a head, channel and state": Rounding(8, 0),
+    "int8, a power of two a head, channel and state": Rounding(8, 0, power_of_two=True),
+    "int6, a scale a head, channel and state": Rounding(6, 0),
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the text.
+
+    Attributes:
+        end: tokens up to its end.
+        divergence: mean KL(float || rounded) of its tokens, nats.
+        loss: mean increase of the cost of its tokens, nats.
+    """
+
+    end: int
+    divergence: float
+    loss: float
+
+
+def largest_states(model: MambaLM, tokens: Tensor) -> Tensor:
+    """Largest |state| over a text (length,), as the model's ssm_state without its batch."""
+    largest = torch.zeros(())
+    for _, ssm in _decode(model, tokens[None], lambda ssm: ssm):
+        largest = torch.maximum(largest, ssm.abs())
+    return largest[:, 0]
+
+
+def drift(
+    model: MambaLM, tokens: Tensor, largest: Tensor, roundings: dict[str, Rounding], window: int
+) -> dict[str, list[Window]]:
+    """What each rounding adds to the cost of a text (length,), window by window."""
+    scales = [rounding.scale(largest) for rounding in roundings.values()]
+    limits = [rounding.reach for rounding in roundings.values()]
+
+    def rounded(ssm: Tensor) -> Tensor:
+        """(layers, 1 + roundings, ...), the first row as it is."""
+        rows = [ssm[:, 0]]
+        for row, (scale, limit) in enumerate(zip(scales, limits, strict=True), start=1):
+            rows.append((ssm[:, row] / scale).round_().clamp_(-limit, limit).mul_(scale))
+        return torch.stack(rows, 1)
+
+    rows = tokens.expand(1 + len(roundings), -1)
+    sums = torch.zeros(2, len(roundings), dtype=torch.float64)
+    found: dict[str, list[Window]] = {name: [] for name in roundings}
+    counted = 0
+    decoded = zip(tokens[1:], _decode(model, rows, rounded), strict=False)
+    for at, (target, (logits, _)) in enumerate(with_bar(decoded, "decoding", shown=True), start=1):
+        log_p = torch.log_softmax(logits, -1)
+        sums[0] += (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(-1)
+        sums[1] += log_p[0, target] - log_p[1:, target]
+        counted += 1
+        if counted == window:
+            for name, divergence, loss in zip(roundings, *(sums / window).tolist(), strict=True):
+                found[name].append(Window(at, divergence, loss))
+            sums.zero_()
+            counted = 0
+    return found
+
+
+@torch.inference_mode()
+def _decode(model: MambaLM, rows: Tensor, after: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (rows, vocabulary) and ssm_state after every token of texts (rows, length); `after` is done to states."""
+    conv, ssm = model.initial_states(len(rows))
+    for column in rows.T:
+        logits, conv, ssm = model(column[:, None], conv, ssm)
+        ssm = after(ssm)
+        yield logits[:, 0], ssm
+
+
+def _draw(found: dict[str, list[Window]], path: Path, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, windows in found.items():
+        axes.plot([w.end for w in windows], [w.divergence for w in windows], label=name)
+    axes.set(xlabel="tokens decoded", ylabel="KL to float states, nats", yscale="log", title=title)
+    axes.legend(fontsize="small")
+    write_figure(figure, path)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help='"demo", a folder, or a hub id: a Mamba or Mamba-2.')],
+    text: Annotated[Path, typer.Option(help="Text to decode.")],
+    calibration: Annotated[Path, typer.Option(help="Other text, for the ranges.")],
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 100_000,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens for the ranges.")] = 8192,
+    window: Annotated[int, typer.Option(min=1, help="Tokens that a point of the curve is the mean of.")] = 2000,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the curves as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves: PNG or SVG.")] = None,
+) -> None:
+    """Prints, for each rounding of states, the KL and the added cost at the beginning of a text and at its end."""
+    if plot:
+        check_plot(plot)
+    loaded = open_float(model, step)
+    vocab_size = loaded.config.vocab_size
+    codec = codec_for(vocab_size, source=model)
+    read = torch.cat(read_tokens(text, vocab_size, codec).documents)[:tokens]
+    if len(read) < 2 * window + 1:
+        raise MqAoError(f"{text} gives {len(read)} tokens: give more text, or a smaller --window.")
+    other = torch.cat(read_tokens(calibration, vocab_size, codec).documents)[:calibration_tokens]
+    largest = largest_states(loaded, other)
+    roundings = ROUNDINGS if largest.dim() == 3 else ROUNDINGS_MAMBA2
+    found = drift(loaded, read, largest, roundings, window)
+    tenth = max(1, len(next(iter(found.values()))) // 10)
+    table = Table(title=f"{model}: states rounded after each of {len(read):,} tokens")
+    for heading in ("states", "KL, first tenth", "KL, last tenth", "added nats, first tenth", "last tenth"):
+        table.add_column(heading, justify="left" if heading == "states" else "right")
+    for name, windows in found.items():
+        ends = windows[:tenth], windows[-tenth:]
+        divergences = (f"{sum(w.divergence for w in part) / tenth:.5f}" for part in ends)
+        losses = (f"{sum(w.loss for w in part) / tenth:+.5f}" for part in ends)
+        table.add_row(name, *divergences, *losses)
+    out().print(table)
+    if json_path:
+        curves = {name: [asdict(w) for w in windows] for name, windows in found.items()}
+        write_atomically(json_path, json.dumps(curves, indent=1).encode())
+    if plot:
+        _draw(found, plot, f"{model}: KL of rounded states")
+
+
+if __name__ == "__main__":
+    typer.run(main)
