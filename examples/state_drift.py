@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -33,48 +34,87 @@ from mq_ao.progress import with_bar
 from mq_ao.text import codec_for, read_tokens
 
 
+class How(StrEnum):
+    """Which integer stands for a value between two."""
+
+    NEAREST = "to the nearest"
+    TOWARD_ZERO = "toward zero"
+    STOCHASTIC = "stochastic"
+
+
 @dataclass(frozen=True)
 class Rounding:
-    """One way to round states.
+    """One way to round states to integers, which are symmetric around 0.
 
     Attributes:
-        bits: of the integers, which are symmetric around 0.
+        bits: of the integers.
         shared: how many of the last axes of a state share a scale.
         power_of_two: whether a scale is the next larger power of two.
+        how: which of two integers.
     """
 
     bits: int
     shared: int
     power_of_two: bool = False
+    how: How = How.NEAREST
 
     def scale(self, largest: Tensor) -> Tensor:
         """Steps for states of these largest magnitudes, (layers, ...) -> the same axes, those that share one of size 1."""
         axes = tuple(range(largest.dim() - self.shared, largest.dim()))
         top = largest.amax(axes, keepdim=True) if axes else largest
-        scale = top.clamp(min=torch.finfo(torch.float32).tiny) / self.reach
+        scale = top.clamp(min=torch.finfo(torch.float32).tiny) / self._reach
         return torch.exp2(torch.log2(scale).ceil()) if self.power_of_two else scale
 
+    def __call__(self, state: Tensor, scale: Tensor) -> Tensor:
+        """The state that is carried instead."""
+        steps = state / scale
+        if self.how is How.NEAREST:
+            steps = steps.round_()
+        elif self.how is How.TOWARD_ZERO:
+            steps = steps.trunc_()
+        else:
+            steps = (steps + torch.rand_like(steps)).floor_()
+        return steps.clamp_(-self._reach, self._reach).mul_(scale)
+
     @property
-    def reach(self) -> int:
-        """The largest integer."""
+    def _reach(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
 
-ROUNDINGS = {
-    "int8, a scale a layer": Rounding(8, 2),
-    "int8, a scale a channel": Rounding(8, 1),
-    "int8, a scale a channel and state": Rounding(8, 0),
-    "int8, a power of two a channel and state": Rounding(8, 0, power_of_two=True),
-    "int6, a scale a channel and state": Rounding(6, 0),
-}
-ROUNDINGS_MAMBA2 = {
-    "int8, a scale a layer": Rounding(8, 3),
-    "int8, a scale a head": Rounding(8, 2),
-    "int8, a scale a head and channel": Rounding(8, 1),
-    "int8, a scale a head, channel and state": Rounding(8, 0),
-    "int8, a power of two a head, channel and state": Rounding(8, 0, power_of_two=True),
-    "int6, a scale a head, channel and state": Rounding(6, 0),
-}
+@dataclass(frozen=True)
+class Cast:
+    """States in another floating-point type."""
+
+    dtype: torch.dtype
+
+    def scale(self, largest: Tensor) -> Tensor:
+        """None is needed."""
+        return torch.ones(())
+
+    def __call__(self, state: Tensor, scale: Tensor) -> Tensor:
+        """The state that is carried instead."""
+        return state.to(self.dtype).to(state.dtype)
+
+
+Carried = Rounding | Cast
+
+
+def ways(axes: int) -> dict[str, Carried]:
+    """What is compared, for states of so many axes without layer and batch: (channels, states), or those of heads."""
+    one = "channel and state" if axes == 2 else "head, channel and state"
+    wider = {"channel": 1} if axes == 2 else {"head and channel": 1, "head": 2}
+    return {
+        "bfloat16": Cast(torch.bfloat16),
+        "float16": Cast(torch.float16),
+        f"int16, a scale a {one}": Rounding(16, 0),
+        f"int8, a scale a {one}": Rounding(8, 0),
+        "... stochastic": Rounding(8, 0, how=How.STOCHASTIC),
+        "... toward zero": Rounding(8, 0, how=How.TOWARD_ZERO),
+        "... a power of two": Rounding(8, 0, power_of_two=True),
+        **{f"int8, a scale a {name}": Rounding(8, shared) for name, shared in wider.items()},
+        "int8, a scale a layer": Rounding(8, axes),
+        f"int6, a scale a {one}": Rounding(6, 0),
+    }
 
 
 @dataclass(frozen=True)
@@ -101,17 +141,16 @@ def largest_states(model: MambaLM, tokens: Tensor) -> Tensor:
 
 
 def drift(
-    model: MambaLM, tokens: Tensor, largest: Tensor, roundings: dict[str, Rounding], window: int
+    model: MambaLM, tokens: Tensor, largest: Tensor, roundings: dict[str, Carried], window: int
 ) -> dict[str, list[Window]]:
     """What each rounding adds to the cost of a text (length,), window by window."""
     scales = [rounding.scale(largest) for rounding in roundings.values()]
-    limits = [rounding.reach for rounding in roundings.values()]
 
     def rounded(ssm: Tensor) -> Tensor:
         """(layers, 1 + roundings, ...), the first row as it is."""
         rows = [ssm[:, 0]]
-        for row, (scale, limit) in enumerate(zip(scales, limits, strict=True), start=1):
-            rows.append((ssm[:, row] / scale).round_().clamp_(-limit, limit).mul_(scale))
+        for row, (rounding, scale) in enumerate(zip(roundings.values(), scales, strict=True), start=1):
+            rows.append(rounding(ssm[:, row], scale))
         return torch.stack(rows, 1)
 
     rows = tokens.expand(1 + len(roundings), -1)
@@ -175,8 +214,8 @@ def main(
         raise MqAoError(f"{text} gives {len(read)} tokens: give more text, or a smaller --window.")
     other = torch.cat(read_tokens(calibration, vocab_size, codec).documents)[:calibration_tokens]
     largest = largest_states(loaded, other)
-    roundings = ROUNDINGS if largest.dim() == 3 else ROUNDINGS_MAMBA2
-    found = drift(loaded, read, largest, roundings, window)
+    torch.manual_seed(0)
+    found = drift(loaded, read, largest, ways(largest.dim() - 1), window)
     tenth = max(1, len(next(iter(found.values()))) // 10)
     table = Table(title=f"{model}: states rounded after each of {len(read):,} tokens")
     for heading in ("states", "KL, first tenth", "KL, last tenth", "added nats, first tenth", "last tenth"):

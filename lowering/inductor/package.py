@@ -17,7 +17,7 @@ from mq_ao.compat.archives import Compiled
 from mq_ao.lowering import archive
 from mq_ao.lowering.inductor import weights as entries
 
-FORMAT = 5
+FORMAT = 6
 _PROGRAMS = "data/aotinductor"
 
 

@@ -21,7 +21,7 @@ from mq_ao.lowering import archive, tensor_file
 from mq_ao.lowering.native.plan import Plan
 from mq_ao.ops import library
 
-FORMAT = 1
+FORMAT = 2
 _NAME = "mq_ao_native"
 """Of the entry of the header."""
 

@@ -107,8 +107,8 @@ def linear_prepack(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor
         group_size: inputs that share a scale, a multiple of 4; 0: all. The operators must be given the same.
 
     Returns:
-        int8 (`packed_bytes(N, K, bits, group_size)`,): panels of 64 outputs, then the int32 sum of every group's
-        weights, laid out as qgemm_layout.h says.
+        int8 (`packed_bytes(N, K, bits, group_size)`,): panels of 64 outputs, then for each panel the int32 sum of every
+        group's weights, laid out as qgemm_layout.h says.
 
     Raises:
         MqAoError: `weight` is not int8, not 2-D, empty, has more than 65536 inputs or values out of range, or
@@ -127,8 +127,9 @@ def linear_prepack(weight: Tensor, bits: int = 8, group_size: int = 0) -> Tensor
     if bits == 4:
         pairs = [panel.reshape(padded_k // 4, -1, 2, _LANE, 4) for panel in panels]
         panels = [pair[:, :, 0] & 15 | pair[:, :, 1] << 4 for pair in pairs]
-    sums = [group.sum(1, dtype=torch.int32) for group in padded.split(group_size or padded_k, 1)]
-    return torch.cat([*(panel.reshape(-1) for panel in panels), *(each.view(torch.int8) for each in sums)])
+    groups = padded.split(group_size or padded_k, 1)
+    sums = torch.stack([group.sum(1, dtype=torch.int32) for group in groups]).split(_PANEL, 1)
+    return torch.cat([*(panel.reshape(-1) for panel in panels), *(each.reshape(-1).view(torch.int8) for each in sums)])
 
 
 def _unpacked(a: Operands) -> Tensor:

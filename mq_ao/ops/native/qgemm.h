@@ -116,7 +116,7 @@ inline void finish_tile(const int32_t* sums, const float* before, const Activati
                         const Tile& at, const float* bias_or_null, const Target<Value>& target, Quantize quantize) {
   constexpr int kVectors = LANES * kLane / kWidth;
   const Layout& l = w.layout;
-  const int8_t* weight_sums = w.packed + l.weight_bytes() + 4 * group * l.outputs();
+  const int8_t* weight_sums = w.packed + l.sums(at.column, group);
   IntVec correction[kVectors][PLANES];
   Vec scale[kVectors], bias[kVectors];
 #pragma GCC unroll 16
@@ -124,7 +124,7 @@ inline void finish_tile(const int32_t* sums, const float* before, const Activati
     const int64_t n = at.column + v * kWidth;
     const int count = static_cast<int>(std::clamp<int64_t>(l.n - n, 0, kWidth));
     IntVec weight_sum;
-    std::memcpy(&weight_sum, weight_sums + 4 * n, sizeof weight_sum);
+    std::memcpy(&weight_sum, weight_sums + 4 * v * kWidth, sizeof weight_sum);
 #pragma GCC unroll 4
     for (int p = 0; p < PLANES; ++p) {
       correction[v][p] = weight_sum * ((p == PLANES - 1 ? x.zero_point : 0) - Dot::kOffset);
@@ -159,6 +159,16 @@ inline int64_t amx_tile_rows(int64_t planes) { return planes == 1 ? 2 * amx::kRo
 
 inline constexpr auto kAsIs = [](Vec y) { return y; };
 
+// Few rows are bound by memory, and a group's scales lie far from those of the group before, where hardware
+// prefetchers do not look.
+inline constexpr int64_t kFew = 4;
+
+template <int LANES>
+inline void fetch_scales(const Linear& w, int64_t group, int64_t column) {
+#pragma GCC unroll 4
+  for (int v = 0; v < LANES; ++v) __builtin_prefetch(w.scale + group * w.layout.n + column + v * kLane);
+}
+
 // One tile of LANES vectors of outputs, whose weights begin at `weights`.
 template <int LANES>
 inline void tile(const Activations& x, const Linear& w, const Weights& weights, const Output& out, const Tile& at) {
@@ -182,6 +192,7 @@ inline void tile(const Activations& x, const Linear& w, const Weights& weights, 
   };
   const float* before = nullptr;
   for (int64_t g = 0; g < last; ++g, before = partial) {
+    if (at.rows <= kFew) fetch_scales<LANES>(w, std::min(last, g + 2), at.column);
     dot(g);
     const Target<float> target{partial, kPanel, LANES * kLane};
     if (x.planes == 1) {

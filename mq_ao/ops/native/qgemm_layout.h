@@ -6,8 +6,8 @@
 //   8 bits: a panel is [inputs / 4][width][4] bytes, so that 4 consecutive inputs of 16 outputs are one 64-byte vector;
 //   4 bits: a panel is [inputs / 4][width / 32][16][4] bytes, where the low half of a byte belongs to the first 16 of
 //     32 outputs and the high half to the others, so that one 64-byte vector gives two of those above;
-//   after the last panel: int32 [groups][padded outputs], the sum of each output's weights over each group of inputs,
-//     which zero points need.
+//   after the last panel, for each panel: int32 [groups][width], the sum of each output's weights over each group of
+//     inputs, which zero points need. A panel's lie together, since few rows are bound by memory.
 #pragma once
 
 #include <algorithm>
@@ -38,6 +38,11 @@ struct Layout {
   // Of the panel whose first output is `first`.
   int64_t width(int64_t first) const { return std::min(kPanel, outputs() - first); }
   int64_t panel(int64_t first) const { return first * depth() * bits / 8; }
+  // The sums of output `n` and of those behind it in its panel.
+  int64_t sums(int64_t n, int64_t group) const {
+    const int64_t first = n / kPanel * kPanel;
+    return weight_bytes() + 4 * (first * groups() + group * width(first) + n - first);
+  }
 };
 
 // Where one weight lies: `shift` is 4 for the high half of a byte.
@@ -55,7 +60,6 @@ inline Place place(const Layout& l, int64_t row, int64_t column) {
 
 inline void pack(const Layout& l, const int8_t* weight, int8_t* packed) {
   std::memset(packed, 0, l.bytes());
-  int8_t* sums = packed + l.weight_bytes();
   const int64_t group = l.group_size ? l.group_size : l.k;
   for (int64_t row = 0; row < l.n; ++row, weight += l.k) {
     for (int64_t g = 0; g < l.groups(); ++g) {
@@ -66,7 +70,7 @@ inline void pack(const Layout& l, const int8_t* weight, int8_t* packed) {
         packed[at.offset] = static_cast<int8_t>(packed[at.offset] | value);
         sum += weight[column];
       }
-      std::memcpy(sums + 4 * (g * l.outputs() + row), &sum, sizeof sum);
+      std::memcpy(packed + l.sums(row, g), &sum, sizeof sum);
     }
   }
 }
