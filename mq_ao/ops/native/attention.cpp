@@ -50,7 +50,7 @@ Tensor cached_attention(
   const OptionalTensor first = starts ? OptionalTensor(starts->contiguous()) : starts;
   const AttentionShape shape{query.size(0), query.size(2), query.size(1), key.size(2), query.size(3),
                              past_key ? past_key->size(0) : 0};
-  Tensor out = at::empty({shape.batch, shape.length, shape.heads, shape.width}, query.options());
+  Tensor out = empty({shape.batch, shape.length, shape.heads, shape.width}, query.options());
   const auto run = [&](auto query_type, auto type) {
     using Query = decltype(query_type);
     using T = decltype(type);

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> causal_conv1d(
   const Tensor x_ = dense_rows(x), weight_ = weight.to(at::kFloat).contiguous();
   const OptionalTensor bias_ = float_contiguous(bias), state = float_contiguous(initial_state);
   const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2), taps = weight.size(1);
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = empty(x.sizes(), x.options());
   Tensor last_state = StateMemory::take({batch, taps - 1, channels}, x.options().dtype(at::kFloat));
   const auto run = [&](auto type) {
     using T = decltype(type);
@@ -65,9 +65,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   const Tensor grad = dense_rows(dy.to(x.scalar_type())), dlast = dlast_state.to(at::kFloat).contiguous();
   const auto options = x.options().dtype(at::kFloat);
   const int64_t batch = x.size(0), channels = x.size(2), taps = weight.size(1);
-  Tensor dx = at::empty(x.sizes(), x.options());
-  Tensor dweight = at::empty({batch, channels, taps}, options), dbias = at::empty({batch, channels}, options);
-  Tensor dinit = at::empty({batch, taps - 1, channels}, options);
+  Tensor dx = empty(x.sizes(), x.options());
+  Tensor dweight = empty({batch, channels, taps}, options), dbias = empty({batch, channels}, options);
+  Tensor dinit = empty({batch, taps - 1, channels}, options);
   const auto run = [&](auto type) {
     using T = decltype(type);
     const ConvInputs<T> in = inputs<T>(x_, weight_, bias_, state, activation.has_value());
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   };
   x.scalar_type() == at::kFloat ? run(float{}) : run(BFloat16{});
   const auto like = [&](const Tensor& sum, const OptionalTensor& operand) {
-    return operand ? sum.to(operand->scalar_type()) : at::empty({0}, options);
+    return operand ? sum.to(operand->scalar_type()) : empty({0}, options);
   };
   return {dx, dweight.sum(0).to(weight.scalar_type()), like(dbias.sum(0), bias), like(dinit, initial_state)};
 }

@@ -37,7 +37,7 @@ Tensor expert_linear(const Tensor& x, const Tensor& weight, const Tensor& ends) 
       weight.size(0) == 0 || weight.size(0) % all->size(0) != 0)
     return call_reference<decltype(expert_linear)>("expert_linear", x, weight, ends);
   const int64_t outputs = weight.size(0) / all->size(0);
-  Tensor y = at::empty({x.size(0), outputs}, x.options());
+  Tensor y = empty({x.size(0), outputs}, x.options());
   for_experts(*all, [&](int64_t e, int64_t begin, int64_t end) {
     Tensor rows = y.slice(0, begin, end);
     at::mm_out(rows, x.slice(0, begin, end), weight.slice(0, e * outputs, (e + 1) * outputs).t());
@@ -65,7 +65,7 @@ struct Experts {
   // Threads take equal shares of the line of all experts' columns, in units, whether experts are many or few.
   Tensor multiply(const Tensor& x, const Activations& a, const Tensor& packed, const Tensor& scale) const {
     const Layout& l = layout;
-    Tensor y = at::empty({x.size(0), l.n}, x.options().dtype(at::kFloat));
+    Tensor y = empty({x.size(0), l.n}, x.options().dtype(at::kFloat));
     float* out = y.mutable_data_ptr<float>();
     const int64_t units = l.outputs() / l.unit();
     double all = 0;

@@ -57,7 +57,7 @@ Tensor float_gate(const Tensor& y, const Tensor& z, const OptionalTensor& s, boo
   const int64_t n = y.size(-1);
   const Tensor y_rows = dense_rows(y.reshape({-1, n})), z_rows = dense_rows(z.reshape({-1, n}));
   const OptionalTensor s_ = float_contiguous(s);
-  const Tensor x = at::empty(y.sizes(), y.options());
+  const Tensor x = empty(y.sizes(), y.options());
   const gate::Gate<float, float> gated{operand<float>(y_rows, 1.0, 0), operand<float>(z_rows, 1.0, 0),
                                        data_or_null(s_), n, hadamard ? hadamard::find_plan(n) : nullptr};
   gate::run_rows(gated, y_rows.size(0), x.mutable_data_ptr<float>(), TorchThreads());
@@ -72,7 +72,7 @@ Tensor qgate(const Tensor& y, double y_scale, int64_t y_zero_point, const Tensor
                                            out_scale, out_zero_point);
   }
   const int64_t n = y.size(-1);
-  Tensor q = at::empty(y.sizes(), y.options().dtype(at::kByte));
+  Tensor q = empty(y.sizes(), y.options().dtype(at::kByte));
   uint8_t* out = q.mutable_data_ptr<uint8_t>();
   const qgemm::Requantizer requantize({out, true, float(1.0 / out_scale), int32_t(out_zero_point)});
   for_gated_rows(y, y_scale, y_zero_point, z, z_scale, z_zero_point, s, hadamard,
@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor> qgate_per_token(const Tensor& y, double y_scale, int6
   const int64_t n = y.size(-1);
   at::DimVector sizes(y.sizes());
   const int64_t count = sizes.back() = grid.scales(n);
-  Tensor q = at::empty(y.sizes(), y.options().dtype(at::kByte));
-  Tensor scale = at::empty(sizes, y.options().dtype(at::kFloat));
+  Tensor q = empty(y.sizes(), y.options().dtype(at::kByte));
+  Tensor scale = empty(sizes, y.options().dtype(at::kFloat));
   uint8_t* out = q.mutable_data_ptr<uint8_t>();
   float* scales = scale.mutable_data_ptr<float>();
   for_gated_rows(y, y_scale, y_zero_point, z, z_scale, z_zero_point, s, hadamard,

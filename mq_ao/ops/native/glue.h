@@ -4,11 +4,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "scan.h"
 #include "tasks.h"
+#include "workspace.h"
 
 namespace mq_ao {
 

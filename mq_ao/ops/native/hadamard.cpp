@@ -14,7 +14,7 @@ Tensor hadamard_rows(const Tensor& x, const OptionalTensor& scale) {
     return call_reference<decltype(hadamard_rows)>("hadamard", x, scale);
   const Tensor rows = dense_rows(x.reshape({-1, n}));
   const OptionalTensor scale_ = float_contiguous(scale);
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = empty(x.sizes(), x.options());
   const auto run = [&]<typename T>(const T*) {
     using Scalar = typename ScalarOf<T>::type;
     hadamard::rotate_rows(*plan, reinterpret_cast<const T*>(rows.const_data_ptr<Scalar>()), rows.stride(0), rows.size(0),

@@ -18,7 +18,7 @@ class StateMemory {
     const Tensor memory = std::exchange(given(), Tensor());
     const bool fits = memory.defined() && memory.sizes() == sizes && memory.is_contiguous() &&
         memory.scalar_type() == c10::typeMetaToScalarType(options.dtype());
-    return fits ? memory : at::empty(sizes, options);
+    return fits ? memory : empty(sizes, options);
   }
 
  private:

@@ -1,7 +1,6 @@
 // What the PyTorch operators on qgemm.h share: checks of their operands, and the way from tensors to the core.
 #pragma once
 
-#include <c10/core/CPUAllocator.h>
 
 #include "glue.h"
 #include "qgemm.h"
@@ -61,7 +60,7 @@ inline Activations readable_rows(const Tensor& rows, const Layout& l, at::DataPt
   Activations a{rows.const_data_ptr<uint8_t>(), rows.stride(0)};
   if (l.depth() == l.k) return a;
   const int64_t m = rows.size(0), depth = l.depth();
-  *storage = c10::GetCPUAllocator()->allocate(m * depth);
+  *storage = Workspace::memory(m * depth);
   auto* bytes = static_cast<uint8_t*>(storage->get());
   at::parallel_for(0, m, row_grain(l.k), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) std::memcpy(bytes + i * depth, a.data + i * a.stride, l.k);
@@ -77,7 +76,7 @@ inline Tensor multiply(const Tensor& x, const Activations& a, const Layout& l, c
                        int64_t out_zero_point) {
   at::DimVector sizes(x.sizes());
   sizes.back() = l.n;
-  Tensor y = at::empty(sizes, x.options().dtype(out_scale ? at::kByte : at::kFloat));
+  Tensor y = empty(sizes, x.options().dtype(out_scale ? at::kByte : at::kFloat));
   Output out{y.mutable_data_ptr()};
   if (out_scale) {
     out = {out.data, true, static_cast<float>(1.0 / *out_scale), static_cast<int32_t>(out_zero_point)};

@@ -34,9 +34,9 @@ std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x, int64_t bits, int
   const Tensor rows = as_rows(x);
   const int64_t k = x.size(-1);
   at::DimVector sizes(x.sizes());
-  Tensor q = at::empty(sizes, x.options().dtype(at::kByte));
+  Tensor q = empty(sizes, x.options().dtype(at::kByte));
   const int64_t count = sizes.back() = grid.scales(k);
-  Tensor scale = at::empty(sizes, x.options().dtype(at::kFloat));
+  Tensor scale = empty(sizes, x.options().dtype(at::kFloat));
   auto* bytes = q.mutable_data_ptr<uint8_t>();
   auto* scales = scale.mutable_data_ptr<float>();
   for_rows(rows, [&](int64_t i, const auto* row) { grid.quantize(row, k, bytes + i * k, scales + i * count); });

@@ -19,7 +19,7 @@ Tensor linear_packed_weight_only(
   constexpr int64_t kPlanes = 3;
   const Tensor rows = as_rows(x);
   const int64_t m = rows.size(0), depth = l.depth();
-  const at::DataPtr storage = c10::GetCPUAllocator()->allocate(m * (kPlanes * depth + sizeof(float)));
+  const at::DataPtr storage = Workspace::memory(m * (kPlanes * depth + sizeof(float)));
   auto* scale = static_cast<float*>(storage.get());
   auto* q = reinterpret_cast<uint8_t*>(scale + m);
   for_rows(rows, [&](int64_t i, const auto* row) {

@@ -33,8 +33,8 @@ struct QuantizedRows {
       : n(like.size(-1)),
         grid(grid),
         one_scale(out_scale.has_value()),
-        q(at::empty(like.sizes(), like.options().dtype(at::kByte))),
-        scale(at::empty(one_scale ? at::DimVector{0} : of_each(like, grid.scales(n)), like.options())),
+        q(empty(like.sizes(), like.options().dtype(at::kByte))),
+        scale(empty(one_scale ? at::DimVector{0} : of_each(like, grid.scales(n)), like.options())),
         bytes(q.mutable_data_ptr<uint8_t>()),
         scales(scale.mutable_data_ptr<float>()),
         requantize({bytes, true, float(1.0 / out_scale.value_or(1.0)), int32_t(zero_point)}) {}
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> qrms_norm(
   const Tensor rows = dense_rows(x.reshape({-1, n})), more = residual ? dense_rows(residual->reshape({-1, n})) : Tensor();
   const OptionalTensor weight_ = float_contiguous(weight);
   const QuantizedRows out(x, out_scale, out_zero_point, grid);
-  const Tensor total = at::empty(residual ? x.sizes() : at::IntArrayRef({0}), x.options());
+  const Tensor total = empty(residual ? x.sizes() : at::IntArrayRef({0}), x.options());
   const norm::Norm given{rows.const_data_ptr<float>(),
                          rows.stride(0),
                          residual ? more.const_data_ptr<float>() : nullptr,
@@ -129,7 +129,7 @@ int64_t adjacent(const Tensor& x) {
 Tensor quantize_per_tensor(const Tensor& x, double out_scale, int64_t out_zero_point) {
   if (x.scalar_type() != at::kFloat || !(out_scale > 0) || !is_byte_point(out_zero_point))
     return call_reference<decltype(quantize_per_tensor)>("quantize_per_tensor", x, out_scale, out_zero_point);
-  const Tensor q = at::empty(x.sizes(), x.options().dtype(at::kByte));
+  const Tensor q = empty(x.sizes(), x.options().dtype(at::kByte));
   if (x.numel() == 0) return q;
   const int64_t last = x.dim() ? x.size(-1) : 1, n = x.is_contiguous() ? last : std::max(last, adjacent(x));
   const Tensor rows = dense_rows(x.reshape({-1, n}));

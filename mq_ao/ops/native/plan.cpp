@@ -218,6 +218,7 @@ class Plan : public torch::CustomClassHolder {
     TORCH_CHECK(int64_t(inputs.size()) == inputs_, "the plan takes ", inputs_, " inputs, not ", inputs.size());
     // Nothing here has a gradient.
     const at::AutoDispatchBelowADInplaceOrView guard;
+    const Workspace workspace;
     std::vector<IValue> values(values_ - weights_.size());
     const auto at = [&](int64_t place) -> const IValue& {
       const int64_t own = place - int64_t(weights_.size());

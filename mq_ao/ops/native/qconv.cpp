@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> qcausal_conv1d(
   const Tensor x_ = dense_rows(x), weight_ = weight.contiguous(), scale_ = weight_scale.contiguous();
   const OptionalTensor bias_ = float_contiguous(bias), state = float_contiguous(initial_state);
   const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2), taps = weight.size(1);
-  Tensor y = at::empty(x.sizes(), x.options().dtype(out_scale ? x.scalar_type() : at::kFloat));
+  Tensor y = empty(x.sizes(), x.options().dtype(out_scale ? x.scalar_type() : at::kFloat));
   Tensor last_state = StateMemory::take({batch, taps - 1, channels}, x.options().dtype(at::kFloat));
   const QConvInputs in{{batch, length, channels, taps},
                        byte_rows(x_),

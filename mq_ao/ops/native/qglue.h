@@ -35,7 +35,7 @@ inline QRows channel_rows(const Operand& x) {
 // B or C as float32. They are small, and many channels read them.
 inline Tensor float_matrix(const Tensor& dense, const Operand& given) {
   if (!given.integer()) return dense;
-  const Tensor values = at::empty(dense.sizes(), dense.options().dtype(at::kFloat));
+  const Tensor values = empty(dense.sizes(), dense.options().dtype(at::kFloat));
   const Rows<const uint8_t> from = byte_rows(dense);
   const Rows<float> to = rows<float>(values);
   const int64_t groups = dense.dim() == 4 ? dense.size(2) : 1, d_state = dense.size(-1);

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> qselective_scan(
   const OptionalTensor start = initial_state && step ? initial_state->contiguous() : in.initial_state;
   in.B = float_matrix(in.B, qB);
   in.C = float_matrix(in.C, qC);
-  Tensor y = at::empty(u.sizes(), u.options().dtype(!out_scale ? at::kFloat : is_signed(u) ? at::kChar : at::kByte));
+  Tensor y = empty(u.sizes(), u.options().dtype(!out_scale ? at::kFloat : is_signed(u) ? at::kChar : at::kByte));
   const auto options = A.options().dtype(step ? at::kChar : at::kFloat);
   Tensor last_state = StateMemory::take({u.size(0), A.size(0), A.size(1)}, options);
 
@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor> scan_states(
     return call_reference<decltype(scan_states)>(
         "scan_states", u, delta, A, B, delta_bias, delta_softplus, initial_state);
   const ScanTensors in = given.readable();
-  Tensor all = at::empty({u.size(0), u.size(1), A.size(0), A.size(1)}, u.options());
-  Tensor last_state = at::empty({u.size(0), A.size(0), A.size(1)}, u.options());
+  Tensor all = empty({u.size(0), u.size(1), A.size(0), A.size(1)}, u.options());
+  Tensor last_state = empty({u.size(0), A.size(0), A.size(1)}, u.options());
   const ScanInputs<float> inputs = in.inputs<float>();
   const ScanTasks tasks{inputs.shape, kRangeBlocks * kLanes};
   TorchThreads{}(tasks.count(), 1, [&](int64_t begin, int64_t end) {

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> qssd_scan(
   SsdTensors in = given.readable();
   in.B = float_matrix(in.B, qB);
   in.C = float_matrix(in.C, qC);
-  Tensor y = at::empty(x.sizes(), x.options().dtype(!out_scale ? at::kFloat : is_signed(x) ? at::kChar : at::kByte));
+  Tensor y = empty(x.sizes(), x.options().dtype(!out_scale ? at::kFloat : is_signed(x) ? at::kChar : at::kByte));
   const auto options = x.options().dtype(at::kFloat);
   Tensor last_state = StateMemory::take({x.size(0), x.size(2), x.size(3), B.size(3)}, options);
   const QOutput out(y.data_ptr(), y.stride(0), y.stride(1), is_signed(x), out_scale, out_zero_point);

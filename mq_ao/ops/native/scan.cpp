@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> selective_scan(
     return call_reference<decltype(selective_scan)>(
         "selective_scan", u, delta, A, B, C, D, delta_bias, delta_softplus, initial_state);
   const ScanTensors in = given.readable();
-  Tensor y = at::empty(u.sizes(), u.options());
+  Tensor y = empty(u.sizes(), u.options());
   Tensor last_state = StateMemory::take({u.size(0), A.size(0), A.size(1)}, u.options().dtype(at::kFloat));
   const auto run = [&](auto type) {
     using T = decltype(type);
@@ -43,10 +43,10 @@ Gradients selective_scan_backward(
   const int64_t batch = u.size(0), length = u.size(1), channels = u.size(2), d_state = A.size(1);
   const ScanTasks tasks{{batch, length, channels, in.groups(), d_state}, kGradientRange};
 
-  Tensor du = at::empty(u.sizes(), u.options()), ddelta = at::empty(u.sizes(), u.options());
-  Tensor dA = at::empty({batch, channels, d_state}, options), dinit = at::empty_like(dA);
-  Tensor dD = at::empty({batch, channels}, options), dbias = at::empty_like(dD);
-  Tensor dB = at::empty({tasks.ranges(), batch, length, in.groups(), d_state}, options), dC = at::empty_like(dB);
+  Tensor du = empty(u.sizes(), u.options()), ddelta = empty(u.sizes(), u.options());
+  Tensor dA = empty({batch, channels, d_state}, options), dinit = at::empty_like(dA);
+  Tensor dD = empty({batch, channels}, options), dbias = at::empty_like(dD);
+  Tensor dB = empty({tasks.ranges(), batch, length, in.groups(), d_state}, options), dC = at::empty_like(dB);
   const auto run = [&](auto type) {
     using T = decltype(type);
     const ScanInputs<T> inputs = in.inputs<T>();
@@ -63,7 +63,7 @@ Gradients selective_scan_backward(
 
   // Sums over ranges and batch run in a fixed order, so gradients do not depend on the number of threads.
   const auto like = [&](const Tensor& sum, const OptionalTensor& operand) {
-    return operand ? sum.to(operand->scalar_type()) : at::empty({0}, options);
+    return operand ? sum.to(operand->scalar_type()) : empty({0}, options);
   };
   return {du, ddelta, dA.sum(0).to(A.scalar_type()), dB.sum(0).view(B.sizes()).to(B.scalar_type()),
           dC.sum(0).view(C.sizes()).to(C.scalar_type()), like(dD.sum(0), D), like(dbias.sum(0), delta_bias),

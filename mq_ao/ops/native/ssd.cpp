@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> ssd_scan(
     return call_reference<decltype(ssd_scan)>(
         "ssd_scan", x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, seq_idx);
   const SsdTensors in = given.readable();
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = empty(x.sizes(), x.options());
   const auto options = x.options().dtype(at::kFloat);
   Tensor last_state = StateMemory::take({x.size(0), x.size(2), x.size(3), B.size(3)}, options);
   const auto run = [&](auto type) {
