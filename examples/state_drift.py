@@ -1,8 +1,8 @@
 """How far a model drifts from itself when the states of its scans are rounded after every token, over long texts.
 
 Each rounding is a row of one batch, beside a row whose states stay in float32; all read the same text. Weights and
-activations stay in float32, so that what differs is due to the states alone. Ranges are the largest magnitudes that
-states reach on the calibration text.
+activations stay in float32, so that what differs is due to the states alone. Scales are one a channel and state where
+nothing else is said, ranges the largest magnitudes that states reach on the calibration text, or twice these.
 
 Examples:
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -29,17 +28,10 @@ from mq_ao.errors import MqAoError
 from mq_ao.files import write_atomically
 from mq_ao.models import MambaLM
 from mq_ao.opening import open_float
+from mq_ao.ops.state import dithered
 from mq_ao.plots import check_plot, write_figure
 from mq_ao.progress import with_bar
 from mq_ao.text import codec_for, read_tokens
-
-
-class How(StrEnum):
-    """Which integer stands for a value between two."""
-
-    NEAREST = "to the nearest"
-    TOWARD_ZERO = "toward zero"
-    STOCHASTIC = "stochastic"
 
 
 @dataclass(frozen=True)
@@ -47,38 +39,38 @@ class Rounding:
     """One way to round states to integers, which are symmetric around 0.
 
     Attributes:
+        whole: makes whole numbers of states in steps.
+        room: the largest state that is not cut, in units of the largest in calibration.
         bits: of the integers.
         shared: how many of the last axes of a state share a scale.
         power_of_two: whether a scale is the next larger power of two.
-        how: which of two integers.
     """
 
-    bits: int
-    shared: int
+    whole: Callable[[Tensor], Tensor]
+    room: float
+    bits: int = 8
+    shared: int = 0
     power_of_two: bool = False
-    how: How = How.NEAREST
 
     def scale(self, largest: Tensor) -> Tensor:
-        """Steps for states of these largest magnitudes, (layers, ...) -> the same axes, those that share one of size 1."""
+        """Steps for largest magnitudes (layers, ...): the same axes, those that share a step of size 1."""
         axes = tuple(range(largest.dim() - self.shared, largest.dim()))
         top = largest.amax(axes, keepdim=True) if axes else largest
-        scale = top.clamp(min=torch.finfo(torch.float32).tiny) / self._reach
+        scale = (self.room * top).clamp(min=torch.finfo(torch.float32).tiny) / self._reach
         return torch.exp2(torch.log2(scale).ceil()) if self.power_of_two else scale
 
     def __call__(self, state: Tensor, scale: Tensor) -> Tensor:
         """The state that is carried instead."""
-        steps = state / scale
-        if self.how is How.NEAREST:
-            steps = steps.round_()
-        elif self.how is How.TOWARD_ZERO:
-            steps = steps.trunc_()
-        else:
-            steps = (steps + torch.rand_like(steps)).floor_()
-        return steps.clamp_(-self._reach, self._reach).mul_(scale)
+        return self.whole((state / scale).clamp_(-self._reach, self._reach)) * scale
 
     @property
     def _reach(self) -> int:
         return 2 ** (self.bits - 1) - 1
+
+
+def at_random(steps: Tensor) -> Tensor:
+    """Whole numbers next to `steps`, the larger one with the probability that the fraction is."""
+    return (steps + torch.rand_like(steps)).floor_()
 
 
 @dataclass(frozen=True)
@@ -101,19 +93,19 @@ Carried = Rounding | Cast
 
 def ways(axes: int) -> dict[str, Carried]:
     """What is compared, for states of so many axes without layer and batch: (channels, states), or those of heads."""
-    one = "channel and state" if axes == 2 else "head, channel and state"
-    wider = {"channel": 1} if axes == 2 else {"head and channel": 1, "head": 2}
+    wider = {"a channel": 1} if axes == 2 else {"a head and channel": 1, "a head": 2}
     return {
-        "bfloat16": Cast(torch.bfloat16),
         "float16": Cast(torch.float16),
-        f"int16, a scale a {one}": Rounding(16, 0),
-        f"int8, a scale a {one}": Rounding(8, 0),
-        "... stochastic": Rounding(8, 0, how=How.STOCHASTIC),
-        "... toward zero": Rounding(8, 0, how=How.TOWARD_ZERO),
-        "... a power of two": Rounding(8, 0, power_of_two=True),
-        **{f"int8, a scale a {name}": Rounding(8, shared) for name, shared in wider.items()},
-        "int8, a scale a layer": Rounding(8, axes),
-        f"int6, a scale a {one}": Rounding(6, 0),
+        "bfloat16": Cast(torch.bfloat16),
+        "int16, to the nearest, twice the range": Rounding(torch.round, 2.0, bits=16),
+        "int8, to the nearest": Rounding(torch.round, 1.0),
+        "int8, to the nearest, twice the range": Rounding(torch.round, 2.0),
+        "int8, toward zero": Rounding(torch.trunc, 1.0),
+        "int8, at random, twice the range": Rounding(at_random, 2.0),
+        "int8, dithered, twice the range": Rounding(dithered, 2.0),
+        **{f"... a scale {name}": Rounding(dithered, 2.0, shared=shared) for name, shared in wider.items()},
+        "... scales that are powers of two": Rounding(dithered, 2.0, power_of_two=True),
+        "int6, dithered, twice the range": Rounding(dithered, 2.0, bits=6),
     }
 
 
@@ -216,14 +208,14 @@ def main(
     largest = largest_states(loaded, other)
     torch.manual_seed(0)
     found = drift(loaded, read, largest, ways(largest.dim() - 1), window)
-    tenth = max(1, len(next(iter(found.values()))) // 10)
+    fifth = max(1, len(next(iter(found.values()))) // 5)
     table = Table(title=f"{model}: states rounded after each of {len(read):,} tokens")
-    for heading in ("states", "KL, first tenth", "KL, last tenth", "added nats, first tenth", "last tenth"):
+    for heading in ("states", "KL, first fifth", "KL, last fifth", "added nats, first fifth", "last fifth"):
         table.add_column(heading, justify="left" if heading == "states" else "right")
     for name, windows in found.items():
-        ends = windows[:tenth], windows[-tenth:]
-        divergences = (f"{sum(w.divergence for w in part) / tenth:.5f}" for part in ends)
-        losses = (f"{sum(w.loss for w in part) / tenth:+.5f}" for part in ends)
+        ends = windows[:fifth], windows[-fifth:]
+        divergences = (f"{sum(w.divergence for w in part) / fifth:.5f}" for part in ends)
+        losses = (f"{sum(w.loss for w in part) / fifth:+.5f}" for part in ends)
         table.add_row(name, *divergences, *losses)
     out().print(table)
     if json_path:

@@ -1,7 +1,7 @@
-"""A corpus of free text: technical documentation, manual pages, dictionaries and Python sources.
+"""A corpus of text under permissive licences: technical documentation and Python sources.
 
-It is made of documentation packages of Debian (of its section main, which holds free works only) and of Python packages
-that are installed beside mq-ao. Whole documents are held out, or kept for calibration, by a hash of their names.
+It is made of documentation packages of Debian and of Python packages that are installed beside mq-ao. Whole documents
+are held out, or kept for calibration, by a hash of their names.
 
 Examples:
 

@@ -281,7 +281,7 @@ def main(
     save_minutes: Annotated[float, typer.Option(help="Time between checkpoints.")] = 4.0,
     eval_minutes: Annotated[float, typer.Option(help="Time between evaluations (each writes the model).")] = 30.0,
 ) -> None:
-    """Trains a Mamba or Mamba-2 on free text; goes on from the checkpoint in --out if there is one."""
+    """Trains a Mamba or Mamba-2 on text; goes on from the checkpoint in --out if there is one."""
     torch.set_num_threads(threads)
     for number in (signal.SIGTERM, signal.SIGINT):  # a process in the background may have SIGINT ignored
         signal.signal(number, signal.default_int_handler)

@@ -21,6 +21,10 @@ from mq_ao.statistics import ChannelStatistics, Request
 from mq_ao.statistics.gradients import gradient_names, weighted_input_name
 from mq_ao.statistics.probe import flat_states_name
 
+_ROOM = 2.0
+"""States of long texts reach beyond those of short calibration windows, which begin at zero; being cut costs more than
+a coarser step (docs/carried_states.md)."""
+
 
 def separate_weights(model: GraphModule, layers: Iterable[tuple[Node, RoleSpec]]) -> None:
     """Lets layers that read one weight, but round it in different ways, read it by nodes of their own.
@@ -112,7 +116,7 @@ def _learned(
 
 
 def plan_state(scan: Node, statistics: Mapping[str, ChannelStatistics]) -> Tensor:
-    """The step of each carried state of a scan: its largest magnitude over all tokens of the calibration is 127 steps.
+    """The step of each carried state of a scan: 127 steps are `_ROOM` times its largest magnitude in calibration.
 
     Returns:
         (channels, d_state) float32, positive: a state that is always 0 has the smallest step there is.
@@ -127,5 +131,5 @@ def plan_state(scan: Node, statistics: Mapping[str, ChannelStatistics]) -> Tenso
             "and give them to set_statistics, or use mq_ao.quantize."
         )
     _, steps = LIMITS[8]
-    scale = (found.maximum / steps).float().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (_ROOM * found.maximum / steps).float().clamp(min=torch.finfo(torch.float32).tiny)
     return scale.view(Scan.of(scan).a.meta["val"].shape)

@@ -124,7 +124,7 @@ CACHED_ROLES = (Role.CARRIED_STATE, Role.KV_CACHE)
 """What is held from call to call."""
 WEIGHTLESS_ROLES = (Role.SCAN, Role.GATE, Role.STATE, *CACHED_ROLES)
 
-CARRIED = "static int8, one scale a channel and state (largest magnitude)"
+CARRIED = "static int8, one scale a channel and state (twice the largest magnitude)"
 """A carried state in words: there is nothing to choose."""
 
 

@@ -338,7 +338,8 @@ def test_names_are_shown_beside_many_figures() -> None:
     (name,) = int8_names([RECIPES["mambaquant-w8a8"]])
     lengths = (128, 1024, 4096)
     slow = {length: [33.4] for length in lengths}
-    rows = [Measured(row, slow, {64: [0.0542]}, Memory(516_500_000, 1, 2)) for row in (name, FP32, "transformers eager")]
+    names = (name, FP32, "transformers eager")
+    rows = [Measured(row, slow, {64: [0.0542]}, Memory(516_500_000, 1, 2)) for row in names]
     table = as_text(render(Results("mamba-130m", lengths, (64,), 64, {row.name: row for row in rows})))
     for row in rows:
         assert f"│ {row.name} " in table

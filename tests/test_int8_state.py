@@ -96,7 +96,7 @@ def test_statistics_are_those_of_every_state_after_every_token(
         torch.testing.assert_close(found.maximum.float().view(128, 16), expected, rtol=1e-5, atol=1e-9)
 
 
-def test_the_state_alone_changes_by_half_a_step_and_outputs_hardly(tiny: MambaLM, statistics: Statistics) -> None:
+def test_the_state_alone_changes_by_a_step_and_outputs_hardly(tiny: MambaLM, statistics: Statistics) -> None:
     quantizer = MambaQuantizer().set_global(STATE_ALONE)
     graph = converted(tiny, statistics, quantizer)
     assert [(item.role, item.accepted) for item in quantizer.report.decisions if item.role is Role.CARRIED_STATE] == [
@@ -112,13 +112,37 @@ def test_the_state_alone_changes_by_half_a_step_and_outputs_hardly(tiny: MambaLM
     # Nothing is rounded before the first state leaves.
     torch.testing.assert_close(got_logits, logits, rtol=1e-6, atol=1e-6)
     for index, direction in enumerate(scans(tiny)[1]):
-        scale = (statistics[flat_states_name(direction.scan)].maximum / 127).float().view(128, 16)
-        # Half a step, but for states outside the calibrated range, which saturate, and float32 rounding.
+        scale = (2 * statistics[flat_states_name(direction.scan)].maximum / 127).float().view(128, 16)
+        # A step, but for states outside twice the calibrated range, which saturate, and float32 rounding.
         kept = state[index].clamp(-127 * scale, 127 * scale)
-        assert ((got_state[index] - kept).abs() <= 0.5001 * scale).all()
-    # Errors below 1/254 of each state's range: at most 2 % of a typical state, and a part of the logits only.
+        assert ((got_state[index] - kept).abs() <= 1.0001 * scale).all()
+    # Errors below 2/127 of each state's largest magnitude: a few percent of a typical state, and a part of the logits.
     difference = (got_later - later).norm() / later.norm()
-    assert 0 < difference < 0.02
+    assert 0 < difference < 0.04
+
+
+def test_a_state_is_rounded_up_as_often_as_its_fraction_says() -> None:
+    """Values around 41.3 steps, as they come in a row of tokens: on average nothing is lost."""
+    h = 41.3 + 0.05 * torch.randn(1, 1000, 100, generator=torch.Generator().manual_seed(0))
+    q = quantize_state(h, torch.ones(1000, 100))
+    assert set(q.unique().tolist()) == {41, 42}
+    # 100,000 values of standard deviation 0.46: 0.01 is seven standard errors.
+    assert q.float().mean() == pytest.approx(h.mean().item(), abs=0.01)
+
+
+def test_a_state_that_decays_slowly_reaches_zero_as_it_does_in_float() -> None:
+    """A hundredth is lost with every token, half a step at 50 steps: rounded to the nearest it would stay there."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.ones(100, 16)
+    exact = nearest = torch.full((1, 100, 16), 100.0)
+    dithered = quantize_state(exact, scale)
+    for _ in range(400):
+        # Step sizes differ from token to token.
+        decay = 1 - 0.02 * torch.rand(1, 100, 16, generator=generator)
+        exact, nearest = decay * exact, (decay * nearest).round()
+        dithered = quantize_state(decay * dithered, scale)
+    assert exact.mean() < 2 and nearest.mean() > 20
+    assert dithered.float().mean() == pytest.approx(exact.mean().item(), abs=0.5)
 
 
 def test_a_state_that_is_always_zero_stays_zero(tiny: MambaLM, calibration: list[torch.Tensor]) -> None:

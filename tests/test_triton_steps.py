@@ -157,7 +157,8 @@ def test_a_scan_follows_its_linear(case: ScanCase, config: int) -> None:
     if state_scale is None:
         assert_near(state[of_states], exact_state[of_states], near_state)
     else:
-        assert_rounded(state[of_states], (exact_state / state_scale)[of_states], -127, 127, near_state / 0.01)
+        # Up or down, by the bits of the state itself.
+        assert_rounded(state[of_states], (exact_state / state_scale)[of_states], -127, 127, near_state / 0.01, most=1.0)
 
 
 def test_steps_are_those_of_the_sequence() -> None:

@@ -1,6 +1,11 @@
 """`mq_ao::quantize_state` and `mq_ao::dequantize_state`: a carried state, rounded as by `mq_ao::qselective_scan`.
 
 They stand in converted graphs; the lowering takes them into the scan.
+
+A state is rounded after every token, and most states decay slowly. Rounded to the nearest, one that loses less than
+half a step a token would never fall, and one that gains less would never rise: such errors add up over thousands of
+tokens. So a value is rounded up as often as its fraction says: what h / scale has beyond a 64th of a step, which is as
+good as random from token to token, says when (dither; docs/carried_states.md has what that gains).
 """
 
 from __future__ import annotations
@@ -12,6 +17,9 @@ from mq_ao.ops.library import require
 from mq_ao.ops.operator import Operands, like, operator
 
 _LARGEST_STEP = 127
+_PARTS = 64.0
+"""Of a step. What is left of h / scale beyond the nearest of these decides where it is rounded to. A power of two: the
+product is exact."""
 
 
 def _check(name: str, state: Tensor, scale: Tensor) -> None:
@@ -40,13 +48,20 @@ def quantize_state(h: Tensor, scale: Tensor) -> Tensor:
         scale: (channels, d_state) float32, positive: the step of each state.
 
     Returns:
-        int8 of the same shape, `round_half_even(h / scale)` within -127..127; 0 for NaN.
+        int8 of the same shape; 0 for NaN. With `x = h / scale` within -127..127, `round_half_even(x + d)`, where
+        `d = 64 x - round_half_even(64 x)`: at most a step from x, and as often above it as below.
 
     Raises:
         MqAoError: types or shapes do not fit together.
     """
-    steps = torch.round(h / scale).clamp(-_LARGEST_STEP, _LARGEST_STEP)
-    return steps.nan_to_num(0.0).to(torch.int8).contiguous()
+    steps = (h / scale).nan_to_num(0.0, _LARGEST_STEP, -_LARGEST_STEP).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+    return dithered(steps).to(torch.int8).contiguous()
+
+
+def dithered(steps: Tensor) -> Tensor:
+    """Whole numbers next to `steps` (any shape, floating point), the larger one as often as the fraction says."""
+    parts = _PARTS * steps
+    return torch.round(steps + (parts - torch.round(parts)))
 
 
 def _dequantized(a: Operands) -> Tensor:

@@ -131,10 +131,12 @@ struct QStates {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Steps of a state: whole numbers in -127 ... 127, half rounded to even. NaN has no such number and becomes 0.
+// Steps of a state: whole numbers in -127 ... 127, rounded up as often as the fraction says (see mq_ao/ops/state.py). NaN
+// has no such number and becomes 0.
 inline Vec state_steps(Vec h, Vec scale) {
-  const Vec steps = h / scale;
-  return round_small(at_least(at_most(steps != steps ? Vec{} : steps, 127.0f), -127.0f));
+  const Vec exact = h / scale;
+  const Vec steps = at_least(at_most(exact != exact ? Vec{} : exact, 127.0f), -127.0f), parts = 64.0f * steps;
+  return round_small(steps + (parts - round_small(parts)));
 }
 
 template <typename T>

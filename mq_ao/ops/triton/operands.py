@@ -56,8 +56,10 @@ def write_state(at, scale_at, h, mask):
     """Stores a carried state, rounded as by `quantize_state` if there is a pointer to scales."""
     if scale_at is not None:
         steps = tl.div_rn(h, tl.load(scale_at, mask=mask, other=1.0))
-        steps = tl.where((steps >= 0) | (steps < 0), steps, 0.0)
-        tl.store(at, round_half_even(tl.clamp(steps, -127.0, 127.0)).to(tl.int8), mask=mask)
+        steps = tl.clamp(tl.where((steps >= 0) | (steps < 0), steps, 0.0), -127.0, 127.0)
+        parts = 64.0 * steps
+        dither = parts - round_half_even(parts)
+        tl.store(at, round_half_even(steps + dither).to(tl.int8), mask=mask)
     else:
         tl.store(at, h, mask=mask)
 
