@@ -1,5 +1,6 @@
 # make demo   the main job: quantize the bundled model, measure it, generate a sample
-# make test   the test suite
+# make test   the test suite, but for the tests that take longest
+# make check  linters, types and fast tests, while you work; make test-all: every test (tests/tiers.toml says which)
 # make docs   the documentation as a site, in build/site
 # The first two create .venv and install the package first if needed.
 
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 WITHOUT_CUDA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE
 MAMBA_SSM := mamba-ssm einops triton==3.9.0
 
-.PHONY: setup demo test lint linked types docs format bench wheel prebuilt clean
+.PHONY: setup demo check test test-all lint linked types docs format bench wheel prebuilt clean
 
 setup: $(READY)
 
@@ -30,8 +31,16 @@ demo: $(READY)
 
 # A process a core, each of which computes with one thread: files go to whoever is free, tests of one file together.
 # Tests of threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+check: lint
+	$(PYTEST) -m "not slow and not slowest"
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) -m "not slowest"
+
+test-all: $(READY)
+	$(PYTEST) --durations 40
 
 lint: types
 	$(BIN)/ruff check .

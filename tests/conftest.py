@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,20 @@ from mq_ao.ops.native import build
 from mq_ao.quantized import QuantizedModel
 
 VOCAB = 256
+TIERS: dict[str, dict[str, list[str]]] = tomllib.loads((Path(__file__).parent / "tiers.toml").read_text())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what smaller test runs leave out; long files come first, so that no process is left with one at the end."""
+    slow, slowest = (set(TIERS[tier]["files"]) for tier in ("slow", "slowest"))
+    functions = set(TIERS["slowest"]["functions"])
+    for item in items:
+        file, name = item.path.name, item.nodeid.rpartition("/")[2].partition("[")[0]
+        if file in slow:
+            item.add_marker(pytest.mark.slow)
+        if file in slowest or name in functions:
+            item.add_marker(pytest.mark.slowest)
+    items.sort(key=lambda item: item.path.name not in slowest)
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
