@@ -1,7 +1,6 @@
 // What the PyTorch operators on qgemm.h share: checks of their operands, and the way from tensors to the core.
 #pragma once
 
-
 #include "glue.h"
 #include "qgemm.h"
 
