@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ TIERS: dict[str, dict[str, list[str]]] = tomllib.loads((Path(__file__).parent / 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what smaller test runs leave out; long files come first, so that no process is left with one at the end."""
+    """Marks what smaller test runs leave out."""
     slow, slowest = (set(TIERS[tier]["files"]) for tier in ("slow", "slowest"))
     functions = set(TIERS["slowest"]["functions"])
     for item in items:
@@ -40,12 +42,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if file in slowest or name in functions:
             item.add_marker(pytest.mark.slowest)
-    items.sort(key=lambda item: item.path.name not in slowest)
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids of the tiny model."""
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_transformers() -> None:
+    """transformers' models take mamba_ssm's functions, which need a GPU, if it can be imported when they are."""
+    for name in ("mamba", "mamba2", "falcon_mamba", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "zamba", "zamba2"):
+        with suppress(ImportError):
+            importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
 @pytest.fixture(scope="session")

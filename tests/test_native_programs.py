@@ -294,8 +294,8 @@ def test_files_that_are_not_ours_or_damaged_are_refused(
     other.write_bytes(b"".join(tensor_file.parts({"a": torch.zeros(3)}, {"what": "weights"})))
     with pytest.raises(MqAoError, match="not a program saved by mq_ao"):
         mq_ao.load(other)
-    other.write_bytes(content.replace(b'\\"format\\": 1,', b'\\"format\\": 9,'))
-    with pytest.raises(MqAoError, match="was saved in format 9, but this is 1"):
+    other.write_bytes(content.replace(b'\\"format\\": %d,' % file.FORMAT, b'\\"format\\": 9,'))
+    with pytest.raises(MqAoError, match=f"was saved in format 9, but this is {file.FORMAT}"):
         mq_ao.load(other)
     other.write_bytes(content.replace(b"qcausal_conv1d_into", b"qcausal_conv1d_onto"))
     with pytest.raises(MqAoError, match="does not fit this mq_ao and PyTorch"):
