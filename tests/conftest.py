@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow, slowest = (set(TIERS[tier]["files"]) for tier in ("slow", "slowest"))
     functions = set(TIERS["slowest"]["functions"])
     for item in items:
-        file, name = item.path.name, item.nodeid.rpartition("/")[2].partition("[")[0]
+        file, name = item.path.name, item.nodeid.partition("[")[0].rpartition("/")[2]
         if file in slow:
             item.add_marker(pytest.mark.slow)
         if file in slowest or name in functions:
@@ -52,7 +52,17 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="session", autouse=True)
 def plain_transformers() -> None:
     """transformers' models take mamba_ssm's functions, which need a GPU, if it can be imported when they are."""
-    for name in ("mamba", "mamba2", "falcon_mamba", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "zamba", "zamba2"):
+    for name in (
+        "mamba",
+        "mamba2",
+        "falcon_mamba",
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "jamba",
+        "zamba",
+        "zamba2",
+    ):
         with suppress(ImportError):
             importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
