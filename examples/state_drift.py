@@ -12,7 +12,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from mq_ao.cli.console import out, step
+from mq_ao.cli.console import check_json, out, step, write_json
 from mq_ao.errors import MqAoError
-from mq_ao.files import write_atomically
+from mq_ao.files import check_output
 from mq_ao.models import MambaLM
 from mq_ao.opening import open_float
 from mq_ao.ops.state import dithered
@@ -148,18 +147,15 @@ def drift(
     rows = tokens.expand(1 + len(roundings), -1)
     sums = torch.zeros(2, len(roundings), dtype=torch.float64)
     found: dict[str, list[Window]] = {name: [] for name in roundings}
-    counted = 0
     decoded = zip(tokens[1:], _decode(model, rows, rounded), strict=False)
     for at, (target, (logits, _)) in enumerate(with_bar(decoded, "decoding", shown=True), start=1):
         log_p = torch.log_softmax(logits, -1)
         sums[0] += (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(-1)
         sums[1] += log_p[0, target] - log_p[1:, target]
-        counted += 1
-        if counted == window:
+        if at % window == 0:
             for name, divergence, loss in zip(roundings, *(sums / window).tolist(), strict=True):
                 found[name].append(Window(at, divergence, loss))
             sums.zero_()
-            counted = 0
     return found
 
 
@@ -192,12 +188,13 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 100_000,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Tokens for the ranges.")] = 8192,
     window: Annotated[int, typer.Option(min=1, help="Tokens that a point of the curve is the mean of.")] = 2000,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the curves as JSON.")] = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the curves as JSON; - is stdout.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves: PNG or SVG.")] = None,
 ) -> None:
     """Prints, for each rounding of states, the KL and the added cost at the beginning of a text and at its end."""
+    check_json(json)
     if plot:
-        check_plot(plot)
+        check_plot(check_output(plot))
     loaded = open_float(model, step)
     vocab_size = loaded.config.vocab_size
     codec = codec_for(vocab_size, source=model)
@@ -218,9 +215,8 @@ def main(
         losses = (f"{sum(w.loss for w in part) / fifth:+.5f}" for part in ends)
         table.add_row(name, *divergences, *losses)
     out().print(table)
-    if json_path:
-        curves = {name: [asdict(w) for w in windows] for name, windows in found.items()}
-        write_atomically(json_path, json.dumps(curves, indent=1).encode())
+    if json:
+        write_json(json, {name: [asdict(w) for w in windows] for name, windows in found.items()})
     if plot:
         _draw(found, plot, f"{model}: KL of rounded states")
 

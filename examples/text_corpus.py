@@ -76,11 +76,8 @@ def _python(name: str, licence: str, share: float = 1.0) -> Source:
     return Source(name, licence, ("*.py",), (*_NO_TESTS, *_EXCLUDED), share, python=True)
 
 
-_SPHINX = ("*/_sources/*.txt",)
-
-
 def _sphinx(package: str, licence: str, without: tuple[str, ...] = ()) -> Source:
-    return Source(package, licence, _SPHINX, without)
+    return Source(package, licence, ("*/_sources/*.txt",), without)
 
 
 SOURCES = (

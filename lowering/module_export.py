@@ -253,5 +253,5 @@ def _dumped(structure: pytree.TreeSpec) -> str:
     """
     try:
         return pytree.treespec_dumps(structure)
-    except (NotImplementedError, TypeError, ValueError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:  # pytree has no error of its own
         raise MqAoError(f"a saved program cannot take or give these types: {error}") from error

@@ -225,7 +225,7 @@ def structure(text: str) -> pytree.TreeSpec:
                 raise _foreign(name) from None
     try:
         return pytree.treespec_loads(text)
-    except (NotImplementedError, KeyError, ValueError, AttributeError, ImportError):
+    except (NotImplementedError, KeyError, ValueError, AttributeError, ImportError):  # pytree has no error of its own
         raise _foreign(", ".join(_types(json.loads(text)[1]))) from None
 
 

@@ -291,6 +291,7 @@ _POINTWISE: dict[str, Callable[..., Tensor]] = {
 }
 _CONV1D = {"stride": 1, "padding": 0, "dilation": 1}
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
+# What __torch_function__ is given for a property, which torch's stubs declare as a plain tensor.
 _PROPERTIES: dict[Any, str] = {Tensor.mT.__get__: "mT", Tensor.T.__get__: "T"}  # type: ignore[attr-defined]
 _JOINING = frozenset({"cat", "concat", "concatenate"})
 _WRITING = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())})

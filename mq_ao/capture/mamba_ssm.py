@@ -53,6 +53,7 @@ def _stand_in() -> ModuleType:
             "mq_ao.export and run the program."
         )
 
+    # A module's own, which Python looks for (PEP 562); mypy knows that of the class alone.
     module.__getattr__ = missing  # type: ignore[method-assign]
     return module
 

@@ -201,6 +201,7 @@ def _flags(value: bool | str, name: str, values: Mapping[str, Any], default: lis
     found = find(name, values) if value == AUTO else [value]
     if found and isinstance(found[0], str):
         value_of(found[0], values, None)
+    # All of one kind: a name alone, or flags. mypy sees a list of both.
     return found or default  # type: ignore[return-value]
 
 

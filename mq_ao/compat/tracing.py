@@ -32,4 +32,5 @@ def size_checks(module: GraphModule) -> list[Node]:
 
 def size_guards(program: ExportedProgram) -> list[str]:
     """What an exported program assumes of its inputs' sizes, as Python; it checks that itself only where it is run."""
+    # Not public, and not in every version's types.
     return program._guards_code  # type: ignore[no-any-return, attr-defined, unused-ignore]
